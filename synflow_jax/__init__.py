@@ -1,0 +1,1 @@
+"""Pruning at initialization in JAX: SynFlow and its rivals."""

@@ -1,0 +1,142 @@
+"""Convolution, pooling and normalisation as the networks of the paper use them, and the platform's choice of form.
+
+Layout is NHWC and HWIO. Padding is explicit: published strided convolutions pad 1 on every side, where "SAME"
+would pad 0 and 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import variance_scaling
+
+KAIMING_FAN_IN = variance_scaling(2.0, "fan_in", "normal")
+KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
+# PyTorch's default for convolutions and dense layers: uniform in +-1 / sqrt(fan_in).
+TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_default_bias(fan_in: int) -> jax.nn.initializers.Initializer:
+    """PyTorch's default for biases: uniform in +-1 / sqrt(fan_in), fan_in being that of the layer's kernel."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def convolution(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    feature_group_count: int,
+    **kwargs: Any,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`; on a CPU, patches times a matrix.
+
+    GPUs and TPUs take XLA's convolution. On a CPU XLA's runs up to a hundred times slower inside of a loop or a
+    scan than the product of matrices, and no shape of the paper's networks favours it (benchmarks/convolution.py).
+    The platform is chosen when the program is lowered, so one traced program serves all. Both forms sum the
+    same products.
+
+    Args:
+      inputs: [batch, height, width, in].
+      kernel: [height, width, in / groups, out].
+    """
+    native = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        feature_group_count=feature_group_count,
+        **kwargs,
+    )
+    if feature_group_count != 1 or any(d != 1 for d in (*lhs_dilation, *rhs_dilation)):
+        return native(inputs, kernel)
+    as_matrices = functools.partial(
+        _convolution_as_matrices, strides=strides, padding=padding, precision=kwargs.get("precision")
+    )
+    return jax.lax.platform_dependent(inputs, kernel, cpu=as_matrices, default=native)
+
+
+def _convolution_as_matrices(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    precision: Any,
+) -> jax.Array:
+    kernel_height, kernel_width, _, features = kernel.shape
+    windows = jnp.concatenate(
+        list(_windows(inputs, (kernel_height, kernel_width), strides, padding, jnp.zeros((), inputs.dtype))), axis=-1
+    )
+    batch, height, width, depth = windows.shape
+    products = jnp.dot(
+        windows.reshape(batch * height * width, depth), kernel.reshape(depth, features), precision=precision
+    )
+    return products.reshape(batch, height, width, features)
+
+
+def _windows(
+    x: jax.Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    fill: jax.Array,
+) -> list[jax.Array]:
+    """For each place in a window, in row-major order, what lies there in every window: [batch, out, out, channels]."""
+    x = jax.lax.pad(x, fill, [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    batch, height, width, channels = x.shape
+    out = [(size - w) // s + 1 for size, w, s in zip((height, width), window, strides, strict=True)]
+    return [
+        jax.lax.slice(
+            x,
+            (0, row, column, 0),
+            (batch, row + (out[0] - 1) * strides[0] + 1, column + (out[1] - 1) * strides[1] + 1, channels),
+            (1, *strides, 1),
+        )
+        for row in range(window[0])
+        for column in range(window[1])
+    ]
+
+
+def conv(features: int, size: int, *, stride: int = 1, bias: bool, init: Any, name: str) -> nn.Conv:
+    """A square `nn.Conv` that pads (size - 1) / 2 on every side."""
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=[((size - 1) // 2,) * 2] * 2,
+        use_bias=bias,
+        kernel_init=init,
+        conv_general_dilated=convolution,
+        name=name,
+    )
+
+
+def batch_norm(train: bool, name: str) -> nn.BatchNorm:
+    """Batch normalisation with PyTorch's constants; statistics of the batch while training, running ones else."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """Max pooling of [batch, height, width, channels] whose gradient goes to the first maximum in row-major order.
+
+    The rule matters for SynFlow: its all-ones input makes ties everywhere. NaN passes through.
+    """
+    windows = _windows(
+        x, (window, window), (stride, stride), [(padding, padding)] * 2, jnp.array(-jnp.inf, x.dtype)
+    )
+    return functools.reduce(lambda best, new: jnp.where((new > best) | jnp.isnan(new), new, best), windows)

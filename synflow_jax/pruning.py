@@ -1,0 +1,231 @@
+"""Floor 3. The loop: score, threshold, mask (Algorithm 1).
+
+`prune_loop` is pure: it takes (params, counts, key, mask) and can be jitted, vmapped and pmapped.
+`prune` stands around it on the host: it checks its arguments, computes the counts, and never returns a mask
+that came from scores that were not finite.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from synflow_jax import masking, schedules, trees
+from synflow_jax.scores import Objective, ScoreFn
+from synflow_jax.trees import Mask, Params
+
+# fori_loop(lower, upper, body, init); `python_loop` is another one.
+LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
+# on_iteration(iteration, kept): called on the host with int scalars after each iteration.
+IterationFn = Callable[[Any, Any], None]
+
+
+class PruneInfo(NamedTuple):
+    """What a person reads of a pruning run. Leaves in the order of `trees.names(mask)`; n = num_iterations.
+
+    kept: int32 [n, num_leaves], the kept weights of each leaf after each iteration.
+    score_total: float [n, num_leaves], the sum of the scores over the weights that each iteration found kept.
+    objective: float [n], R at the masked parameters that each iteration found; None if no objective was given.
+    """
+
+    kept: jax.Array
+    score_total: jax.Array
+    objective: jax.Array | None
+
+
+class _State(NamedTuple):
+    mask: Mask
+    info: PruneInfo
+    finite: jax.Array  # bool []: no score so far was infinite or NaN
+
+
+def python_loop(lower: int, upper: int, body: Callable[[int, Any], Any], init: Any) -> Any:
+    """`jax.lax.fori_loop`'s interface as a Python loop, to step through with a debugger."""
+    for i in range(lower, upper):
+        init = body(i, init)
+    return init
+
+
+def prune_loop(
+    score_fn: ScoreFn,
+    params: Params,
+    counts: jax.Array,
+    key: chex.PRNGKey,
+    mask: Mask,
+    *,
+    scope: str = "global",
+    nested: bool = True,
+    objective: Objective | None = None,
+    on_iteration: IterationFn | None = None,
+    loop_fn: LoopFn = jax.lax.fori_loop,
+) -> tuple[Mask, PruneInfo]:
+    """Scores and masks in turn, `counts.shape[0]` times. Pure, except for a call of `on_iteration`.
+
+    Args:
+      score_fn: called with (params, mask, key folded with the iteration).
+      params: tree of float arrays.
+      counts: int32 [num_iterations, 1] for the global scope, [num_iterations, num_leaves] for the local one:
+        how many weights are to be pruned after each iteration, those pruned in `mask` at the start included.
+      key: consumed.
+      mask: the mask to start from.
+      scope: "global" ranks all weights together, "local" each leaf by itself.
+      nested: a pruned weight stays pruned. False ranks all weights afresh in each iteration, so that they
+        can return, as in the reference implementation of iterative SNIP and GraSP.
+      objective: recorded in the info.
+      loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
+
+    Returns:
+      The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was, and the info
+      holds their totals in that iteration's row and NaN below it: see `check_finite`.
+    """
+    leaves = jax.tree.leaves(mask)
+    num_iterations = counts.shape[0]
+    chex.assert_shape(counts, (num_iterations, 1 if scope == "global" else len(leaves)))
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(trees.select(params, mask)))
+
+    def step(iteration: jax.Array, state: _State) -> _State:
+        mask, info, _ = state
+        # Scores rank weights across layers: products in bfloat16 or TF32 would rank rounding errors.
+        with jax.default_matmul_precision("highest"):
+            scores = score_fn(params, mask, jax.random.fold_in(key, iteration))
+            objective_now = None if objective is None else objective(trees.apply_mask(params, mask))
+        total = jnp.stack(
+            [
+                masking.sum_of(lambda m, s: jnp.where(m, s, 0), m, s, dtype=dtype)
+                for m, s in zip(jax.tree.leaves(mask), jax.tree.leaves(scores), strict=True)
+            ]
+        )
+        finite = jnp.all(jnp.isfinite(total))
+        # -inf ranks what is pruned below all that is alive, whatever the sign of a rule's scores.
+        ranked = jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), mask, scores) if nested else scores
+        if scope == "global":
+            proposed = masking.global_mask(ranked, counts[iteration, 0])
+        else:
+            proposed = masking.local_mask(ranked, counts[iteration])
+        if nested:
+            proposed = jax.tree.map(jnp.logical_and, proposed, mask)
+        mask = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, mask)
+
+        kept = masking.count_kept(mask)
+        if on_iteration is not None:
+            jax.debug.callback(on_iteration, iteration, jnp.sum(kept))
+        info = PruneInfo(
+            info.kept.at[iteration].set(kept),
+            info.score_total.at[iteration].set(total),
+            None if objective_now is None else info.objective.at[iteration].set(objective_now.astype(dtype)),
+        )
+        return _State(mask, info, finite)
+
+    def body(iteration: jax.Array, state: _State) -> _State:
+        return jax.lax.cond(state.finite, functools.partial(step, iteration), lambda state: state, state)
+
+    blank = PruneInfo(
+        jnp.zeros((num_iterations, len(leaves)), jnp.int32),
+        jnp.full((num_iterations, len(leaves)), jnp.nan, dtype),
+        None if objective is None else jnp.full(num_iterations, jnp.nan, dtype),
+    )
+    mask, info, _ = loop_fn(0, num_iterations, body, _State(mask, blank, jnp.bool_(True)))
+    return mask, info
+
+
+_jitted_loop = jax.jit(prune_loop, static_argnames=("scope", "nested", "on_iteration", "loop_fn"))
+
+
+def prune(
+    score_fn: ScoreFn,
+    params: Params,
+    *,
+    compression: float,
+    num_iterations: int = 100,
+    schedule: str = "exponential",
+    scope: str = "global",
+    key: chex.PRNGKey | None = None,
+    mask: Mask | None = None,
+    nested: bool = True,
+    objective: Objective | None = None,
+    on_iteration: IterationFn | None = None,
+    loop_fn: LoopFn = jax.lax.fori_loop,
+) -> tuple[Mask, PruneInfo]:
+    """Prunes a network to 1 / compression of its prunable weights (Algorithm 1).
+
+    Compiled once for all compressions, schedules, keys and batches of one `score_fn`; on a CPU and on several
+    devices alike. `prune_loop` is the same without the checks, for use inside jit, vmap and pmap.
+
+    Args:
+      score_fn: a rule of `synflow_jax.scores`, or any function (params, mask, key) -> scores.
+      params: tree of float arrays.
+      compression: total / kept, at least 1; counts only prunable weights.
+      num_iterations: 100 for SynFlow in the paper, 1 for the others.
+      schedule: "exponential" or "linear", see `synflow_jax.schedules`.
+      scope: "global" or "local" (the same compression in every leaf).
+      key: for score functions that use chance; `jax.random.key(0)` by default.
+      mask: the mask to start from, and the choice of what is prunable; all kernels by default.
+      nested: a pruned weight stays pruned; False lets it return.
+      objective: recorded per iteration in the info, for instance `scores.path_norm(apply_fn, input_shape)`.
+      on_iteration: called on the host as `on_iteration(iteration, kept)` while the loop runs; a new function
+        is a new trace.
+      loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
+
+    Returns:
+      The mask and its `PruneInfo`.
+
+    Raises:
+      ValueError: an argument is out of its range.
+      FloatingPointError: scores are infinite or NaN; names the iteration and the layer.
+
+    >>> from synflow_jax import scores
+    >>> params = {"w1": jnp.ones((4, 8)), "w2": jnp.arange(16.0).reshape(8, 2)}
+    >>> score_fn = scores.synflow(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], input_shape=(4,))
+    >>> mask, info = prune(score_fn, params, compression=2, num_iterations=10)
+    >>> int(info.kept[-1].sum())
+    24
+    """
+    if scope not in ("global", "local"):
+        raise ValueError(f"scope={scope!r} is unknown. Choose 'global' or 'local'.")
+    mask = trees.prunable(params) if mask is None else mask
+    trees.check_mask(mask, params)
+    sizes = trees.sizes(mask)
+    counts = schedules.prune_counts(
+        [sum(sizes)] if scope == "global" else sizes, compression, num_iterations, schedule
+    )
+    if compression > sum(sizes):
+        raise ValueError(
+            f"compression={compression} leaves none of the {sum(sizes)} prunable weights: it must be at most that."
+        )
+    run = _jitted_loop if loop_fn is jax.lax.fori_loop else prune_loop
+    mask, info = run(
+        Partial(score_fn),
+        params,
+        jnp.asarray(counts, jnp.int32),
+        jax.random.key(0) if key is None else key,
+        mask,
+        scope=scope,
+        nested=nested,
+        objective=None if objective is None else Partial(objective),
+        on_iteration=on_iteration,
+        loop_fn=loop_fn,
+    )
+    check_finite(info, mask)
+    return mask, info
+
+
+def check_finite(info: PruneInfo, mask: Mask) -> None:
+    """Raises FloatingPointError, with iteration and layer, if a score of the run was infinite or NaN."""
+    totals = np.asarray(info.score_total)
+    broken = ~np.isfinite(totals)
+    if broken.any():
+        iteration = int(np.argmax(broken.any(axis=1)))
+        leaf = int(np.argmax(broken[iteration]))
+        raise FloatingPointError(
+            f"scores of layer {trees.names(mask)[leaf]!r} are not finite in iteration {iteration + 1} of "
+            f"{len(totals)}: they add up to {totals[iteration, leaf]}. The network is too deep or its weights "
+            f"are too large for {totals.dtype}, or they are not finite themselves. Score in float64 (under "
+            "jax.enable_x64, with the parameters in float64), which reaches ten times as many layers."
+        )

@@ -1,0 +1,46 @@
+"""Floor 1. How much is left after each iteration of pruning (Algorithm 1 of the paper, and its appendix 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def exponential(compression: float, step: int, num_iterations: int) -> float:
+    """The density after `step` of `num_iterations`: each iteration keeps the same fraction of what it finds."""
+    return (1 / compression) ** (step / num_iterations)
+
+
+def linear(compression: float, step: int, num_iterations: int) -> float:
+    """The density after `step` of `num_iterations`: each iteration prunes the same number of weights."""
+    return 1 - (1 - 1 / compression) * (step / num_iterations)
+
+
+SCHEDULES: dict[str, Callable[[float, int, int], float]] = {"exponential": exponential, "linear": linear}
+
+
+def prune_counts(
+    sizes: Sequence[int], compression: float, num_iterations: int, schedule: str = "exponential"
+) -> np.ndarray:
+    """How many of `sizes[j]` weights are pruned after each iteration, int64 [num_iterations, len(sizes)].
+
+    k = int((1 - density) N), in float64 on the host: float32 misplaces the counts of networks of 15 M weights.
+
+    >>> prune_counts([1000], compression=100, num_iterations=2).tolist()
+    [[900], [990]]
+
+    Raises:
+      ValueError: naming the argument that is out of its range.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {sorted(SCHEDULES)}.")
+    if isinstance(num_iterations, bool) or num_iterations != int(num_iterations) or num_iterations < 1:
+        raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
+    if not np.isfinite(compression) or compression < 1:
+        raise ValueError(
+            f"compression={compression!r} must be a finite number of at least 1: it is total / kept, "
+            "so 1 keeps every weight and 100 keeps one in a hundred."
+        )
+    density = [SCHEDULES[schedule](float(compression), k, num_iterations) for k in range(1, num_iterations + 1)]
+    return np.array([[int((1 - d) * size) for size in sizes] for d in density], np.int64)

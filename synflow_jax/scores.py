@@ -1,0 +1,234 @@
+"""Floor 2. What a weight is worth: the objective R and its saliency, and the five rules of the paper.
+
+A score function is called with the parameters, the mask so far and a key, and returns a score for every
+prunable weight; larger = keep. The rules that differentiate do so at the masked parameters, and each is one
+choice of R in the synaptic saliency S(theta) = dR/dtheta * theta (Eq. 1):
+
+  SynFlow   R = 1^T (prod_l |theta_l|) 1, the l1 path norm (Eq. 4)
+  SNIP      R = the loss, and the absolute value of its saliency (Lee et al. 2019)
+  GraSP     R = <g, grad of the loss>, with g the gradient held constant (Wang et al. 2020)
+
+The factories return `jax.tree_util.Partial`s: callables that are also trees, whose leaves are the batches.
+A jitted function that takes a score function as an argument therefore sees new data without a new trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from synflow_jax.trees import Mask, Params, Scores, apply_mask, map_prunable, merge, select
+
+Batch = Any  # a pytree of arrays with a leading axis of examples
+Objective = Callable[[Params], jax.Array]  # R(theta): parameters -> scalar
+LossFn = Callable[[Params, Batch], jax.Array]  # parameters, batch -> the mean loss of its examples
+ApplyFn = Callable[[Params, jax.Array], jax.Array]  # parameters, inputs [batch, ...] -> outputs [batch, ...]
+ScoreFn = Callable[[Params, Mask, chex.PRNGKey], Scores]  # the protocol of every rule, and of a user's own
+
+
+def saliency(objective: Objective, params: Params, mask: Mask) -> Scores:
+    """Synaptic saliency, dR/dtheta * theta (Eq. 1), with dR/dtheta taken at the masked parameters.
+
+    It is the derivative of R with respect to the mask; for a pruned weight it says what its return would change.
+
+    Args:
+      objective: R, differentiable, from the whole tree of parameters to a scalar.
+      params: tree of float arrays, unmasked.
+      mask: bool arrays beside the prunable parameters, holes elsewhere.
+
+    Returns:
+      Scores, of the shapes and dtypes of the prunable parameters. Their sum over a layer is the same for
+      every layer that cuts the input of a bias-free network with homogeneous activations from its output
+      (Theorem 2).
+
+    >>> params = {"w1": jnp.array([[1.0, 2.0]]), "w2": jnp.array([[3.0], [4.0]])}
+    >>> mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    >>> saliency(lambda p: jnp.sum(p["w1"] @ p["w2"]), params, mask)["w1"]
+    Array([[3., 8.]], dtype=float32)
+    """
+    selected = select(apply_mask(params, mask), mask)
+    gradient = jax.grad(lambda prunable: objective(merge(prunable, params)))(selected)
+    return map_prunable(lambda _, g, theta: g * theta, mask, gradient, params)
+
+
+def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
+    """SynFlow's objective R_SF (Eq. 4): the sum of the outputs for an all-ones input under |parameters|.
+
+    Args:
+      apply_fn: `apply_fn(params, x)`, in evaluation mode.
+      input_shape: the shape of one example, without the batch axis.
+
+    >>> float(path_norm(lambda p, x: x @ p["w"], (2,))({"w": jnp.array([[1.0], [-2.0]])}))
+    3.0
+    """
+    return Partial(_path_norm(tuple(input_shape)), Partial(apply_fn))
+
+
+def _path_norm(input_shape: tuple[int, ...]) -> Callable[[ApplyFn, Params], jax.Array]:
+    def objective(apply_fn: ApplyFn, params: Params) -> jax.Array:
+        ones = jnp.ones((1, *input_shape), jnp.result_type(*jax.tree.leaves(params)))
+        return jnp.sum(apply_fn(jax.tree.map(jnp.abs, params), ones))
+
+    return objective
+
+
+def synflow(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ScoreFn:
+    """Synaptic flow (Algorithm 1): the saliency of the l1 path norm. Needs no data, and is never negative.
+
+    A pruned weight scores exactly 0. Use many iterations: the paper takes 100.
+
+    Args:
+      apply_fn: `apply_fn(params, x)`, in evaluation mode.
+      input_shape: the shape of one example, without the batch axis.
+
+    >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [4.0]])}
+    >>> mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    >>> score_fn = synflow(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], input_shape=(1,))
+    >>> score_fn(params, mask, jax.random.key(0))["w1"]
+    Array([[3., 8.]], dtype=float32)
+    """
+    return Partial(_synflow, path_norm(apply_fn, input_shape))
+
+
+def _synflow(objective: Objective, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    del key  # no data and no chance
+    return saliency(objective, params, mask)
+
+
+def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
+    """SNIP (Lee et al. 2019): |dL/dmask|, divided by its total over all prunable weights.
+
+    Args:
+      loss_fn: mean loss of a batch, in evaluation mode; see `cross_entropy`.
+      batches: one batch or more, of any sizes; the losses of the batches are added.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    return Partial(_snip, Partial(loss_fn), _stack(batches))
+
+
+def _snip(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    del key
+    scores = _sum_over(batches, lambda batch: saliency(lambda theta: loss_fn(theta, batch), params, mask))
+    scores = jax.tree.map(jnp.abs, scores)
+    total = _total(scores)
+    return jax.tree.map(lambda s: s / total, scores)
+
+
+def grasp(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
+    """GraSP (Wang et al. 2020): theta * Hg, divided by |its total| + 1e-10. May be negative; larger = keep.
+
+    g is the gradient of the losses of all batches, held constant; H g is the gradient of <g, grad L>.
+
+    Args:
+      loss_fn: mean loss of a batch, in evaluation mode. The published rule divides the logits by 200:
+        `cross_entropy(apply_fn, temperature=200)`.
+      batches: one batch or more, of any sizes; the losses of the batches are added.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    return Partial(_grasp, Partial(loss_fn), _stack(batches))
+
+
+def _grasp(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    del key
+    masked = apply_mask(params, mask)
+
+    def gradient(theta: Params, batch: Batch) -> Params:
+        return jax.grad(lambda prunable: loss_fn(merge(prunable, theta), batch))(select(theta, mask))
+
+    g = _sum_over(batches, lambda batch: gradient(masked, batch))
+
+    def objective(theta: Params, batch: Batch) -> jax.Array:
+        products = jax.tree.map(lambda a, b: jnp.sum(a * b), g, gradient(theta, batch))
+        return sum(jax.tree.leaves(products))
+
+    scores = _sum_over(batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask))
+    total = jnp.abs(_total(scores)) + 1e-10
+    return jax.tree.map(lambda s: s / total, scores)
+
+
+def magnitude() -> ScoreFn:
+    """|theta|, of pruned weights too."""
+    return Partial(_magnitude)
+
+
+def _magnitude(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    del key
+    return map_prunable(lambda _, theta: jnp.abs(theta), mask, params)
+
+
+def random() -> ScoreFn:
+    """Independent standard normal scores."""
+    return Partial(_random)
+
+
+def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    leaves, structure = jax.tree.flatten(select(params, mask))
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
+    """The mean softmax cross-entropy of a batch `(inputs [batch, ...], labels int [batch])`, logits / temperature.
+
+    >>> loss_fn = cross_entropy(lambda p, x: x @ p)
+    >>> float(loss_fn(jnp.zeros((3, 2)), (jnp.ones((5, 3)), jnp.array([0, 1, 0, 1, 1]))))
+    0.6931471824645996
+    """
+    return Partial(_cross_entropy, Partial(apply_fn), temperature)
+
+
+def _cross_entropy(apply_fn: ApplyFn, temperature: chex.Numeric, params: Params, batch: Batch) -> jax.Array:
+    inputs, labels = batch
+    logits = apply_fn(params, inputs)
+    chex.assert_rank([logits, labels], [2, 1])
+    log_probabilities = jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype))
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+
+
+def _total(scores: Scores) -> jax.Array:
+    return sum(jnp.sum(s) for s in jax.tree.leaves(scores))
+
+
+def _stack(batches: Sequence[Batch]) -> list[Batch]:
+    """Runs of batches of equal shapes, each stacked along a new leading axis: a scan needs one shape."""
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty: a data-driven rule needs at least one batch.")
+    groups: list[list[Batch]] = []
+    for batch in batches:
+        if groups and _shapes(groups[-1][0]) == _shapes(batch):
+            groups[-1].append(batch)
+        else:
+            groups.append([batch])
+    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *group) for group in groups]
+
+
+def _shapes(batch: Batch) -> Any:
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def _sum_over(stacked: list[Batch], function: Callable[[Batch], Scores]) -> Scores:
+    """The sum of `function(batch)` over all batches, one at a time, so that one batch's memory is enough."""
+
+    def add(total: Scores, batch: Batch) -> tuple[Scores, None]:
+        return jax.tree.map(jnp.add, total, function(batch)), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], stacked[0])
+    total = function(first)
+    for i, group in enumerate(stacked):
+        rest = jax.tree.map(lambda leaf: leaf[1:], group) if i == 0 else group
+        if jax.tree.leaves(rest)[0].shape[0]:
+            total, _ = jax.lax.scan(add, total, rest)
+    return total

@@ -1,0 +1,28 @@
+"""Strictness for all tests, and the folder of golden figures."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import pytest
+
+# A shape that broadcasts by accident is an error in every test; so is a warning (pyproject.toml).
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir",
+        default=str(pathlib.Path(__file__).parent / "golden"),
+        help="the folder of NAME_seedS.npz files that tests/test_golden.py checks",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_file" in metafunc.fixturenames:
+        folder = pathlib.Path(metafunc.config.getoption("--golden-dir"))
+        files = sorted(folder.glob("*.npz"))
+        if not files:
+            raise pytest.UsageError(f"--golden-dir={folder} holds no .npz file")
+        metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
