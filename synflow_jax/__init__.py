@@ -1,1 +1,44 @@
-"""Pruning at initialization in JAX: SynFlow and its rivals."""
+"""Pruning neural networks at initialization in JAX: SynFlow (arXiv 2006.05467) and the rules beside it.
+
+The names here need nothing but JAX and NumPy. `synflow_jax.models` has the paper's networks in Flax, and
+`synflow_jax.storage` reads and writes masks.
+"""
+
+from synflow_jax.analysis import collapsed, log10_path_norm, max_compression, multiply_adds, shortest_path
+from synflow_jax.masking import count_kept, global_mask, kth_smallest, local_mask
+from synflow_jax.pruning import PruneInfo, check_finite, prune, prune_loop, python_loop
+from synflow_jax.schedules import prune_counts
+from synflow_jax.scores import cross_entropy, grasp, magnitude, path_norm, random, saliency, snip, synflow
+from synflow_jax.trees import apply_mask, names, prunable, sizes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PruneInfo",
+    "apply_mask",
+    "check_finite",
+    "collapsed",
+    "count_kept",
+    "cross_entropy",
+    "global_mask",
+    "grasp",
+    "kth_smallest",
+    "local_mask",
+    "log10_path_norm",
+    "magnitude",
+    "max_compression",
+    "multiply_adds",
+    "names",
+    "path_norm",
+    "prunable",
+    "prune",
+    "prune_counts",
+    "prune_loop",
+    "python_loop",
+    "random",
+    "saliency",
+    "shortest_path",
+    "sizes",
+    "snip",
+    "synflow",
+]

@@ -23,8 +23,10 @@ from synflow_jax.trees import Mask, Params
 
 # fori_loop(lower, upper, body, init); `python_loop` is another one.
 LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
-# on_iteration(iteration, kept): called on the host with int scalars after each iteration.
-IterationFn = Callable[[Any, Any], None]
+# on_progress(num_done, info): iterations finished so far, and the info up to them.
+ProgressFn = Callable[[int, "PruneInfo"], None]
+
+_NUM_REPORTS = 20  # calls of on_progress in a run
 
 
 class PruneInfo(NamedTuple):
@@ -40,10 +42,12 @@ class PruneInfo(NamedTuple):
     objective: jax.Array | None
 
 
-class _State(NamedTuple):
+class PruneState(NamedTuple):
+    """What the next iteration needs: the mask, the info being filled, and whether all scores were finite."""
+
     mask: Mask
     info: PruneInfo
-    finite: jax.Array  # bool []: no score so far was infinite or NaN
+    finite: jax.Array  # bool []
 
 
 def python_loop(lower: int, upper: int, body: Callable[[int, Any], Any], init: Any) -> Any:
@@ -51,6 +55,17 @@ def python_loop(lower: int, upper: int, body: Callable[[int, Any], Any], init: A
     for i in range(lower, upper):
         init = body(i, init)
     return init
+
+
+def init_state(mask: Mask, num_iterations: int, dtype: Any = jnp.float32, *, objective: bool = False) -> PruneState:
+    """The state before the first iteration; `objective` says whether one will be recorded."""
+    num_leaves = len(jax.tree.leaves(mask))
+    info = PruneInfo(
+        jnp.zeros((num_iterations, num_leaves), jnp.int32),
+        jnp.full((num_iterations, num_leaves), jnp.nan, dtype),
+        jnp.full(num_iterations, jnp.nan, dtype) if objective else None,
+    )
+    return PruneState(mask, info, jnp.bool_(True))
 
 
 def prune_loop(
@@ -63,16 +78,16 @@ def prune_loop(
     scope: str = "global",
     nested: bool = True,
     objective: Objective | None = None,
-    on_iteration: IterationFn | None = None,
     loop_fn: LoopFn = jax.lax.fori_loop,
 ) -> tuple[Mask, PruneInfo]:
-    """Scores and masks in turn, `counts.shape[0]` times. Pure, except for a call of `on_iteration`.
+    """Scores and masks in turn, `counts.shape[0]` times. Pure: for use inside jit, vmap and pmap.
 
     Args:
       score_fn: called with (params, mask, key folded with the iteration).
       params: tree of float arrays.
       counts: int32 [num_iterations, 1] for the global scope, [num_iterations, num_leaves] for the local one:
-        how many weights are to be pruned after each iteration, those pruned in `mask` at the start included.
+        how many weights are to be pruned after each iteration, those pruned in `mask` at the start included;
+        see `schedules.prune_counts`.
       key: consumed.
       mask: the mask to start from.
       scope: "global" ranks all weights together, "local" each leaf by itself.
@@ -85,12 +100,34 @@ def prune_loop(
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was, and the info
       holds their totals in that iteration's row and NaN below it: see `check_finite`.
     """
-    leaves = jax.tree.leaves(mask)
-    num_iterations = counts.shape[0]
-    chex.assert_shape(counts, (num_iterations, 1 if scope == "global" else len(leaves)))
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(trees.select(params, mask)))
+    state = init_state(mask, counts.shape[0], _score_dtype(params, mask), objective=objective is not None)
+    state = advance(
+        score_fn, params, counts, key, state, 0, counts.shape[0],
+        scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
+    )  # fmt: skip
+    return state.mask, state.info
 
-    def step(iteration: jax.Array, state: _State) -> _State:
+
+def advance(
+    score_fn: ScoreFn,
+    params: Params,
+    counts: jax.Array,
+    key: chex.PRNGKey,
+    state: PruneState,
+    start: chex.Numeric,
+    stop: chex.Numeric,
+    *,
+    scope: str = "global",
+    nested: bool = True,
+    objective: Objective | None = None,
+    loop_fn: LoopFn = jax.lax.fori_loop,
+) -> PruneState:
+    """Iterations `start` to `stop` - 1 of `prune_loop`, whose other arguments it takes. Pure."""
+    leaves = jax.tree.leaves(state.mask)
+    chex.assert_shape(counts, (counts.shape[0], 1 if scope == "global" else len(leaves)))
+    dtype = _score_dtype(params, state.mask)
+
+    def step(iteration: jax.Array, state: PruneState) -> PruneState:
         mask, info, _ = state
         # Scores rank weights across layers: products in bfloat16 or TF32 would rank rounding errors.
         with jax.default_matmul_precision("highest"):
@@ -114,28 +151,24 @@ def prune_loop(
         mask = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, mask)
 
         kept = masking.count_kept(mask)
-        if on_iteration is not None:
-            jax.debug.callback(on_iteration, iteration, jnp.sum(kept))
         info = PruneInfo(
             info.kept.at[iteration].set(kept),
             info.score_total.at[iteration].set(total),
             None if objective_now is None else info.objective.at[iteration].set(objective_now.astype(dtype)),
         )
-        return _State(mask, info, finite)
+        return PruneState(mask, info, finite)
 
-    def body(iteration: jax.Array, state: _State) -> _State:
+    def body(iteration: jax.Array, state: PruneState) -> PruneState:
         return jax.lax.cond(state.finite, functools.partial(step, iteration), lambda state: state, state)
 
-    blank = PruneInfo(
-        jnp.zeros((num_iterations, len(leaves)), jnp.int32),
-        jnp.full((num_iterations, len(leaves)), jnp.nan, dtype),
-        None if objective is None else jnp.full(num_iterations, jnp.nan, dtype),
-    )
-    mask, info, _ = loop_fn(0, num_iterations, body, _State(mask, blank, jnp.bool_(True)))
-    return mask, info
+    return loop_fn(start, stop, body, state)
 
 
-_jitted_loop = jax.jit(prune_loop, static_argnames=("scope", "nested", "on_iteration", "loop_fn"))
+def _score_dtype(params: Params, mask: Mask) -> Any:
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(trees.select(params, mask)))
+
+
+_jitted_advance = jax.jit(advance, static_argnames=("scope", "nested", "loop_fn"))
 
 
 def prune(
@@ -150,7 +183,7 @@ def prune(
     mask: Mask | None = None,
     nested: bool = True,
     objective: Objective | None = None,
-    on_iteration: IterationFn | None = None,
+    on_progress: ProgressFn | None = None,
     loop_fn: LoopFn = jax.lax.fori_loop,
 ) -> tuple[Mask, PruneInfo]:
     """Prunes a network to 1 / compression of its prunable weights (Algorithm 1).
@@ -169,8 +202,7 @@ def prune(
       mask: the mask to start from, and the choice of what is prunable; all kernels by default.
       nested: a pruned weight stays pruned; False lets it return.
       objective: recorded per iteration in the info, for instance `scores.path_norm(apply_fn, input_shape)`.
-      on_iteration: called on the host as `on_iteration(iteration, kept)` while the loop runs; a new function
-        is a new trace.
+      on_progress: called on the host as `on_progress(num_done, info)`, about twenty times while the loop runs.
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
 
     Returns:
@@ -199,21 +231,27 @@ def prune(
         raise ValueError(
             f"compression={compression} leaves none of the {sum(sizes)} prunable weights: it must be at most that."
         )
-    run = _jitted_loop if loop_fn is jax.lax.fori_loop else prune_loop
-    mask, info = run(
-        Partial(score_fn),
-        params,
-        jnp.asarray(counts, jnp.int32),
-        jax.random.key(0) if key is None else key,
-        mask,
-        scope=scope,
-        nested=nested,
-        objective=None if objective is None else Partial(objective),
-        on_iteration=on_iteration,
-        loop_fn=loop_fn,
-    )
-    check_finite(info, mask)
-    return mask, info
+    key = jax.random.key(0) if key is None else key
+    counts = jnp.asarray(counts, jnp.int32)
+    score_fn = Partial(score_fn)
+    objective = None if objective is None else Partial(objective)
+    state = init_state(mask, num_iterations, _score_dtype(params, mask), objective=objective is not None)
+    run = _jitted_advance if loop_fn is jax.lax.fori_loop else advance
+    # Progress is shown between calls of one compiled program: a callback inside of it would keep the program out of
+    # the compilation cache.
+    stride = num_iterations if on_progress is None else -(-num_iterations // _NUM_REPORTS)
+    for start in range(0, num_iterations, stride):
+        stop = min(start + stride, num_iterations)
+        state = run(
+            score_fn, params, counts, key, state, start, stop,
+            scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
+        )  # fmt: skip
+        if not bool(state.finite):
+            break
+        if on_progress is not None:
+            on_progress(stop, state.info)
+    check_finite(state.info, mask)
+    return state.mask, state.info
 
 
 def check_finite(info: PruneInfo, mask: Mask) -> None:

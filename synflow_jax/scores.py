@@ -14,6 +14,7 @@ A jitted function that takes a score function as an argument therefore sees new 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
     return Partial(_path_norm(tuple(input_shape)), Partial(apply_fn))
 
 
+@functools.lru_cache
 def _path_norm(input_shape: tuple[int, ...]) -> Callable[[ApplyFn, Params], jax.Array]:
+    # Cached, so that jitted users find their trace again.
     def objective(apply_fn: ApplyFn, params: Params) -> jax.Array:
         ones = jnp.ones((1, *input_shape), jnp.result_type(*jax.tree.leaves(params)))
         return jnp.sum(apply_fn(jax.tree.map(jnp.abs, params), ones))

@@ -68,39 +68,43 @@ def prunable(
         raise ValueError(
             f"exclude={exclude!r} is not a regular expression: {error}. Name leaves by a pattern such as 'head'."
         ) from error
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    normalised = {_parent(path) for path, leaf in leaves if _is_scale(path, leaf)}
+    wanted = {"kernel": kernels, "bias": biases, "norm scale": norms, "norm bias": norms, "other": False}
+    kinds = leaf_kinds(params)
 
     def leaf_mask(path: tuple, leaf: jax.Array) -> jax.Array | None:
         name = path_name(path)
-        last = name.rsplit("/", 1)[-1]
-        if excluded is not None and excluded.search(name):
-            chosen = False
-        elif _is_scale(path, leaf) or (last in _BIASES and _parent(path) in normalised):
-            chosen = norms
-        elif last in _BIASES:
-            chosen = biases
-        else:
-            chosen = kernels and last in _KERNELS and jnp.ndim(leaf) >= 2
+        chosen = wanted[kinds[name]] and not (excluded is not None and excluded.search(name))
         return jnp.ones(jnp.shape(leaf), bool) if chosen else None
 
     mask = jax.tree_util.tree_map_with_path(leaf_mask, params)
     if not jax.tree.leaves(mask):
         raise ValueError(
             f"no parameter is prunable under kernels={kernels}, biases={biases}, norms={norms}, exclude={exclude!r}. "
-            f"The leaves are {[path_name(path) for path, _ in leaves]}: choose other kinds, another pattern, "
+            f"The leaves are {list(kinds)}: choose other kinds, another pattern, "
             "or build the mask yourself (True arrays at the leaves to prune, None elsewhere)."
         )
     return mask
 
 
-def _parent(path: tuple) -> str:
-    return path_name(path).rpartition("/")[0]
+def leaf_kinds(params: Params) -> dict[str, str]:
+    """Each leaf's name and its kind: "kernel", "bias", "norm scale", "norm bias" or "other"; see `prunable`."""
+    leaves = {path_name(path): jnp.ndim(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
+    def is_scale(name: str) -> bool:
+        last = name.rpartition("/")[2]
+        return last in _SCALES or (last in _KERNELS and leaves[name] == 1)
 
-def _is_scale(path: tuple, leaf: jax.Array) -> bool:
-    last = path_name(path).rsplit("/", 1)[-1]
-    return last in _SCALES or (last in _KERNELS and jnp.ndim(leaf) == 1)
+    normalised = {name.rpartition("/")[0] for name in leaves if is_scale(name)}
+
+    def kind(name: str) -> str:
+        parent, _, last = name.rpartition("/")
+        if is_scale(name):
+            return "norm scale"
+        if last in _BIASES:
+            return "norm bias" if parent in normalised else "bias"
+        return "kernel" if last in _KERNELS and leaves[name] >= 2 else "other"
+
+    return {name: kind(name) for name in leaves}
 
 
 def map_prunable(function: Callable[..., Any], mask: Mask, *trees: Tree) -> Tree:

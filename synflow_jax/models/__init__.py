@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from synflow_jax.models.mlp import MLP, ConvNet
 from synflow_jax.models.resnet import ResNet
 from synflow_jax.models.vgg import VGG, stage_widths
 from synflow_jax.scores import ApplyFn
-from synflow_jax.trees import Params, Tree
+from synflow_jax.trees import Params, Tree, path_name
 
 HEAD = "head"  # the name of the last layer of every network
 
@@ -181,3 +182,23 @@ def _apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
         return model.apply(variables, x, train=False)
 
     return apply
+
+
+def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Per kernel name, the height times width of its layer's output: how often each of its weights is used.
+
+    >>> output_positions(create("conv", 10), (28, 28, 1))
+    {'conv1/kernel': 784, 'conv2/kernel': 784, 'head/kernel': 1}
+    """
+
+    def apply(key: jax.Array) -> Tree:
+        x = jnp.zeros((1, *input_shape))
+        is_layer = lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__"
+        _, state = model.init_with_output(key, x, train=False, capture_intermediates=is_layer)
+        return state["intermediates"]
+
+    outputs = jax.tree_util.tree_leaves_with_path(jax.eval_shape(apply, jax.random.key(0)))
+    return {
+        path_name(path[:-2]) + "/kernel": math.prod(leaf.shape[1:-1])  # the path ends in __call__, 0
+        for path, leaf in outputs
+    }

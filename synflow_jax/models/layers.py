@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import variance_scaling
+from jax.nn.initializers import Initializer, variance_scaling
 
 KAIMING_FAN_IN = variance_scaling(2.0, "fan_in", "normal")
 KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
@@ -21,7 +21,7 @@ KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
 TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def torch_default_bias(fan_in: int) -> jax.nn.initializers.Initializer:
+def torch_default_bias(fan_in: int) -> Initializer:
     """PyTorch's default for biases: uniform in +-1 / sqrt(fan_in), fan_in being that of the layer's kernel."""
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -112,7 +112,16 @@ def _windows(
     ]
 
 
-def conv(features: int, size: int, *, stride: int = 1, bias: bool, init: Any, name: str) -> nn.Conv:
+def conv(
+    features: int,
+    size: int,
+    *,
+    stride: int = 1,
+    bias: bool,
+    init: Initializer,
+    bias_init: Initializer = nn.initializers.zeros,
+    name: str,
+) -> nn.Conv:
     """A square `nn.Conv` that pads (size - 1) / 2 on every side."""
     return nn.Conv(
         features,
@@ -121,6 +130,7 @@ def conv(features: int, size: int, *, stride: int = 1, bias: bool, init: Any, na
         padding=[((size - 1) // 2,) * 2] * 2,
         use_bias=bias,
         kernel_init=init,
+        bias_init=bias_init,
         conv_general_dilated=convolution,
         name=name,
     )

@@ -37,8 +37,8 @@ class ConvNet(nn.Module):
         """[batch, height, width, channels] -> logits [batch, num_classes]."""
         del train
         for i, width in enumerate(self.widths, 1):
-            layer = conv(width, 3, bias=True, init=TORCH_DEFAULT, name=f"conv{i}")
-            x = nn.relu(layer.copy(bias_init=torch_default_bias(9 * x.shape[-1]))(x))
+            bias_init = torch_default_bias(9 * x.shape[-1])
+            x = nn.relu(conv(width, 3, bias=True, init=TORCH_DEFAULT, bias_init=bias_init, name=f"conv{i}")(x))
         return _head(self.num_classes, x.reshape(x.shape[0], -1))
 
 

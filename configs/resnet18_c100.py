@@ -1,0 +1,13 @@
+"""ResNet-18 (the 3x3 stem of the Tiny ImageNet form) on CIFAR-100, SynFlow, compression 100 (Fig. 6).
+
+    python prune.py --config=configs/resnet18_c100.py
+
+@@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """ResNet-18, CIFAR-100."""
+    return Config(model="tiny_resnet18", dataset="cifar100")

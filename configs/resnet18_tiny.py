@@ -1,0 +1,13 @@
+"""ResNet-18 on Tiny ImageNet (64x64), SynFlow, compression 100 (Fig. 6 of the paper).
+
+    python prune.py --config=configs/resnet18_tiny.py
+
+@@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """ResNet-18, Tiny ImageNet."""
+    return Config(model="tiny_resnet18", dataset="tiny_imagenet")

@@ -1,0 +1,13 @@
+"""VGG-11 with batch norm on CIFAR-10, SynFlow, compression 100 (Fig. 6 of the paper).
+
+    python prune.py --config=configs/vgg11_c10.py
+
+@vgg11_c10@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """VGG-11 (BN), CIFAR-10."""
+    return Config(model="cifar_vgg11_bn", dataset="cifar10")

@@ -1,0 +1,13 @@
+"""VGG-11 with batch norm on CIFAR-100, SynFlow, compression 100 (Fig. 6 of the paper).
+
+    python prune.py --config=configs/vgg11_c100.py
+
+@vgg11_c100@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """VGG-11 (BN), CIFAR-100."""
+    return Config(model="cifar_vgg11_bn", dataset="cifar100")

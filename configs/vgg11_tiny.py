@@ -1,0 +1,13 @@
+"""VGG-11 with batch norm on Tiny ImageNet (64x64), SynFlow, compression 100 (Fig. 6 of the paper).
+
+    python prune.py --config=configs/vgg11_tiny.py
+
+@@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """VGG-11 (BN), Tiny ImageNet."""
+    return Config(model="tiny_vgg11_bn", dataset="tiny_imagenet")

@@ -1,0 +1,13 @@
+"""VGG-19 on ImageNet input (224x224), SynFlow, compression 100 (Fig. 2 of the paper).
+
+    python prune.py --config=configs/vgg19_imagenet.py
+
+@@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """VGG-19, ImageNet."""
+    return Config(model="imagenet_vgg19", dataset="imagenet")

@@ -1,0 +1,13 @@
+"""Wide ResNet-18 on CIFAR-10, SynFlow, compression 100 (Fig. 6). Really widened: see `models.create`.
+
+    python prune.py --config=configs/wide_resnet18_c10.py
+
+@@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """Wide ResNet-18, CIFAR-10."""
+    return Config(model="tiny_wide_resnet18", dataset="cifar10")

@@ -1,0 +1,13 @@
+"""Wide ResNet-18 on Tiny ImageNet, SynFlow, compression 100 (Fig. 6). Really widened: see `models.create`.
+
+    python prune.py --config=configs/wide_resnet18_tiny.py
+
+@@
+"""
+
+from synflow_jax.config import Config
+
+
+def get_config() -> Config:
+    """Wide ResNet-18, Tiny ImageNet."""
+    return Config(model="tiny_wide_resnet18", dataset="tiny_imagenet")

@@ -1,0 +1,45 @@
+"""Prunes one network at initialization.
+
+    python prune.py --config=configs/vgg16_c100.py --workdir=runs/vgg16 --config.prune.compression=1000
+
+Every value of the config can be set by a flag of its name; `synflow_jax/config.py` lists them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from synflow_jax import cli, config, figures, report, run, storage
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, rows and pictures")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder already holds")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    settings = cli.check_config(_CONFIG.value)
+    workdir = pathlib.Path(_WORKDIR.value)
+    output = report.console()
+    storage.check_writable(workdir)
+    storage.read_rows(workdir / "rows.jsonl")  # a damaged one is found now, not after the work
+    row = None if _OVERWRITE.value else run.find_row(settings, workdir)
+    if row is not None:
+        output.print(f"This run is already in {workdir}, from an earlier time; --overwrite runs it again.")
+    else:
+        cli.use_compilation_cache()
+        network = run.build(settings)
+        report.network(output, settings.model, network)
+        with report.progress(output, config.num_iterations(settings.prune)) as on_progress:
+            row = run.prune(settings, network, workdir, on_progress)
+    figures.save(figures.layers(row), workdir / "layers.png")
+    report.row(output, row)
+    report.files(output, workdir, row["run_id"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

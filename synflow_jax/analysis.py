@@ -1,0 +1,129 @@
+"""Floor 3. What a mask has done: paths left, the maximal compression, collapse, the work that is left.
+
+A network has collapsed when no path of kept weights leads from its input to its output. An empty layer is
+neither necessary nor sufficient: residual networks live on without their shortcut convolutions. Biases make
+output without input, so they count as 0 in everything here that asks for paths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from synflow_jax import trees
+from synflow_jax.scores import ApplyFn, Objective, path_norm
+from synflow_jax.trees import Mask, Params
+
+
+def log10_path_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> float:
+    """log10 of SynFlow's objective (Eq. 4) of the masked network; -inf where it is 0.
+
+    Args:
+      apply_fn: `apply_fn(params, x)`, in evaluation mode.
+      input_shape: of one example, without the batch axis.
+      params: tree of float arrays.
+      mask: bool arrays beside the prunable parameters, holes elsewhere.
+
+    Returns:
+      A float; +inf if even float64 overflows.
+    """
+    return _log10_norm(apply_fn, input_shape, trees.apply_mask(params, mask))
+
+
+def collapsed(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> bool:
+    """Whether no path of kept, nonzero weights leads from the input to the output. Arguments as `log10_path_norm`."""
+    return _log10_norm(apply_fn, input_shape, _without_biases(trees.apply_mask(params, mask))) == -math.inf
+
+
+def max_compression(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, params: Params) -> float:
+    """The largest compression that leaves a path: total / `shortest_path` (Section 3 of the paper: N / L on a chain)."""
+    return sum(trees.sizes(mask)) / max(1, shortest_path(apply_fn, input_shape, mask, params))
+
+
+def shortest_path(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, params: Params) -> int:
+    """How many prunable weights the shortest path from input to output holds; L for a chain of L layers.
+
+    With every prunable weight equal to t, the path norm R(t) is a polynomial in t whose lowest power is that
+    length: R(t) / R(t / 2) tends to 2^length as t goes to 0.
+
+    Args:
+      apply_fn, input_shape: as `log10_path_norm`.
+      mask: says which parameters are prunable; its values do not matter.
+      params: only the parameters that are not prunable matter, and the shapes.
+
+    Raises:
+      ValueError: no path at all, or a network that no float64 resolves (a chain of hundreds of layers beside
+        shorter paths).
+    """
+    params = _without_biases(params)
+    objective = path_norm(apply_fn, input_shape)
+
+    def norm(t: float) -> Params:
+        # Divided by the fan-in, so that what flows through a layer stays near t whatever its size.
+        weights = trees.map_prunable(lambda m, w: jnp.full_like(w, t / max(1, w.size // w.shape[-1])), mask, params)
+        return trees.merge(weights, params)
+
+    for evaluate in (_evaluate, _evaluate_in_float64):
+        for t in (2.0**-17, 2.0**-8, 2.0**-3):
+            larger, smaller = evaluate(objective, norm(t)), evaluate(objective, norm(t / 2))
+            if smaller > 0 and math.isfinite(larger):
+                length = math.log2(larger / smaller)
+                if abs(length - round(length)) < 0.05:
+                    return round(length)
+    raise ValueError(
+        "the length of the shortest path from input to output could not be found: no path leads there, or it is "
+        "too long for float64. Check that the network's output depends on its input."
+    )
+
+
+def multiply_adds(mask: Mask, positions: Mapping[str, int]) -> tuple[int, int]:
+    """(kept, total) multiply-adds of one example: each weight works once at each position of its layer's output.
+
+    Args:
+      mask: bool arrays, or holes.
+      positions: per leaf name, the height times width of the layer's output; 1 where absent.
+    """
+    names, leaves = trees.names(mask), jax.tree.leaves(mask)
+    uses = [positions.get(name, 1) for name in names]
+    kept = sum(int(np.count_nonzero(np.asarray(m))) * n for m, n in zip(leaves, uses, strict=True))
+    return kept, sum(m.size * n for m, n in zip(leaves, uses, strict=True))
+
+
+def _without_biases(params: Params) -> Params:
+    kinds = trees.leaf_kinds(params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if kinds[trees.path_name(path)].endswith("bias") else leaf, params
+    )
+
+
+def _log10_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params) -> float:
+    objective = path_norm(apply_fn, input_shape)
+    norm = _evaluate(objective, params)
+    if not (norm > 0 and math.isfinite(norm)):
+        # 0 may be underflow and inf overflow: float64 reaches ten times as far.
+        norm = _evaluate_in_float64(objective, params)
+    if math.isnan(norm):  # 0 * inf: a pruned weight behind an overflow
+        return math.inf
+    return math.log10(norm) if norm > 0 else -math.inf
+
+
+_jitted = jax.jit(lambda objective, params: objective(params))
+
+
+def _evaluate(objective: Objective, params: Params) -> float:
+    return float(_jitted(objective, params))
+
+
+def _evaluate_in_float64(objective: Objective, params: Params) -> float:
+    """On the host: accelerators have slow float64, or none."""
+
+    def widen(leaf: jax.Array) -> jax.Array:
+        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(np.asarray(leaf, np.float64)) if is_float else leaf
+
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return float(_jitted(jax.tree.map(widen, objective), jax.tree.map(widen, params)))

@@ -1,0 +1,110 @@
+"""Floor 9. What the scripts share: flags and errors as one message, the compilation cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+
+from synflow_jax import config
+from synflow_jax.config import Config
+
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "show the whole traceback of an error instead of one message")
+
+# What the library raises for input that it cannot use. Anything else is our mistake and keeps its traceback.
+_EXPECTED = (ValueError, FloatingPointError, OSError)
+
+
+def run(main: Callable[[Sequence[str]], Config | None]) -> None:
+    """`absl.app.run`, with every error of the user's input as one message on stderr and a status that is not 0."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators are not there
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"{argv[1]!r} is no flag. Flags begin with --, values follow an =.")
+            main(argv)
+        except _EXPECTED as error:
+            if _TRACEBACK.value:
+                raise
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def check_config(value: Any) -> Config:
+    """The value of --config, checked. Raises ValueError if it is missing, of another type, or out of range."""
+    if not isinstance(value, Config):
+        problem = "is missing" if value is None else f"is a {type(value).__name__}"
+        raise ValueError(
+            f"--config {problem}; it must name a file whose get_config() returns a synflow_jax.config.Config, "
+            f"for instance --config=configs/vgg16_c100.py. {_config_files()}"
+        )
+    config.check(value)
+    return value
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on the disk, so that a second run starts at once; JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    app.define_help_flags()
+    files = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
+    try:
+        for file in files:
+            if not pathlib.Path(file.partition(":")[0]).is_file():
+                raise ValueError(f"--config={file}: there is no such file. {_config_files()}")
+        _check_keys(argv)
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError) as error:
+        _fail(str(error))
+    except Exception as error:  # a config file is a program: it may raise anything
+        if "--traceback" in argv:
+            raise
+        _fail(f"--config={''.join(files)} does not load: {error!r}. --traceback shows where.")
+
+
+def _check_keys(argv: list[str]) -> None:
+    keys = _keys(Config)
+    for arg in argv:
+        match = re.match(r"--?config\.([^=]+)", arg)
+        if match and match[1] not in keys:
+            close = difflib.get_close_matches(match[1], keys, n=1, cutoff=0.5)
+            hint = f"Did you mean --config.{close[0]}? " if close else ""
+            raise ValueError(f"--config.{match[1]} is no key of the config. {hint}The keys are: {', '.join(keys)}.")
+
+
+def _keys(dataclass: Any) -> list[str]:
+    keys = []
+    for field in dataclasses.fields(dataclass):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        inner = _keys(default) if dataclasses.is_dataclass(default) else []
+        keys += [f"{field.name}.{key}" for key in inner] or [field.name]
+    return keys
+
+
+def _config_files() -> str:
+    found = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
+    return f"There are {', '.join(found)}." if found else "The repository has examples under configs/."
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,70 @@
+"""Floor 8. Pictures, drawn from result rows alone."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from synflow_jax import storage
+
+_BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind readers
+
+
+def layers(row: Mapping[str, Any]) -> Figure:
+    """The fraction kept in every layer of one run, on a logarithmic axis, with the size of each layer behind it.
+
+    Args:
+      row: a row of `rows.jsonl`.
+    """
+    names = [layer["name"].removesuffix("/kernel") for layer in row["layers"]]
+    sizes = [layer["size"] for layer in row["layers"]]
+    kept = [layer["kept"] for layer in row["layers"]]
+    fractions = [k / size for k, size in zip(kept, sizes, strict=True)]
+    density = row["kept"] / row["total"]
+    floor = min([f for f in fractions if f > 0] + [density or 1.0]) / 4
+    places = range(len(names))
+
+    figure = Figure(figsize=(min(18, max(6, 0.42 * len(names) + 1.5)), 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(places, [max(f, floor) for f in fractions], color=[_BLUE if k else "none" for k in kept], width=0.75)
+    for place, (k, fraction) in enumerate(zip(kept, fractions, strict=True)):
+        if len(names) <= 40:
+            label = f"{k:,}" if k else "empty"
+            axes.annotate(
+                label, (place, max(fraction, floor)), xytext=(0, 3), textcoords="offset points", rotation=90,
+                ha="center", va="bottom", fontsize=7, color=_BLUE if k else _RED,
+            )  # fmt: skip
+        elif not k:
+            axes.plot(place, floor * 1.2, "x", color=_RED, markersize=4)
+    axes.axhline(density, color=_GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"{100 * density:.3g} %\nof all", (1, density), xycoords=("axes fraction", "data"), xytext=(4, 0),
+        textcoords="offset points", va="center", fontsize=7, color="#555555", annotation_clip=False,
+    )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylim(floor, (1 / floor) ** 0.25)  # room for the labels of full layers
+    axes.set_yticks([t for t in (10.0**-e for e in range(9)) if t >= floor])
+    axes.minorticks_off()
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    step = max(1, -(-len(names) // 60))
+    axes.set_xticks(places[::step], names[::step], rotation=90 if len(names) > 8 else 0, fontsize=7)
+    axes.set_ylabel("fraction of weights kept")
+    axes.set_title(
+        f"{row['model']}, {row['pruner']}, compression {row['reached_compression']:,.4g}: "
+        f"{row['kept']:,} of {row['total']:,} weights" + (", COLLAPSED" if row["collapsed"] else ""),
+        fontsize=9,
+        color=_RED if row["collapsed"] else "black",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a picture atomically, in the format of the file's ending."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150)
+    storage.write_bytes(path, buffer.getvalue())

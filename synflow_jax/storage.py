@@ -1,0 +1,193 @@
+"""Floor 4. What a run leaves behind: masks, rows of results, JSON. All of it is written atomically.
+
+A file is written under another name, flushed to the disk and then renamed, so that it is there whole or not at
+all. Rows are JSON lines, one a run; a lock file beside them keeps two processes from losing each other's rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from synflow_jax import masking, trees
+from synflow_jax.trees import Mask, Params
+
+_FORMAT = "synflow_jax mask 1"
+_HINT = "It is damaged or was made by another program: make it again, or take another file."
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes `folder` and raises ValueError if no file can be written there: before long work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"workdir={str(folder)!r} cannot be written: {error.strerror}. Choose a folder that is yours: --workdir=DIR."
+        ) from error
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file atomically, making its folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON atomically. NaN and infinities become null: JSON has no word for them."""
+    write_bytes(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+
+
+def save_mask(path: pathlib.Path, mask: Mask, metadata: Mapping[str, Any] | None = None) -> str:
+    """Writes a mask as a safetensors file that describes itself; read it back with `load_mask`.
+
+    One uint8 tensor for each prunable leaf, by name, holds its bits (`masking.pack`). The file's metadata holds
+    `format`, `layers` (JSON: name -> shape and kept), `sha256` (of all the bits, in the order of the names), and
+    `run`, the `metadata` given here as JSON.
+
+    Returns:
+      The sha256 in hex.
+    """
+    names, leaves = trees.names(mask), [np.asarray(leaf) for leaf in jax.tree.leaves(mask)]
+    packed = {name: masking.pack(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    layers = {
+        name: {"shape": leaf.shape, "kept": int(leaf.sum())} for name, leaf in zip(names, leaves, strict=True)
+    }
+    digest = _digest(packed)
+    header = {
+        "format": _FORMAT,
+        "layers": json.dumps(layers),
+        "sha256": digest,
+        "run": json.dumps(_plain(dict(metadata or {}))),
+    }
+    write_bytes(path, safetensors.numpy.save(packed, header))
+    return digest
+
+
+def load_mask(path: str | os.PathLike[str], params: Params | None = None) -> Mask:
+    """Reads a mask that `save_mask` wrote.
+
+    Args:
+      path: the file.
+      params: if given, the result has the structure of these parameters, with holes where the file has no leaf.
+
+    Returns:
+      Without `params`, {name: bool array}, by names such as "conv1_1/kernel".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated, damaged or of another kind, or it does not fit `params`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"mask file {str(path)!r} does not exist. prune.py writes masks to WORKDIR/masks/.")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"mask file {str(path)!r} cannot be read: {error}. {_HINT}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"mask file {str(path)!r} has format {header.get('format')!r}, not {_FORMAT!r}. {_HINT}")
+    if _digest(packed) != header.get("sha256"):
+        raise ValueError(f"mask file {str(path)!r} has bits that do not match its sha256. {_HINT}")
+    shapes = {name: tuple(layer["shape"]) for name, layer in json.loads(header["layers"]).items()}
+    masks = {name: masking.unpack(packed[name], shape) for name, shape in shapes.items()}
+    return masks if params is None else _fit(masks, params, path)
+
+
+def _fit(masks: dict[str, np.ndarray], params: Params, path: pathlib.Path) -> Mask:
+    found = {name: np.shape(leaf) for name, leaf in zip(trees.names(params), jax.tree.leaves(params), strict=True)}
+    for name, mask in masks.items():
+        if found.get(name) != mask.shape:
+            raise ValueError(
+                f"mask file {str(path)!r} has {name!r} of shape {mask.shape}; the parameters have "
+                f"{found.get(name, 'no such leaf')} there. It belongs to another network."
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: jax.numpy.asarray(masks[trees.path_name(keys)]) if trees.path_name(keys) in masks else None,
+        params,
+    )
+
+
+def _digest(packed: Mapping[str, np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(packed[name].tobytes() for name in sorted(packed))).hexdigest()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, oldest first; [] if there is none.
+
+    Raises:
+      ValueError: a line is no JSON object; names the file, the line and the cure.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = error
+        if not isinstance(row, dict) or "run_id" not in row:
+            raise ValueError(
+                f"row file {str(path)!r}, line {number}: {line[:60]!r} is no result row (a JSON object with a run_id). "
+                "Delete that line, and run again what it held."
+            )
+        rows.append(row)
+    return rows
+
+
+def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Adds a row, in place of an older one of the same `run_id`."""
+    with _locked(path):
+        rows = [old for old in read_rows(path) if old["run_id"] != row["run_id"]]
+        lines = [json.dumps(_plain(r)) for r in [*rows, row]]
+        write_bytes(path, "".join(line + "\n" for line in lines).encode())
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: dicts, lists, numbers, strings, null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,158 @@
+"""`python prune.py` as a user runs it: what it prints and writes, what it finds again, and bad input.
+
+Bad input ends with one message that names the argument, the value and the cure, with a status that is not 0,
+before any work, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from synflow_jax import run, storage
+from synflow_jax.config import Config, PruneConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def _prune(cache: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "prune.py", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}", "--config.model=fc")
+    first = _prune(cache, *flags)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+
+    (row,) = storage.read_rows(tmp_path / "rows.jsonl")
+    expected = {
+        "model": "fc", "dataset": "digits", "pruner": "synflow", "compression": 10.0, "seed": 0,
+        "num_iterations": 100, "schedule": "exponential", "scope": "global", "total": 119_400, "kept": 11_940,
+        "collapsed": False, "max_compression": 19_900.0,
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == expected
+    assert row["seconds"] > 0 and 0 < row["log10_objective"] < 6
+    assert [layer["name"] for layer in row["layers"]] == [*(f"fc{i}/kernel" for i in range(1, 6)), "head/kernel"]
+    assert row["layers"][0]["shape"] == [784, 100] and row["layers"][0]["size"] == 78_400
+    assert sum(layer["kept"] for layer in row["layers"]) == row["kept"]
+    assert row["iterations"]["kept"][-1] == row["kept"] and len(row["iterations"]["log10_objective"]) == 100
+    # The kernel of every layer is a cut of a network whose biases are far smaller than its flow: the scores agree.
+    assert max(layer["score"] for layer in row["layers"]) < 1.3 * min(layer["score"] for layer in row["layers"])
+
+    mask = storage.load_mask(tmp_path / "masks" / f"{row['run_id']}.safetensors")
+    assert {name: int(m.sum()) for name, m in mask.items()} == {x["name"]: x["kept"] for x in row["layers"]}
+    assert json.loads((tmp_path / "config.json").read_text()) == row["config"]
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("119,400 prunable weights", "fc1/kernel", "compression 10.00", "not collapsed", row["run_id"]):
+        assert text in first.stdout
+
+    written = (tmp_path / "rows.jsonl").read_bytes()
+    second = _prune(cache, *flags)
+    assert second.returncode == 0 and "already in" in second.stdout and "fc1/kernel" in second.stdout
+    assert (tmp_path / "rows.jsonl").read_bytes() == written
+
+    again = _prune(cache, *flags, "--overwrite")
+    assert again.returncode == 0 and "already in" not in again.stdout
+    (new,) = storage.read_rows(tmp_path / "rows.jsonl")
+    assert new["mask_sha256"] == row["mask_sha256"] and new["seconds"] != row["seconds"]
+
+    # A damaged mask is found before anything is said of the old run; --overwrite cures it.
+    path = tmp_path / "masks" / f"{row['run_id']}.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    damaged = _prune(cache, *flags)
+    assert damaged.returncode != 0 and "cannot be read" in damaged.stderr and "--overwrite" in damaged.stderr
+    (tmp_path / "rows.jsonl").write_text('{"run_id": "half')
+    damaged = _prune(cache, *flags, "--overwrite")
+    assert damaged.returncode != 0 and "line 1" in damaged.stderr
+
+
+@pytest.mark.parametrize("rule", ["snip", "grasp", "random"])
+def test_rules_on_real_digits(tmp_path: pathlib.Path, cache: pathlib.Path, rule: str) -> None:
+    result = _prune(
+        cache, "--config=configs/digits.py", f"--workdir={tmp_path}", "--config.model=fc",
+        f"--config.prune.pruner={rule}", "--config.prune.dense_classifier", "--config.prune.scope=local",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (row,) = storage.read_rows(tmp_path / "rows.jsonl")
+    assert row["num_iterations"] == 1
+    assert [layer["kept"] for layer in row["layers"]] == [7840, 1000, 1000, 1000, 1000]  # the head is not prunable
+
+
+BAD = {
+    "network": (["--config.model=cifar_vgg17"], "model='cifar_vgg17'", "cifar_vgg16"),
+    "rule": (["--config.prune.pruner=snop"], "prune.pruner='snop'", "snip"),
+    "schedule": (["--config.prune.schedule=cosine"], "schedule='cosine'", "exponential"),
+    "scope": (["--config.prune.scope=layer"], "scope='layer'", "local"),
+    "dataset": (["--config.dataset=cifar"], "dataset='cifar'", "cifar10"),
+    "key": (["--config.prune.compresion=3"], "--config.prune.compresion", "--config.prune.compression"),
+    "type": (["--config.prune.num_iterations=ten"], "num_iterations", "ten"),
+    "compression below 1": (["--config.prune.compression=0.5"], "compression=0.5", "at least 1"),
+    "compression NaN": (["--config.prune.compression=nan"], "compression=nan", "finite"),
+    "compression above the maximum": (["--config.prune.compression=1e5"], "compression=100000", "86794.7"),
+    "no iterations": (["--config.prune.num_iterations=0"], "num_iterations=0", "at least 1"),
+    "data that is not here": (
+        ["--config.prune.pruner=snip", "--config.dataset=cifar100"],
+        "dataset='cifar100'",
+        "--config.dataset=digits",
+    ),
+    "nothing prunable": (["--config.prune.exclude=."], "exclude='.'", "another pattern"),
+    "pattern": (["--config.prune.exclude=("], "exclude='('", "regular expression"),
+    "flag": (["--seed=3"], "seed", "Unknown command line flag"),
+    "word": (["seed"], "'seed'", "Flags begin with --"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(tmp_path: pathlib.Path, cache: pathlib.Path, case: str) -> None:
+    flags, argument, cure = BAD[case]
+    workdir = tmp_path / "work"
+    result = _prune(cache, "--config=configs/digits.py", f"--workdir={workdir}", *flags)
+    assert result.returncode != 0
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert argument in result.stderr and cure in result.stderr
+    assert result.stdout == ""
+    assert not workdir.exists() or not list(workdir.iterdir())
+
+
+def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    broken, foreign = tmp_path / "broken.py", tmp_path / "foreign.py"
+    broken.write_text("def get_config(:\n")
+    foreign.write_text("import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict()\n")
+    for flags, message in (
+        (["--config=none.py"], "no such file"),
+        ([f"--config={broken}"], "does not load: SyntaxError"),
+        ([f"--config={foreign}"], "--config is a ConfigDict"),
+        ([], "--config is missing"),
+    ):
+        result = _prune(cache, *flags, f"--workdir={tmp_path / 'work'}")
+        assert result.returncode != 0 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = _prune(cache, "--config=configs/digits.py", f"--workdir={tmp_path / 'file'}")
+    assert result.returncode != 0 and "cannot be written" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_overflow_names_the_layer_and_writes_nothing(tmp_path: pathlib.Path) -> None:
+    settings = Config(model="fc", dataset="digits", prune=PruneConfig(compression=10.0))
+    network = run.build(settings)
+    network = network._replace(params=jax.tree.map(lambda leaf: 1e8 * leaf, network.params))
+    with pytest.raises(FloatingPointError, match="layer 'fc1/kernel' are not finite in iteration 1 of 100"):
+        run.prune(settings, network, tmp_path)
+    assert not list(tmp_path.iterdir())
