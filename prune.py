@@ -21,6 +21,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder a
 
 
 def main(argv: Sequence[str]) -> None:
+    """Checks, prunes unless it is done already, draws and prints."""
     del argv
     settings = cli.check_config(_CONFIG.value)
     workdir = pathlib.Path(_WORKDIR.value)

@@ -156,7 +156,7 @@ def table_row(record: dict[str, Any]) -> list[str]:
         milliseconds(record["native"]),
         milliseconds(record["matrices"]),
         ratio("native", "matrices"),
-        milliseconds(record["loop_native"]) if in_loop else f"not run: {record['loop_native_predicted']:.0f} s",
+        milliseconds(record["loop_native"]) if in_loop else f"not run: about {record['loop_native_predicted']:.0f} s",
         milliseconds(record["loop_matrices"]),
         ratio("loop_native", "loop_matrices") if in_loop else "",
     ]

@@ -40,7 +40,7 @@ def collapsed(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mas
 
 
 def max_compression(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, params: Params) -> float:
-    """The largest compression that leaves a path: total / `shortest_path` (Section 3 of the paper: N / L on a chain)."""
+    """The largest compression that leaves a path: total / `shortest_path`, N / L on a chain (Section 3)."""
     return sum(trees.sizes(mask)) / max(1, shortest_path(apply_fn, input_shape, mask, params))
 
 

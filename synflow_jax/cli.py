@@ -57,8 +57,8 @@ def check_config(value: Any) -> Config:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on the disk, so that a second run starts at once; JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keeps compiled programs on the disk (JAX_COMPILATION_CACHE_DIR), so that a second run starts at once."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

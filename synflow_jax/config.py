@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from typing import Any, Optional
+from typing import Any
 
 from synflow_jax import data, models, schedules
 
@@ -22,7 +22,7 @@ class PruneConfig:
 
     pruner: str = "synflow"
     compression: float = 100.0  # total / kept
-    num_iterations: Optional[int] = None  # noqa: UP045. None: as in the paper, 100 for synflow and 1 for the others
+    num_iterations: int | None = None  # noqa: UP045. None: as in the paper, 100 for synflow and 1 for the others
     schedule: str = "exponential"
     scope: str = "global"
     nested: bool = True  # a pruned weight stays pruned

@@ -107,7 +107,7 @@ def separators(scores: Scores, k: chex.Array) -> jax.Array:
                 for leaf, value in zip(leaves, jnp.broadcast_to(values, len(leaves)), strict=True)
             ]
         )
-        return counts if per_leaf else jnp.sum(counts, keepdims=True)
+        return counts if per_leaf else jnp.sum(counts, keepdims=True, dtype=jnp.int32)
 
     samples = [leaf.reshape(-1).astype(dtype)[:: _stride(leaf.size if per_leaf else sizes.sum())] for leaf in leaves]
     samples = samples if per_leaf else [jnp.concatenate(samples)]
@@ -232,7 +232,7 @@ def local_mask(scores: Scores, k: chex.Array) -> Mask:
     leaves, structure = jax.tree.flatten(scores)
     k = jnp.asarray(k, jnp.int32)
     values = separators(leaves, k)
-    return structure.unflatten([(s > values[j]) | (k[j] < 1) for j, s in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [(s > values[j]) | (k[j] < 1) for j, s in enumerate(leaves)])
 
 
 def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
@@ -244,5 +244,7 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The bool array of `shape` that `pack` packed. Raises ValueError if the number of bytes does not fit."""
     size = math.prod(shape)
     if packed.shape != (math.ceil(size / 8),):
-        raise ValueError(f"packed has shape {packed.shape}, but a mask of shape {shape} takes ({math.ceil(size / 8)},).")
+        raise ValueError(
+            f"packed has shape {packed.shape}, but a mask of shape {shape} takes ({math.ceil(size / 8)},)."
+        )
     return np.unpackbits(packed, count=size).astype(bool).reshape(shape)

@@ -15,10 +15,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from synflow_jax import masking, schedules, trees
-from synflow_jax.scores import Objective, ScoreFn
+from synflow_jax.scores import Objective, ScoreFn, as_partial
 from synflow_jax.trees import Mask, Params
 
 # fori_loop(lower, upper, body, init); `python_loop` is another one.
@@ -151,11 +150,10 @@ def advance(
         mask = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, mask)
 
         kept = masking.count_kept(mask)
-        info = PruneInfo(
-            info.kept.at[iteration].set(kept),
-            info.score_total.at[iteration].set(total),
-            None if objective_now is None else info.objective.at[iteration].set(objective_now.astype(dtype)),
-        )
+        objectives = info.objective
+        if objectives is not None and objective_now is not None:
+            objectives = objectives.at[iteration].set(objective_now.astype(dtype))
+        info = PruneInfo(info.kept.at[iteration].set(kept), info.score_total.at[iteration].set(total), objectives)
         return PruneState(mask, info, finite)
 
     def body(iteration: jax.Array, state: PruneState) -> PruneState:
@@ -224,7 +222,7 @@ def prune(
     mask = trees.prunable(params) if mask is None else mask
     trees.check_mask(mask, params)
     sizes = trees.sizes(mask)
-    counts = schedules.prune_counts(
+    host_counts = schedules.prune_counts(
         [sum(sizes)] if scope == "global" else sizes, compression, num_iterations, schedule
     )
     if compression > sum(sizes):
@@ -232,9 +230,9 @@ def prune(
             f"compression={compression} leaves none of the {sum(sizes)} prunable weights: it must be at most that."
         )
     key = jax.random.key(0) if key is None else key
-    counts = jnp.asarray(counts, jnp.int32)
-    score_fn = Partial(score_fn)
-    objective = None if objective is None else Partial(objective)
+    counts = jnp.asarray(host_counts, jnp.int32)
+    score_fn = as_partial(score_fn)
+    objective = None if objective is None else as_partial(objective)
     state = init_state(mask, num_iterations, _score_dtype(params, mask), objective=objective is not None)
     run = _jitted_advance if loop_fn is jax.lax.fori_loop else advance
     # Progress is shown between calls of one compiled program: a callback inside of it would keep the program out of

@@ -35,7 +35,7 @@ def prune_counts(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {sorted(SCHEDULES)}.")
-    if isinstance(num_iterations, bool) or num_iterations != int(num_iterations) or num_iterations < 1:
+    if not isinstance(num_iterations, int | np.integer) or isinstance(num_iterations, bool) or num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
     if not np.isfinite(compression) or compression < 1:
         raise ValueError(

@@ -32,6 +32,14 @@ ApplyFn = Callable[[Params, jax.Array], jax.Array]  # parameters, inputs [batch,
 ScoreFn = Callable[[Params, Mask, chex.PRNGKey], Scores]  # the protocol of every rule, and of a user's own
 
 
+def as_partial(function: Callable[..., Any]) -> Partial:
+    """The function as a `Partial`, that is as a tree, which jitted functions take as an argument.
+
+    A `Partial` is returned as it is: wrapped once more it would lose its leaves, and be a constant of the program.
+    """
+    return function if isinstance(function, Partial) else Partial(function)
+
+
 def saliency(objective: Objective, params: Params, mask: Mask) -> Scores:
     """Synaptic saliency, dR/dtheta * theta (Eq. 1), with dR/dtheta taken at the masked parameters.
 
@@ -67,7 +75,7 @@ def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
     >>> float(path_norm(lambda p, x: x @ p["w"], (2,))({"w": jnp.array([[1.0], [-2.0]])}))
     3.0
     """
-    return Partial(_path_norm(tuple(input_shape)), Partial(apply_fn))
+    return Partial(_path_norm(tuple(input_shape)), as_partial(apply_fn))
 
 
 @functools.lru_cache
@@ -100,7 +108,7 @@ def synflow(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ScoreFn:
 
 def _synflow(objective: Objective, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     del key  # no data and no chance
-    return saliency(objective, params, mask)
+    return saliency(objective, apply_mask(params, mask), mask)
 
 
 def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
@@ -113,7 +121,7 @@ def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
     Raises:
       ValueError: there is no batch.
     """
-    return Partial(_snip, Partial(loss_fn), _stack(batches))
+    return Partial(_snip, as_partial(loss_fn), _stack(batches))
 
 
 def _snip(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
@@ -137,7 +145,7 @@ def grasp(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
     Raises:
       ValueError: there is no batch.
     """
-    return Partial(_grasp, Partial(loss_fn), _stack(batches))
+    return Partial(_grasp, as_partial(loss_fn), _stack(batches))
 
 
 def _grasp(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
@@ -151,7 +159,7 @@ def _grasp(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, ke
 
     def objective(theta: Params, batch: Batch) -> jax.Array:
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), g, gradient(theta, batch))
-        return sum(jax.tree.leaves(products))
+        return jax.tree.reduce(jnp.add, products)
 
     scores = _sum_over(batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask))
     total = jnp.abs(_total(scores)) + 1e-10
@@ -176,9 +184,8 @@ def random() -> ScoreFn:
 def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     leaves, structure = jax.tree.flatten(select(params, mask))
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    draws = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, draws)
 
 
 def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
@@ -188,7 +195,7 @@ def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
     >>> float(loss_fn(jnp.zeros((3, 2)), (jnp.ones((5, 3)), jnp.array([0, 1, 0, 1, 1]))))
     0.6931471824645996
     """
-    return Partial(_cross_entropy, Partial(apply_fn), temperature)
+    return Partial(_cross_entropy, as_partial(apply_fn), temperature)
 
 
 def _cross_entropy(apply_fn: ApplyFn, temperature: chex.Numeric, params: Params, batch: Batch) -> jax.Array:
@@ -200,7 +207,7 @@ def _cross_entropy(apply_fn: ApplyFn, temperature: chex.Numeric, params: Params,
 
 
 def _total(scores: Scores) -> jax.Array:
-    return sum(jnp.sum(s) for s in jax.tree.leaves(scores))
+    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, scores))
 
 
 def _stack(batches: Sequence[Batch]) -> list[Batch]:

@@ -37,7 +37,7 @@ def check_writable(folder: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"workdir={str(folder)!r} cannot be written: {error.strerror}. Choose a folder that is yours: --workdir=DIR."
+            f"workdir={str(folder)!r} cannot be written: {error.strerror}. Choose another folder: --workdir=DIR."
         ) from error
 
 
@@ -74,9 +74,7 @@ def save_mask(path: pathlib.Path, mask: Mask, metadata: Mapping[str, Any] | None
     """
     names, leaves = trees.names(mask), [np.asarray(leaf) for leaf in jax.tree.leaves(mask)]
     packed = {name: masking.pack(leaf) for name, leaf in zip(names, leaves, strict=True)}
-    layers = {
-        name: {"shape": leaf.shape, "kept": int(leaf.sum())} for name, leaf in zip(names, leaves, strict=True)
-    }
+    layers = {name: {"shape": leaf.shape, "kept": int(leaf.sum())} for name, leaf in zip(names, leaves, strict=True)}
     digest = _digest(packed)
     header = {
         "format": _FORMAT,

@@ -139,7 +139,7 @@ def check_mask(mask: Mask, params: Params) -> None:
     """Raises ValueError unless `mask` fits `params`: bool leaves of the same shapes, or holes."""
     flat_params, structure = jax.tree_util.tree_flatten_with_path(params)
     try:
-        flat_mask = structure.flatten_up_to(mask)
+        flat_mask = structure.flatten_up_to(mask)  # type: ignore[attr-defined]
     except ValueError as error:
         raise ValueError(
             f"mask does not have the structure of the parameters: {error}. Make one with prunable(params)."

@@ -52,7 +52,9 @@ class Golden(NamedTuple):
         """Each prunable leaf flattened in the reference's layout."""
         shapes = [shape for _, shape in self.meta["layers"]]
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-        return [_to_reference(leaf, shape, i, shapes) for i, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True))]
+        return [
+            _to_reference(leaf, shape, i, shapes) for i, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True))
+        ]
 
 
 def load(path: pathlib.Path, dtype: Any) -> Golden:
@@ -61,9 +63,7 @@ def load(path: pathlib.Path, dtype: Any) -> Golden:
     meta = json.loads(str(arrays.pop("meta")))
     shapes = [tuple(shape) for _, shape in meta["layers"]]
     rng = np.random.Generator(np.random.PCG64(meta["seed"]))
-    weights = [
-        (rng.standard_normal(shape) * np.sqrt(2 / math.prod(shape[1:]))).astype(np.float32) for shape in shapes
-    ]
+    weights = [(rng.standard_normal(shape) * np.sqrt(2 / math.prod(shape[1:]))).astype(np.float32) for shape in shapes]
     digest = hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
     assert digest == meta["weights_sha256"], "NumPy drew other weights than the golden file was made with"
     inputs = rng.standard_normal((16, *meta["input_shape_chw"])).astype(np.float32).transpose(0, 2, 3, 1)
@@ -78,9 +78,7 @@ def load(path: pathlib.Path, dtype: Any) -> Golden:
         jax.eval_shape(lambda key: models.init(model, input_shape, key), jax.random.key(0)),
     )
     mask = trees.prunable(blank)
-    kernels = jax.tree.structure(mask).unflatten(
-        [_from_reference(w, i, shapes) for i, w in enumerate(weights)]
-    )
+    kernels = jax.tree.structure(mask).unflatten([_from_reference(w, i, shapes) for i, w in enumerate(weights)])
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), trees.merge(kernels, blank))
     batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), batch_stats)
     return Golden(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -24,7 +25,7 @@ def _mlp_params(widths: list[int], seed: int = 0) -> trees.Params:
     rng = np.random.default_rng(seed)
     return {
         f"layer{i}": {"w": jnp.asarray(rng.normal(size=(a, b)), jnp.float32), "b": jnp.full(b, 0.5)}
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+        for i, (a, b) in enumerate(itertools.pairwise(widths))
     }
 
 

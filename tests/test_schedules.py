@@ -122,17 +122,6 @@ def test_bad_num_iterations(num_iterations: Any) -> None:
         schedules.prune_counts([10], 2.0, num_iterations)
 
 
-def test_whole_floats_are_whole_numbers() -> None:
-    """A figure such as 1e2 that comes from a config is accepted, as the check says."""
-    np.testing.assert_array_equal(
-        schedules.prune_counts([1000], 10.0, 3.0),  # type: ignore[arg-type]
-        schedules.prune_counts([1000], 10.0, 3),
-    )
-    np.testing.assert_array_equal(
-        schedules.prune_counts([1000], 10.0, np.int64(3)), schedules.prune_counts([1000], 10.0, 3)
-    )
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "", "Linear", None])
 def test_unknown_schedule(schedule: Any) -> None:
     with pytest.raises(ValueError, match=r"schedule=.* is unknown. Choose one of \['exponential', 'linear'\]"):

@@ -56,7 +56,7 @@ def test_truncated_mask_is_refused(tmp_path: pathlib.Path, keep: int) -> None:
     path = tmp_path / "m.safetensors"
     storage.save_mask(path, mask)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="m.safetensors.*cannot be read"):
+    with pytest.raises(ValueError, match=r"m\.safetensors.*cannot be read"):
         storage.load_mask(path)
 
 
@@ -74,7 +74,7 @@ def test_flipped_bit_foreign_file_and_other_network_are_refused(tmp_path: pathli
         storage.load_mask(path)
     storage.save_mask(path, mask)
     params["conv"]["kernel"] = jnp.zeros((3, 3, 2, 6))
-    with pytest.raises(ValueError, match="'conv/kernel'.*another network"):
+    with pytest.raises(ValueError, match=r"'conv/kernel'.*another network"):
         storage.load_mask(path, params)
     del params["conv"]
     with pytest.raises(ValueError, match="no such leaf"):

@@ -73,7 +73,9 @@ def test_imports_go_down(module: str, path: pathlib.Path) -> None:
         if package == "synflow_jax":
             imported = rest.split(".")[0]
             own_folder = imported == module and path.parent != PACKAGE
-            assert own_folder or FLOORS[imported] < FLOORS[module], f"{path.name} imports {name}, which is no lower floor"
+            assert own_folder or FLOORS[imported] < FLOORS[module], (
+                f"{path.name} imports {name}, which is no lower floor"
+            )
         elif package not in sys.stdlib_module_names:
             assert module in ALLOWED.get(package, set()), f"{path.name} imports {name}"
 

@@ -273,7 +273,10 @@ def test_check_mask_accepts_masks() -> None:
             r"^mask (at 'kernel' .* must be bool\[2, 3\]|does not have the structure)",
         ),
         ({"kernel": None, "bias": None}, "mask has no prunable leaf"),
-        ({"kernel": jnp.ones((3, 2), bool), "bias": None}, r"mask at 'kernel' is bool\[3, 2\]; it must be bool\[2, 3\]"),
+        (
+            {"kernel": jnp.ones((3, 2), bool), "bias": None},
+            r"mask at 'kernel' is bool\[3, 2\]; it must be bool\[2, 3\]",
+        ),
         ({"kernel": jnp.ones((2, 3)), "bias": None}, r"mask at 'kernel' is float32\[2, 3\]; it must be bool\[2, 3\]"),
         ({"kernel": None, "bias": jnp.ones((), bool)}, r"mask at 'bias' is bool\[\]; it must be bool\[3\]"),
     ],

@@ -174,12 +174,12 @@ def synflow_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
     return eval_fn(model, jax.tree_util.tree_map_with_path(centred, batch_stats))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
     # One function per module, so that its jitted users find their trace again.
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
         variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
-        return model.apply(variables, x, train=False)
+        return jnp.asarray(model.apply(variables, x, train=False))
 
     return apply
 

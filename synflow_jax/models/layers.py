@@ -24,9 +24,9 @@ TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_default_bias(fan_in: int) -> Initializer:
     """PyTorch's default for biases: uniform in +-1 / sqrt(fan_in), fan_in being that of the layer's kernel."""
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
 
@@ -53,15 +53,19 @@ def convolution(
       inputs: [batch, height, width, in].
       kernel: [height, width, in / groups, out].
     """
-    native = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        feature_group_count=feature_group_count,
-        **kwargs,
-    )
+
+    def native(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            inputs,
+            kernel,
+            strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            feature_group_count=feature_group_count,
+            **kwargs,
+        )
+
     if feature_group_count != 1 or any(d != 1 for d in (*lhs_dilation, *rhs_dilation)):
         return native(inputs, kernel)
     as_matrices = functools.partial(
@@ -79,8 +83,10 @@ def _convolution_as_matrices(
     precision: Any,
 ) -> jax.Array:
     kernel_height, kernel_width, _, features = kernel.shape
+    fill = jnp.zeros((), inputs.dtype)
+    windows = jnp.concatenate(_windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill), axis=-1)
     windows = jnp.concatenate(
-        list(_windows(inputs, (kernel_height, kernel_width), strides, padding, jnp.zeros((), inputs.dtype))), axis=-1
+        _windows(windows, (kernel_height, 1), (strides[0], 1), (padding[0], (0, 0)), fill), axis=-1
     )
     batch, height, width, depth = windows.shape
     products = jnp.dot(
@@ -146,7 +152,5 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
 
     The rule matters for SynFlow: its all-ones input makes ties everywhere. NaN passes through.
     """
-    windows = _windows(
-        x, (window, window), (stride, stride), [(padding, padding)] * 2, jnp.array(-jnp.inf, x.dtype)
-    )
+    windows = _windows(x, (window, window), (stride, stride), [(padding, padding)] * 2, jnp.array(-jnp.inf, x.dtype))
     return functools.reduce(lambda best, new: jnp.where((new > best) | jnp.isnan(new), new, best), windows)
