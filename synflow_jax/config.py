@@ -25,6 +25,8 @@ class PruneConfig:
     num_iterations: int | None = None  # noqa: UP045. None: as in the paper, 100 for synflow and 1 for the others
     schedule: str = "exponential"
     scope: str = "global"
+    # "float32" or "float64"; None: float64 where that is cheap.
+    score_dtype: Optional[str] = None  # noqa: UP045
     nested: bool = True  # a pruned weight stays pruned
     kernels: bool = True  # what may be pruned
     biases: bool = False
@@ -61,6 +63,8 @@ def check(config: Config) -> None:
         raise ValueError(f"prune.pruner={prune.pruner!r} is unknown. Choose one of {', '.join(PRUNERS)}.")
     if prune.scope not in ("global", "local"):
         raise ValueError(f"prune.scope={prune.scope!r} is unknown. Choose 'global' or 'local'.")
+    if prune.score_dtype not in (None, "float32", "float64"):
+        raise ValueError(f"prune.score_dtype={prune.score_dtype!r} is unknown. Choose 'float32' or 'float64'.")
     models.create(config.model, data.spec(config.dataset).num_classes, width_multiplier=config.width_multiplier)
     schedules.prune_counts([1], prune.compression, num_iterations(prune), prune.schedule)
     if config.seed < 0:

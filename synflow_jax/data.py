@@ -44,7 +44,7 @@ def check_readable(dataset: str) -> None:
     if dataset != "digits":
         raise ValueError(
             f"dataset={dataset!r} cannot be read by this version, and snip and grasp score with real images. Run them "
-            "on the digits that come with scikit-learn, resized for the network: --config.dataset=digits. Or take a rule "
+            "on the digits of scikit-learn, resized for the network: --config.dataset=digits. Or take a rule "
             "without data: --config.prune.pruner=synflow, magnitude or random."
         )
 

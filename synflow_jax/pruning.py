@@ -7,6 +7,7 @@ that came from scores that were not finite.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,13 +27,14 @@ LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
 ProgressFn = Callable[[int, "PruneInfo"], None]
 
 _NUM_REPORTS = 20  # calls of on_progress in a run
+_WIDE_BELOW = 2**22  # prunable weights below which a CPU scores in float64 by default
 
 
 class PruneInfo(NamedTuple):
     """What a person reads of a pruning run. Leaves in the order of `trees.names(mask)`; n = num_iterations.
 
     kept: int32 [n, num_leaves], the kept weights of each leaf after each iteration.
-    score_total: float [n, num_leaves], the sum of the scores over the weights that each iteration found kept.
+    score_total: float [n, num_leaves] of the dtype that was scored in, the sum of the scores over the weights that each iteration found kept.
     objective: float [n], R at the masked parameters that each iteration found; None if no objective was given.
     """
 
@@ -181,6 +183,7 @@ def prune(
     mask: Mask | None = None,
     nested: bool = True,
     objective: Objective | None = None,
+    score_dtype: Any = None,
     on_progress: ProgressFn | None = None,
     loop_fn: LoopFn = jax.lax.fori_loop,
 ) -> tuple[Mask, PruneInfo]:
@@ -200,6 +203,11 @@ def prune(
       mask: the mask to start from, and the choice of what is prunable; all kernels by default.
       nested: a pruned weight stays pruned; False lets it return.
       objective: recorded per iteration in the info, for instance `scores.path_norm(apply_fn, input_shape)`.
+      score_dtype: what scores are computed and ranked in; "float32" or "float64". By default float64 where that
+        costs little, which is on a CPU below 4 M prunable weights, else the dtype of the parameters. In float32 the
+        order of two scores that differ by rounding decides for one weight, which decides for others in the
+        iterations after it: on ResNet-20 at compression 10, 5 masks of 12 differ from float64's in 0.1 % to 0.9 % of
+        their bits.
       on_progress: called on the host as `on_progress(num_done, info)`, about twenty times while the loop runs.
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
 
@@ -229,27 +237,48 @@ def prune(
         raise ValueError(
             f"compression={compression} leaves none of the {sum(sizes)} prunable weights: it must be at most that."
         )
+    wide = _choose_dtype(score_dtype, _score_dtype(params, mask), sum(sizes)) == jnp.float64
     key = jax.random.key(0) if key is None else key
-    counts = jnp.asarray(host_counts, jnp.int32)
     score_fn = as_partial(score_fn)
     objective = None if objective is None else as_partial(objective)
-    state = init_state(mask, num_iterations, _score_dtype(params, mask), objective=objective is not None)
     run = _jitted_advance if loop_fn is jax.lax.fori_loop else advance
     # Progress is shown between calls of one compiled program: a callback inside of it would keep the program out of
     # the compilation cache.
     stride = num_iterations if on_progress is None else -(-num_iterations // _NUM_REPORTS)
-    for start in range(0, num_iterations, stride):
-        stop = min(start + stride, num_iterations)
-        state = run(
-            score_fn, params, counts, key, state, start, stop,
-            scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
-        )  # fmt: skip
-        if not bool(state.finite):
-            break
-        if on_progress is not None:
-            on_progress(stop, state.info)
-    check_finite(state.info, mask)
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        counts = jnp.asarray(host_counts, jnp.int32)
+        if wide:
+            score_fn, params, objective = _widen((score_fn, params, objective))
+        state = init_state(mask, num_iterations, _score_dtype(params, mask), objective=objective is not None)
+        for start in range(0, num_iterations, stride):
+            stop = min(start + stride, num_iterations)
+            state = run(
+                score_fn, params, counts, key, state, start, stop,
+                scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
+            )  # fmt: skip
+            if not bool(state.finite):
+                break
+            if on_progress is not None:
+                on_progress(stop, state.info)
+        check_finite(state.info, mask)
     return state.mask, state.info
+
+
+def _choose_dtype(score_dtype: Any, params_dtype: Any, num_weights: int) -> Any:
+    if score_dtype is None:
+        cheap = jax.default_backend() == "cpu" and num_weights < _WIDE_BELOW
+        return jnp.dtype(jnp.float64) if cheap else params_dtype
+    if score_dtype not in ("float32", "float64", jnp.float32, jnp.float64):
+        raise ValueError(f"score_dtype={score_dtype!r} is unknown. Choose 'float32' or 'float64', or None for either.")
+    if jnp.dtype(score_dtype).itemsize < params_dtype.itemsize:
+        raise ValueError(f"score_dtype={score_dtype!r} is narrower than the parameters, which are {params_dtype}.")
+    return jnp.dtype(score_dtype)
+
+
+def _widen(tree: trees.Tree) -> trees.Tree:
+    """All floats as float64; what a score function binds too."""
+    is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)
 
 
 def check_finite(info: PruneInfo, mask: Mask) -> None:
@@ -262,6 +291,6 @@ def check_finite(info: PruneInfo, mask: Mask) -> None:
         raise FloatingPointError(
             f"scores of layer {trees.names(mask)[leaf]!r} are not finite in iteration {iteration + 1} of "
             f"{len(totals)}: they add up to {totals[iteration, leaf]}. The network is too deep or its weights "
-            f"are too large for {totals.dtype}, or they are not finite themselves. Score in float64 (under "
-            "jax.enable_x64, with the parameters in float64), which reaches ten times as many layers."
+            f"are too large for {totals.dtype}, or they are not finite themselves. Scores "
+            "in float64 reach eight times as many layers: score_dtype='float64' (--config.prune.score_dtype=float64)."
         )

@@ -122,6 +122,7 @@ def prune(
         key=jax.random.fold_in(jax.random.key(settings.seed), 1),  # apart from the key that drew the network
         mask=network.mask,
         nested=options.nested,
+        score_dtype=options.score_dtype,
         objective=scores.path_norm(apply_fn, network.input_shape),
         on_progress=on_progress,
     )

@@ -177,14 +177,14 @@ def _magnitude(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
 
 
 def random() -> ScoreFn:
-    """Independent standard normal scores."""
+    """Independent standard normal scores, drawn in float32 whatever the parameters are."""
     return Partial(_random)
 
 
 def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     leaves, structure = jax.tree.flatten(select(params, mask))
     keys = jax.random.split(key, len(leaves))
-    draws = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    draws = [jax.random.normal(k, leaf.shape, jnp.float32) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, draws)
 
 

@@ -9,6 +9,9 @@ import pytest
 
 # A shape that broadcasts by accident is an error in every test; so is a warning (pyproject.toml).
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same network is compiled in many tests: once is enough, also over several runs and workers.
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

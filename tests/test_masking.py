@@ -110,9 +110,8 @@ def test_kth_smallest_of_a_tree_with_holes_and_empty_leaves() -> None:
     assert _kth_smallest({"a": jnp.zeros(0)}, 1) == jnp.inf
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_kth_smallest_of_half_precision_is_float32(dtype: Any) -> None:
-    scores = jnp.asarray(np.random.default_rng(0).standard_normal(5000), dtype)
+def test_kth_smallest_of_half_precision_is_float32() -> None:
+    scores = jnp.asarray(np.random.default_rng(0).standard_normal(5000), jnp.float16)
     exact = np.sort(np.asarray(scores, np.float32))
     for k in (1, 17, 2500, 5000):
         value = _kth_smallest([scores], k)
@@ -136,8 +135,8 @@ def test_more_scores_than_a_count_can_hold() -> None:
         jax.eval_shape(masking.global_mask, scores, 1)
 
 
-# Two structures for all examples: a new shape would be a new compilation.
-_SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (((3,),), ((2, 3, 2), (0,), (), (40,)))
+# One structure for all examples: a new shape would be a new compilation.
+_SHAPES: tuple[tuple[int, ...], ...] = ((2, 3, 2), (0,), (), (40,))
 
 
 def _arrays(dtype: Any) -> st.SearchStrategy[list[np.ndarray]]:
@@ -147,10 +146,7 @@ def _arrays(dtype: Any) -> st.SearchStrategy[list[np.ndarray]]:
     any_float = st.floats(width=width, allow_nan=False, allow_subnormal=False)
     elements = st.one_of(any_float, st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 2.0]))
 
-    def leaves(shapes: tuple[tuple[int, ...], ...]) -> st.SearchStrategy[list[np.ndarray]]:
-        return st.tuples(*(hnp.arrays(drawn, shape, elements=elements) for shape in shapes)).map(list)
-
-    return st.sampled_from(_SHAPES).flatmap(leaves)
+    return st.tuples(*(hnp.arrays(drawn, shape, elements=elements) for shape in _SHAPES)).map(list)
 
 
 def _joined(leaves: list[jax.Array]) -> np.ndarray:
@@ -170,7 +166,8 @@ def test_kth_smallest_and_masks_of_random_trees(dtype: Any) -> None:
             k = round(fraction * joined.size)
             padded = np.concatenate([[-np.inf], np.sort(joined), [np.inf]])
             expected = padded[np.clip(k, 0, joined.size + 1)]
-            assert np.asarray(_kth_smallest(scores, k)) == expected
+            value = _kth_smallest(scores, k)
+            assert value.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32) and value == expected
 
             mask = _global_mask(scores, k)
             assert [m.shape for m in mask] == [s.shape for s in scores] and {m.dtype for m in mask} == {jnp.bool_.dtype}

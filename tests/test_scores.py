@@ -109,10 +109,9 @@ def test_what_flows_through_a_unit_is_conserved_for_any_homogeneous_loss() -> No
         )
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_every_layer_of_a_vgg_holds_the_same_score(batch_norm: bool) -> None:
-    """Theorem 2, with max pools, a global average and, on request, batch norm: every layer cuts the network."""
-    model = VGG(10, widths=((8,), (16,), (16, 16)), batch_norm=batch_norm)
+def test_every_layer_of_a_vgg_holds_the_same_score() -> None:
+    """Theorem 2, with max pools, batch norm and a global average: every layer cuts the network."""
+    model = VGG(10, widths=((8,), (16,), (16, 16)))
     blank, batch_stats = jax.eval_shape(lambda key: models.init(model, (8, 8, 3), key), KEY)
     rng = np.random.default_rng(3)
     # Norms and statistics as of a trained network; biases are 0, for a bias is a source of flow.
@@ -134,31 +133,6 @@ def test_every_layer_of_a_vgg_holds_the_same_score(batch_norm: bool) -> None:
     assert len(totals) == 5 and r > 0
     np.testing.assert_allclose(totals, float(r), rtol=1e-5)
     assert all((np.asarray(score) >= 0).all() for score in jax.tree.leaves(found))
-
-
-def test_scores_have_holes_where_the_mask_has() -> None:
-    w = _weights((3, 4, 2))
-    params = {"fc": {"kernel": w["w0"], "bias": jnp.ones(4)}, "head": {"kernel": w["w1"]}}
-
-    def apply_fn(p: trees.Params, x: jax.Array) -> jax.Array:
-        return jax.nn.relu(x @ p["fc"]["kernel"] + p["fc"]["bias"][None]) @ p["head"]["kernel"]
-
-    loss_fn, batches = scores.cross_entropy(apply_fn), [_batch(np.random.default_rng(0), 4, 3, 2)]
-    rules = {
-        "synflow": scores.synflow(apply_fn, (3,)),
-        "snip": scores.snip(loss_fn, batches),
-        "grasp": scores.grasp(loss_fn, batches),
-        "magnitude": scores.magnitude(),
-        "random": scores.random(),
-    }
-    mask = trees.prunable(params, biases=True, exclude="head")
-    for name, rule in rules.items():
-        found = _call(rule, params, mask)
-        assert jax.tree.structure(found) == jax.tree.structure(mask), name
-        assert found["head"]["kernel"] is None
-        for score, m in zip(jax.tree.leaves(found), jax.tree.leaves(mask), strict=True):
-            assert score.shape == m.shape and score.dtype == jnp.float32, name
-            assert bool(jnp.isfinite(score).all()), name
 
 
 def test_saliency_is_the_derivative_with_respect_to_the_mask() -> None:
@@ -186,7 +160,7 @@ def _batch(rng: np.random.Generator, size: int, features: int, classes: int) -> 
     return inputs, jnp.asarray(rng.integers(0, classes, size), jnp.int32)
 
 
-_SIZES = {"one": [6], "equal": [4, 4, 4], "unequal": [2, 3, 3, 1]}
+_SIZES = {"one": [6], "unequal": [2, 3, 3, 1]}
 
 
 def _problem(sizes: list[int]) -> tuple[trees.Params, trees.Mask, list[Any]]:
@@ -235,7 +209,7 @@ def test_snip_is_a_sum_over_batches(sizes: list[int]) -> None:
     assert all(bool((s >= 0).all()) for s in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize("sizes, temperature", [([6], 200.0), ([4, 4, 4], 1.0), ([2, 3, 3, 1], 200.0)])
+@pytest.mark.parametrize("sizes, temperature", [([6], 1.0), ([2, 3, 3, 1], 200.0)])
 def test_grasp_is_a_hessian_times_the_gradient_of_all_batches(sizes: list[int], temperature: float) -> None:
     params, mask, batches = _problem(sizes)
     chosen, rest = _prunable(params, mask)
@@ -267,15 +241,6 @@ def test_grasp_is_divided_by_the_absolute_total() -> None:
 
 
 @pytest.mark.parametrize("rule", [scores.snip, scores.grasp])
-def test_batches_may_come_in_any_order_and_as_any_sequence(rule: Callable[..., scores.ScoreFn]) -> None:
-    params, mask, batches = _problem([2, 3, 3, 1])
-    loss_fn = scores.cross_entropy(_with_bias)
-    one = _call(rule(loss_fn, batches), params, mask)
-    two = _call(rule(loss_fn, tuple(reversed(batches))), params, mask)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
-
-
-@pytest.mark.parametrize("rule", [scores.snip, scores.grasp])
 @pytest.mark.parametrize("batches", [[], (), iter([])])
 def test_no_batch(rule: Callable[..., scores.ScoreFn], batches: Any) -> None:
     with pytest.raises(ValueError, match="batches is empty: a data-driven rule needs at least one batch"):
@@ -283,15 +248,14 @@ def test_no_batch(rule: Callable[..., scores.ScoreFn], batches: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", [scores.snip, scores.grasp])
-@pytest.mark.parametrize("sizes", _SIZES.values(), ids=_SIZES)
-def test_new_batches_are_not_a_new_trace(rule: Callable[..., scores.ScoreFn], sizes: list[int]) -> None:
+def test_new_batches_are_not_a_new_trace(rule: Callable[..., scores.ScoreFn]) -> None:
     calls = []
 
     def loss_fn(params: trees.Params, batch: Any) -> jax.Array:
         calls.append(None)
         return scores.cross_entropy(_with_bias)(params, batch)
 
-    params, mask, batches = _problem(sizes)
+    params, mask, batches = _problem([2, 3, 3, 1])
     first = _call(rule(loss_fn, batches), params, mask, KEY)
     num_calls = len(calls)
     assert num_calls > 0
@@ -377,14 +341,22 @@ def test_random_scores_are_independent_normals() -> None:
     assert abs(np.mean(a * np.asarray(other["a"]).reshape(-1))) < 5 / num**0.5
 
 
-def test_rules_but_random_ignore_the_key() -> None:
+def test_every_rule_scores_what_is_prunable_and_only_random_uses_the_key() -> None:
     params, mask, batches = _problem([6])
     loss_fn = scores.cross_entropy(_with_bias)
-    for rule in (
-        scores.magnitude(),
-        scores.snip(loss_fn, batches),
-        scores.grasp(loss_fn, batches),
-        scores.synflow(_with_bias, (4,)),
-    ):
+    rules = {
+        "magnitude": scores.magnitude(),
+        "random": scores.random(),
+        "snip": scores.snip(loss_fn, batches),
+        "grasp": scores.grasp(loss_fn, batches),
+        "synflow": scores.synflow(_with_bias, (4,)),
+    }
+    for name, rule in rules.items():
         one, two = (_call(rule, params, mask, jax.random.key(seed)) for seed in (0, 1))
-        jax.tree.map(np.testing.assert_array_equal, one, two)
+        assert jax.tree.structure(one) == jax.tree.structure(mask), name
+        assert one["z_bias"] is None
+        for score, m in _pairs(one, mask):
+            assert score.shape == m.shape and score.dtype == jnp.float32, name
+            assert bool(jnp.isfinite(score).all()), name
+        same = [bool((a == b).all()) for a, b in _pairs(one, two)]
+        assert same == [name != "random"] * 2
