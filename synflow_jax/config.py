@@ -22,11 +22,11 @@ class PruneConfig:
 
     pruner: str = "synflow"
     compression: float = 100.0  # total / kept
-    num_iterations: int | None = None  # noqa: UP045. None: as in the paper, 100 for synflow and 1 for the others
+    num_iterations: int | None = None  # None: as in the paper, 100 for synflow and 1 for the others
     schedule: str = "exponential"
     scope: str = "global"
     # "float32" or "float64"; None: float64 where that is cheap.
-    score_dtype: Optional[str] = None  # noqa: UP045
+    score_dtype: str | None = None
     nested: bool = True  # a pruned weight stays pruned
     kernels: bool = True  # what may be pruned
     biases: bool = False

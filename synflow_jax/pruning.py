@@ -34,7 +34,8 @@ class PruneInfo(NamedTuple):
     """What a person reads of a pruning run. Leaves in the order of `trees.names(mask)`; n = num_iterations.
 
     kept: int32 [n, num_leaves], the kept weights of each leaf after each iteration.
-    score_total: float [n, num_leaves] of the dtype that was scored in, the sum of the scores over the weights that each iteration found kept.
+    score_total: float [n, num_leaves], the sum of the scores over the weights that each iteration found kept, in the
+      dtype of the scores.
     objective: float [n], R at the masked parameters that each iteration found; None if no objective was given.
     """
 
