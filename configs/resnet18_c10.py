@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/resnet18_c10.py
 
-@@
+Expect 111,644 of 11,164,352 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

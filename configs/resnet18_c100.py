@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/resnet18_c100.py
 
-@@
+Expect 112,105 of 11,210,432 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

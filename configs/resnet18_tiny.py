@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/resnet18_tiny.py
 
-@@
+Expect 112,617 of 11,261,632 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg11_c10.py
 
-@vgg11_c10@
+Expect 92,229 of 9,222,848 weights kept in 9 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg11_c100.py
 
-@vgg11_c100@
+Expect 92,690 of 9,268,928 weights kept in 9 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg11_tiny.py
 
-@@
+Expect 125,683 of 12,568,256 weights kept in 11 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

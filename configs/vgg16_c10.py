@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg16_c10.py
 
-@vgg16_c10@
+Expect 147,156 of 14,715,584 weights kept in 14 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

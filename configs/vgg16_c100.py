@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg16_c100.py
 
-@vgg16_c100@
+Expect 147,617 of 14,761,664 weights kept in 14 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

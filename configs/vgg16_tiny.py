@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg16_tiny.py
 
-@@
+Expect 180,610 of 18,060,992 weights kept in 16 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

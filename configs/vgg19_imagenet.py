@@ -2,7 +2,8 @@
 
     python prune.py --config=configs/vgg19_imagenet.py
 
-@@
+Expect 1,436,526 of 143,652,544 weights kept in 19 layers, no layer empty.
+Its duration was not measured.
 """
 
 from synflow_jax.config import Config

@@ -147,6 +147,8 @@ def check_mask(mask: Mask, params: Params) -> None:
     if all(leaf is None for leaf in flat_mask):
         raise ValueError("mask has no prunable leaf, only holes. Make one with prunable(params).")
     for (path, leaf), m in zip(flat_params, flat_mask, strict=True):
+        if m is not None and not hasattr(m, "shape"):
+            raise ValueError(f"mask at {path_name(path)!r} is a {type(m).__name__}; it must be a bool array or None.")
         if m is not None and (jnp.shape(m) != jnp.shape(leaf) or jnp.result_type(m) != jnp.bool_):
             raise ValueError(
                 f"mask at {path_name(path)!r} is {jnp.result_type(m)}{list(jnp.shape(m))}; it must be "

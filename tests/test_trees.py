@@ -270,7 +270,7 @@ def test_check_mask_accepts_masks() -> None:
         (None, "mask does not have the structure of the parameters"),
         (
             {"kernel": {"w": jnp.ones((2, 3), bool)}, "bias": None},
-            r"^mask (at 'kernel' .* must be bool\[2, 3\]|does not have the structure)",
+            r"^mask at 'kernel' is a dict",
         ),
         ({"kernel": None, "bias": None}, "mask has no prunable leaf"),
         (
