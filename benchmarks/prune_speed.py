@@ -73,7 +73,7 @@ def our_loop(name: str, iterations: int) -> Record:
     mask, seconds = None, []
     for _ in range(2):
         start = time.perf_counter()
-        # The peer computes in float32; the command, which is measured too, takes its default, float64 on a CPU.
+        # As the peer does, and the command, which is measured too.
         result = pruning.prune(
             score_fn, params, compression=COMPRESSION, num_iterations=iterations, score_dtype="float32"
         )

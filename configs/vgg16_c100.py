@@ -3,7 +3,7 @@
     python prune.py --config=configs/vgg16_c100.py
 
 Expect 147,617 of 14,761,664 weights kept in 14 layers, no layer empty.
-Its duration was not measured.
+Measured on two CPU cores, compilation included: 34 s, 21 s from the compilation cache.
 """
 
 from synflow_jax.config import Config

@@ -45,7 +45,7 @@ def convolution(
     """`jax.lax.conv_general_dilated`; on a CPU, patches times a matrix.
 
     GPUs and TPUs take XLA's convolution. On a CPU XLA's runs up to a hundred times slower inside of a loop or a
-    scan than the product of matrices, and no shape of the paper's networks favours it (benchmarks/convolution.py).
+    scan than the product of matrices; outside of them neither form always wins (benchmarks/convolution.py).
     The platform is chosen when the program is lowered, so one traced program serves all. Both forms sum the
     same products.
 
