@@ -62,7 +62,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_bytes(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
 
-def save_mask(path: pathlib.Path, mask: Mask, metadata: Mapping[str, Any] | None = None) -> str:
+def save_mask(path: str | os.PathLike[str], mask: Mask, metadata: Mapping[str, Any] | None = None) -> str:
     """Writes a mask as a safetensors file that describes itself; read it back with `load_mask`.
 
     One uint8 tensor for each prunable leaf, by name, holds its bits (`masking.pack`). The file's metadata holds
@@ -82,7 +82,7 @@ def save_mask(path: pathlib.Path, mask: Mask, metadata: Mapping[str, Any] | None
         "sha256": digest,
         "run": json.dumps(_plain(dict(metadata or {}))),
     }
-    write_bytes(path, safetensors.numpy.save(packed, header))
+    write_bytes(pathlib.Path(path), safetensors.numpy.save(packed, header))
     return digest
 
 

@@ -24,7 +24,7 @@ def _params_and_mask() -> tuple[trees.Params, trees.Mask]:
 
 def test_mask_comes_back(tmp_path: pathlib.Path) -> None:
     params, mask = _params_and_mask()
-    digest = storage.save_mask(tmp_path / "m.safetensors", mask, {"seed": 3})
+    digest = storage.save_mask(str(tmp_path / "m.safetensors"), mask, {"seed": 3})
     loaded = storage.load_mask(tmp_path / "m.safetensors", params)
     trees.check_mask(loaded, params)
     assert loaded["conv"]["bias"] is None
