@@ -1,6 +1,6 @@
 """Pruning neural networks at initialization in JAX: SynFlow (arXiv 2006.05467) and the rules beside it.
 
-The names here need nothing but JAX and NumPy. `synflow_jax.models` has the paper's networks in Flax, and
+The names here need nothing but JAX, NumPy and chex. `synflow_jax.models` has the paper's networks in Flax, and
 `synflow_jax.storage` reads and writes masks.
 """
 
