@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pathlib
 from collections.abc import Mapping
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from synflow_jax import storage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind readers
 
@@ -20,6 +21,8 @@ def layers(row: Mapping[str, Any]) -> Figure:
     Args:
       row: a row of `rows.jsonl`.
     """
+    from matplotlib.figure import Figure  # here, so that its memory is not there while programs are compiled
+
     names = [layer["name"].removesuffix("/kernel") for layer in row["layers"]]
     sizes = [layer["size"] for layer in row["layers"]]
     kept = [layer["kept"] for layer in row["layers"]]

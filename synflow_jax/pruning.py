@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from synflow_jax.trees import Mask, Params
 
 # fori_loop(lower, upper, body, init); `python_loop` is another one.
 LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
-# on_progress(num_done, info): iterations finished so far, and the info up to them.
+# on_progress(num_done, info): iterations finished so far, and the info up to them. Called with 0 once compiled.
 ProgressFn = Callable[[int, "PruneInfo"], None]
 
 _NUM_REPORTS = 20  # calls of on_progress in a run
@@ -209,7 +210,8 @@ def prune(
         the order of two scores that differ by rounding decides for one weight, which decides for others in the
         iterations after it: on ResNet-20 at compression 10, 5 masks of 12 differ from float64's in 0.1 % to 0.9 % of
         their bits; on VGG-11, 0.15 %. "float32" takes half the time and memory.
-      on_progress: called on the host as `on_progress(num_done, info)`, about twenty times while the loop runs.
+      on_progress: called on the host as `on_progress(num_done, info)`: with 0 when the loop is compiled, then about
+        twenty times while it runs.
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
 
     Returns:
@@ -253,8 +255,10 @@ def prune(
         if wide:
             score_fn, params, objective = _widen((score_fn, params, objective))
         state = init_state(mask, num_iterations, _score_dtype(params, mask), objective=objective is not None)
-        for start in range(0, num_iterations, stride):
-            stop = min(start + stride, num_iterations)
+        bounds = [*range(0, num_iterations, stride), num_iterations]
+        # An empty first stretch compiles, so that "compiling" and "pruning" can be told apart.
+        stretches = [(0, 0)] * (on_progress is not None) + list(itertools.pairwise(bounds))
+        for start, stop in stretches:
             state = run(
                 score_fn, params, counts, key, state, start, stop,
                 scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,

@@ -48,8 +48,8 @@ def progress(output: rich.console.Console, num_iterations: int) -> Iterator[Call
         task = bar.add_task("compiling", total=num_iterations, kept="")
 
         def update(num_done: int, info: PruneInfo) -> None:
-            kept = int(info.kept[num_done - 1].sum())
-            bar.update(task, completed=num_done, description="pruning", kept=f"{kept:,} weights kept")
+            kept = f"{int(info.kept[num_done - 1].sum()):,} weights kept" if num_done else ""
+            bar.update(task, completed=num_done, description="pruning", kept=kept)
 
         yield update
 

@@ -108,7 +108,9 @@ def synflow(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ScoreFn:
 
 def _synflow(objective: Objective, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     del key  # no data and no chance
-    return saliency(objective, apply_mask(params, mask), mask)
+    # The masked parameters are written once, in `saliency`: then XLA sees that a recorded objective is the same forward
+    # pass, and does not repeat it.
+    return map_prunable(lambda m, s: jnp.where(m, s, jnp.zeros_like(s)), mask, saliency(objective, params, mask))
 
 
 def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:

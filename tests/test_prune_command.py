@@ -49,7 +49,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     assert [layer["name"] for layer in row["layers"]] == [*(f"fc{i}/kernel" for i in range(1, 6)), "head/kernel"]
     assert row["layers"][0]["shape"] == [784, 100] and row["layers"][0]["size"] == 78_400
     assert sum(layer["kept"] for layer in row["layers"]) == row["kept"]
-    assert row["iterations"]["kept"][-1] == row["kept"] and len(row["iterations"]["log10_objective"]) == 100
+    assert row["iterations"]["kept"][-1] == row["kept"] and len(row["iterations"]["min_layer_score"]) == 100
     # The kernel of every layer is a cut of a network whose biases are far smaller than its flow: the scores agree.
     assert max(layer["score"] for layer in row["layers"]) < 1.3 * min(layer["score"] for layer in row["layers"])
 

@@ -153,7 +153,12 @@ def init(model: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tupl
       input_shape: of one example.
       key: consumed.
     """
-    variables = jax.jit(model.init, static_argnames="train")(key, jnp.zeros((1, *input_shape)), train=False)
+    # Drawing the weights takes milliseconds, and optimizing the program that draws them took three seconds of a CPU.
+    # A program inside of another one takes no options.
+    on_cpu = jax.default_backend() == "cpu" and not isinstance(key, jax.core.Tracer)
+    quick = {"xla_backend_optimization_level": 1} if on_cpu else None
+    draw = jax.jit(model.init, static_argnames="train", compiler_options=quick)
+    variables = draw(key, jnp.zeros((1, *input_shape)), train=False)
     return variables["params"], variables.get("batch_stats", {})
 
 
