@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from synflow_jax import cli, config, figures, report, run, storage
+from synflow_jax import cli, config, figures, prune_run, report, storage
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, rows and pictures")
@@ -28,15 +28,15 @@ def main(argv: Sequence[str]) -> None:
     output = report.console()
     storage.check_writable(workdir)
     storage.read_rows(workdir / "rows.jsonl")  # a damaged one is found now, not after the work
-    row = None if _OVERWRITE.value else run.find_row(settings, workdir)
+    row = None if _OVERWRITE.value else prune_run.find_row(settings, workdir)
     if row is not None:
         output.print(f"This run is already in {workdir}, from an earlier time; --overwrite runs it again.")
     else:
         cli.use_compilation_cache()
-        network = run.build(settings)
+        network = prune_run.build(settings)
         report.network(output, settings.model, network)
         with report.progress(output, config.num_iterations(settings.prune)) as on_progress:
-            row = run.prune(settings, network, workdir, on_progress)
+            row = prune_run.prune(settings, network, workdir, on_progress)
     figures.save(figures.layers(row), workdir / "layers.png")
     report.row(output, row)
     report.files(output, workdir, row["run_id"])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import pathlib
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
-from synflow_jax import config
+from synflow_jax import config, train_run
 from synflow_jax.config import Config
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show the whole traceback of an error instead of one message")
+
+_STOPPED = 143  # the status of a process that SIGTERM ended: the run is not complete, and must not look so
 
 # What the library raises for input that it cannot use. Anything else is our mistake and keeps its traceback.
 _EXPECTED = (ValueError, FloatingPointError, OSError)
@@ -37,6 +42,9 @@ def run(main: Callable[[Sequence[str]], Config | None]) -> None:
             if _TRACEBACK.value:
                 raise
             _fail(str(error))
+        except train_run.Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(_STOPPED)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)
@@ -62,6 +70,30 @@ def use_compilation_cache() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM or SIGINT came; a second one acts as it always does."""
+    came: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        del frame
+        came.append(number)
+        restore()
+        print("stopping: saving where the run stands", file=sys.stderr, flush=True)
+
+    for number in usual:
+        signal.signal(number, hear)
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
 
 
 def _parse(argv: list[str]) -> list[str]:

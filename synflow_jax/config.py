@@ -5,6 +5,7 @@ Without `from __future__ import annotations`: ml_collections reads the types of 
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -17,11 +18,18 @@ DATA_DRIVEN = ("snip", "grasp")
 
 
 @dataclasses.dataclass
+class DataConfig:
+    """Where the data lies. No part of what a run is: its name and its rows are the same elsewhere."""
+
+    dir: str | None = None  # None: each reader's own place
+
+
+@dataclasses.dataclass
 class PruneConfig:
     """How to prune. See `synflow_jax.pruning.prune`."""
 
     pruner: str = "synflow"
-    compression: float = 100.0  # total / kept
+    compression: float = 100.0  # total / kept; 1 prunes nothing
     num_iterations: int | None = None  # None: as in the paper, 100 for synflow and 1 for the others
     schedule: str = "exponential"
     scope: str = "global"
@@ -39,6 +47,29 @@ class PruneConfig:
 
 
 @dataclasses.dataclass
+class TrainConfig:
+    """How to train. The defaults are those of the published VGGs on CIFAR."""
+
+    num_epochs: int = 160
+    batch_size: int = 128  # over all devices
+    learning_rate: float = 0.1
+    drops: tuple[int, ...] = (60, 120)  # epochs after which the learning rate is multiplied by drop_factor
+    drop_factor: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None  # of the whole gradient
+    compute_dtype: str = "float32"  # or "bfloat16"; parameters and their state are float32 either way
+    augment: bool = True
+    # Any optax chain in place of the above: a function (steps per epoch) -> optax.GradientTransformation, set in the
+    # config file.
+    make_optimizer: Any = None
+    keep_checkpoints: int = 2
+    checkpoint_every: int = 1  # epochs
+
+
+@dataclasses.dataclass
 class Config:
     """One run."""
 
@@ -46,13 +77,15 @@ class Config:
     dataset: str = "cifar100"
     width_multiplier: float = 1.0
     seed: int = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
 def num_iterations(config: PruneConfig) -> int:
-    """The number of iterations, with the paper's in place of None."""
+    """The number of iterations, with the paper's in place of None; compression 1 has nothing to iterate."""
     if config.num_iterations is None:
-        return 100 if config.pruner == "synflow" else 1
+        return 100 if config.pruner == "synflow" and config.compression != 1 else 1
     return config.num_iterations
 
 
@@ -72,19 +105,68 @@ def check(config: Config) -> None:
     if not 0 < prune.temperature < math.inf:
         raise ValueError(f"prune.temperature={prune.temperature} must be positive and finite.")
     if prune.pruner in DATA_DRIVEN:
-        data.check_readable(config.dataset)
+        data.check_readable(config.dataset, config.data.dir)
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """The config as plain values, with the number of iterations filled in."""
+def check_train(config: Config) -> None:
+    """Raises ValueError for a value of the training out of its range, or for data that is not there."""
+    train = config.train
+    for name in ("num_epochs", "batch_size", "keep_checkpoints", "checkpoint_every"):
+        if getattr(train, name) < 1:
+            raise ValueError(f"train.{name}={getattr(train, name)} must be at least 1.")
+    for name, low, high in (
+        ("learning_rate", 0, math.inf), ("drop_factor", 0, math.inf), ("weight_decay", 0, math.inf),
+        ("momentum", 0, 1), ("label_smoothing", 0, 1),
+    ):  # fmt: skip
+        if not low <= getattr(train, name) < high:
+            raise ValueError(f"train.{name}={getattr(train, name)} must be at least {low} and below {high}.")
+    if train.clip_norm is not None and not 0 < train.clip_norm < math.inf:
+        raise ValueError(f"train.clip_norm={train.clip_norm} must be positive and finite, or None.")
+    if list(train.drops) != sorted(set(train.drops)) or any(epoch < 1 for epoch in train.drops):
+        raise ValueError(f"train.drops={train.drops} must be epochs from 1 on, in rising order.")
+    if train.compute_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"train.compute_dtype={train.compute_dtype!r} is unknown. Choose 'float32' or 'bfloat16'.")
+    if train.make_optimizer is not None and not callable(train.make_optimizer):
+        raise ValueError(
+            f"train.make_optimizer={train.make_optimizer!r} must be a function (steps per epoch) -> optax chain, set "
+            "in the config file."
+        )
+    data.check_readable(config.dataset, config.data.dir)
+
+
+def prune_dict(config: Config) -> dict[str, Any]:
+    """What decides on the mask, as plain values, with the number of iterations filled in."""
     values = dataclasses.asdict(config)
     values["prune"]["num_iterations"] = num_iterations(config.prune)
+    del values["train"], values["data"]
+    return values
+
+
+def train_dict(config: Config) -> dict[str, Any]:
+    """What decides on the trained network, as plain values; a function by its name and its source."""
+    values = prune_dict(config)
+    values["train"] = dataclasses.asdict(config.train)
+    for kept in ("keep_checkpoints", "checkpoint_every"):
+        del values["train"][kept]
+    make_optimizer = config.train.make_optimizer
+    if make_optimizer is not None:
+        source = hashlib.sha256(inspect.getsource(make_optimizer).encode()).hexdigest()[:8]
+        values["train"]["make_optimizer"] = f"{make_optimizer.__name__} {source}"
     return values
 
 
 def run_id(config: Config) -> str:
-    """A name that is the same for the same config: the parts that a reader looks for, and a hash of everything."""
-    digest = hashlib.sha256(json.dumps(as_dict(config), sort_keys=True).encode()).hexdigest()[:8]
+    """A name that is the same for the same pruning: the parts that a reader looks for, and a hash of everything."""
+    return _name(config, prune_dict(config))
+
+
+def train_id(config: Config) -> str:
+    """The name of a training run."""
+    return "train-" + _name(config, train_dict(config))
+
+
+def _name(config: Config, values: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     prune = config.prune
     parts = (config.model, config.dataset, prune.pruner, f"c{prune.compression:g}", f"s{config.seed}", digest)
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from synflow_jax import storage
@@ -63,6 +63,39 @@ def layers(row: Mapping[str, Any]) -> Figure:
         color=_RED if row["collapsed"] else "black",
     )
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def curve(row: Mapping[str, Any], epochs: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss and accuracy over the epochs of one training run.
+
+    Args:
+      row: a training row of `rows.jsonl`.
+      epochs: its curve, an epoch a row; see `train_run.read_curve`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    number = [epoch["epoch"] for epoch in epochs]
+    marker = "o" if len(number) < 3 else None
+    for axes, metric, label, factor in zip(
+        figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy, %"), (1, 100), strict=True
+    ):
+        for split, color in (("train", _GREY), ("test", _BLUE)):
+            values = [factor * epoch[f"{split}_{metric}"] for epoch in epochs]
+            axes.plot(number, values, color=color, label=split, marker=marker, markersize=4)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.legend(frameon=False)
+    best = row["best"]
+    figure.suptitle(
+        f"{row['model']} on {row['dataset']}, {row['pruner']}, {row['kept']:,} of {row['total']:,} weights: test top-1 "
+        f"{100 * row['last']['test_top1']:.2f} % at the end, {100 * best['test_top1']:.2f} % in epoch {best['epoch']}",
+        fontsize=9,
+    )
     return figure
 
 

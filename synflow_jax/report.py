@@ -12,8 +12,9 @@ import rich.progress
 import rich.table
 
 from synflow_jax import trees
+from synflow_jax.prune_run import Network
 from synflow_jax.pruning import PruneInfo
-from synflow_jax.run import Network
+from synflow_jax.train_run import Progress
 
 
 def console() -> rich.console.Console:
@@ -82,12 +83,97 @@ def row(output: rich.console.Console, result: Mapping[str, Any]) -> None:
         output.print(f"not collapsed: log10 of the path norm is {result['log10_objective']:.4f}")
 
 
+def pruned(output: rich.console.Console, result: Mapping[str, Any]) -> None:
+    """A pruning run in one line."""
+    state = "[bold red]collapsed[/bold red]" if result["collapsed"] else "not collapsed"
+    output.print(
+        f"pruned by {result['pruner']} to compression {result['reached_compression']:,.4g}: {result['kept']:,} of "
+        f"{result['total']:,} weights, {state}"
+    )
+
+
+@contextlib.contextmanager
+def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable[[Progress], None]]:
+    """A progress bar and a line an epoch; yields what `train_run.train` takes as `on_progress`."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[now]}"),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=output) as bar:
+        task = bar.add_task("compiling", total=None, now="")
+
+        def update(now: Progress) -> None:
+            if now.finished is not None:
+                done = now.finished
+                output.print(
+                    f"epoch {now.step * num_epochs // now.num_steps}/{num_epochs}: "
+                    f"train loss {done['train_loss']:.4f}, top-1 {100 * done['train_top1']:.2f} %; "
+                    f"test loss {done['test_loss']:.4f}, top-1 {100 * done['test_top1']:.2f} %, "
+                    f"top-5 {100 * done['test_top5']:.2f} %; {now.images_per_second:,.0f} images/s"
+                )
+            text = f"{now.images_per_second:,.0f} images/s"
+            if now.loss == now.loss:  # no step of this epoch yet: NaN
+                text = f"loss {now.loss:.4f}, top-1 {100 * now.top1:.2f} %, {text}"
+            bar.update(
+                task,
+                total=now.num_steps,
+                completed=now.step,
+                description=f"epoch {now.epoch + 1}/{num_epochs}",
+                now=text,
+            )
+
+        yield update
+
+
+def trained(output: rich.console.Console, result: Mapping[str, Any]) -> None:
+    """The last and the best epoch of a training run."""
+    table = rich.table.Table(header_style="bold", box=rich.box.SIMPLE)
+    for title in ("", "epoch", "train loss", "train top-1", "test loss", "test top-1", "test top-5"):
+        table.add_column(title, justify="right")
+    for which in ("last", "best"):
+        at = result[which]
+        table.add_row(
+            which,
+            str(at["epoch"]),
+            f"{at['train_loss']:.4f}",
+            f"{100 * at['train_top1']:.2f} %",
+            f"{at['test_loss']:.4f}",
+            f"{100 * at['test_top1']:.2f} %",
+            f"{100 * at['test_top5']:.2f} %",
+        )
+    output.print(table)
+    output.print("The best epoch is chosen by the test accuracy, as in the paper; the last one is chosen by nothing.")
+
+
+def train_files(output: rich.console.Console, workdir: pathlib.Path, run_id: str) -> None:
+    """Where everything lies."""
+    _files(
+        output,
+        workdir,
+        (f"curves/{run_id}.csv", "loss and accuracy of every epoch"),
+        ("curve.png", "the same as a picture"),
+        (f"checkpoints/{run_id}", "parameters and state"),
+        ("rows.jsonl", "one row a run"),
+    )
+
+
 def files(output: rich.console.Console, workdir: pathlib.Path, run_id: str) -> None:
     """Where everything lies."""
-    for name, what in (
+    _files(
+        output,
+        workdir,
         (f"masks/{run_id}.safetensors", "the mask"),
         ("rows.jsonl", "one row a run"),
         ("layers.png", "the fraction kept in each layer"),
         ("config.json", "the config"),
-    ):
+    )
+
+
+def _files(output: rich.console.Console, workdir: pathlib.Path, *files: tuple[str, str]) -> None:
+    for name, what in files:
         output.print(f"  {workdir / name}  [dim]{what}[/dim]", soft_wrap=True)

@@ -15,7 +15,7 @@ import sys
 import jax
 import pytest
 
-from synflow_jax import run, storage
+from synflow_jax import prune_run, storage
 from synflow_jax.config import Config, PruneConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -151,8 +151,8 @@ def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None
 
 def test_overflow_names_the_layer_and_writes_nothing(tmp_path: pathlib.Path) -> None:
     settings = Config(model="fc", dataset="digits", prune=PruneConfig(compression=10.0, score_dtype="float32"))
-    network = run.build(settings)
+    network = prune_run.build(settings)
     network = network._replace(params=jax.tree.map(lambda leaf: 1e8 * leaf, network.params))
     with pytest.raises(FloatingPointError, match="layer 'fc1/kernel' are not finite in iteration 1 of 100"):
-        run.prune(settings, network, tmp_path)
+        prune_run.prune(settings, network, tmp_path)
     assert not list(tmp_path.iterdir())

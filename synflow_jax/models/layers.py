@@ -142,9 +142,48 @@ def conv(
     )
 
 
-def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """Batch normalisation with PyTorch's constants; statistics of the batch while training, running ones else."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch's, which the published networks use; names and collections are `nn.BatchNorm`'s.
+
+    It differs from Flax's in one point: the running variance is that of a sample (divided by n - 1). Statistics are
+    float32 whatever the inputs are.
+    """
+
+    train: bool
+    momentum: float = 0.9  # of the old statistics; PyTorch counts the other way
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, ..., channels] -> the same, by the batch's statistics while training, by the running ones else."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        mean, var = running_mean.value, running_var.value
+        if self.train:
+            axes = tuple(range(x.ndim - 1))
+            values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            mean = jnp.mean(values, axis=axes)
+            var = jnp.mean(jnp.square(values - _channels(mean, x.ndim)), axis=axes)
+            if not self.is_initializing():
+                num = x.size // channels
+                keep = lambda old, new: self.momentum * old + (1 - self.momentum) * new
+                running_mean.value = keep(running_mean.value, mean)
+                running_var.value = keep(running_var.value, var * (num / max(1, num - 1)))
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        y = (x - _channels(mean, x.ndim)) * _channels(factor, x.ndim) + _channels(bias, x.ndim)
+        return y.astype(x.dtype)
+
+
+def _channels(vector: jax.Array, ndim: int) -> jax.Array:
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def batch_norm(train: bool, name: str) -> BatchNorm:
+    """`BatchNorm` by name."""
+    return BatchNorm(train, name=name)
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Floor 7. One run: from a config to a mask, a row and a picture in a folder."""
+"""Floor 7. One pruning run: from a config to a mask and a row in a folder."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def build(settings: Config) -> Network:
       ValueError: a value of the config is out of its range; the compression is above the network's maximum.
     """
     config.check(settings)
-    num_classes, image_shape = data.spec(settings.dataset)
-    model = models.create(settings.model, num_classes, width_multiplier=settings.width_multiplier)
-    input_shape = image_shape or models.default_input_shape(settings.model)
+    dataset = data.spec(settings.dataset)
+    model = models.create(settings.model, dataset.num_classes, width_multiplier=settings.width_multiplier)
+    input_shape = dataset.image_shape or models.default_input_shape(settings.model)
     prune = settings.prune
     init = lambda key: models.init(model, input_shape, key)
     patterns = [p for p in (prune.exclude, f"^{models.HEAD}/" if prune.dense_classifier else "") if p]
@@ -72,6 +72,7 @@ def score_function(settings: Config, network: Network) -> scores.ScoreFn:
     batches = data.prune_batches(
         settings.dataset,
         network.input_shape,
+        settings.data.dir,
         examples_per_class=prune.examples_per_class,
         batch_size=prune.batch_size,
         seed=settings.seed,
@@ -188,5 +189,5 @@ def _row(settings: Config, network: Network, mask: Mask, info: pruning.PruneInfo
             "kept": kept.sum(axis=1).tolist(),
             "min_layer_score": np.asarray(info.score_total, np.float64).min(axis=1).tolist(),
         },
-        "config": config.as_dict(settings),
+        "config": config.prune_dict(settings),
     }

@@ -1,0 +1,153 @@
+"""Floor 4. Checkpoints of a training run by orbax: asynchronous, atomic, the last few kept.
+
+A tree is stored flat, one array a leaf under the leaf's name, beside a JSON of what the run is, so that a checkpoint
+of another network or config is told from a damaged one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from synflow_jax.trees import Tree, path_name
+
+
+class Checkpoints(NamedTuple):
+    """An open folder of checkpoints of one run."""
+
+    folder: pathlib.Path
+    manager: Any
+    run: Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iterator[Checkpoints]:
+    """A folder of checkpoints, made where it is missing; on leaving, waits until all are written.
+
+    Args:
+      folder: of this run alone.
+      run: what the run is, as plain values.
+      keep: how many checkpoints stay.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    manager = ocp.CheckpointManager(
+        folder.absolute(),
+        options=options,
+        item_handlers={"tree": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+    )
+    try:
+        yield Checkpoints(folder, manager, run)
+        _wait(folder, manager)
+    finally:
+        with contextlib.suppress(Exception):  # what went wrong in writing has been raised above
+            manager.close()
+
+
+def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False) -> None:
+    """Starts to write a checkpoint, unless this step has one; `wait` returns when it is on the disk.
+
+    Raises:
+      OSError: it could not be written, or the one before could not; those that are complete stay.
+    """
+    # Copies, since the next step of training reuses the memory of this one.
+    flat = {name: np.array(leaf) for name, leaf in _flatten(tree).items()}
+    _wait(checkpoints.folder, checkpoints.manager)
+    if step in checkpoints.manager.all_steps():
+        return
+    try:
+        checkpoints.manager.save(
+            step,
+            args=ocp.args.Composite(tree=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(dict(checkpoints.run))),
+        )
+    except Exception as error:
+        raise _unwritten(checkpoints.folder, error) from error
+    if wait:
+        _wait(checkpoints.folder, checkpoints.manager)
+
+
+def _wait(folder: pathlib.Path, manager: Any) -> None:
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        raise _unwritten(folder, error) from error
+
+
+def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
+    return OSError(
+        f"a checkpoint could not be written to {str(folder)!r}: {error}. Those before it are whole: make room, and "
+        "give the same command again to go on from the last one."
+    )
+
+
+def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | None:
+    """The newest checkpoint as (step, tree of the structure, shapes and dtypes of `like`), or None if there is none.
+
+    Raises:
+      ValueError: it is damaged, or is that of another network or config; names the folder and what differs.
+    """
+    step = checkpoints.manager.latest_step()
+    if step is None:
+        return None
+    path = checkpoints.folder / str(step)
+    try:
+        found_run = checkpoints.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+    except Exception as error:
+        raise _damaged(path, error) from error
+    differing = [key for key in {**found_run, **checkpoints.run} if found_run.get(key) != checkpoints.run.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"checkpoint {str(path)!r} belongs to another run: its {key} is {found_run.get(key)!r}, this one's is "
+            f"{checkpoints.run.get(key)!r}. Choose another --workdir, or --overwrite to begin anew."
+        )
+    wanted = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in _flatten(like).items()}
+    try:
+        flat = checkpoints.manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
+    except Exception as error:
+        raise _damaged(path, error) from error
+    found = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flat.items()}
+    if found != wanted:
+        name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+        raise ValueError(
+            f"checkpoint {str(path)!r} belongs to another network: {name!r} is {found.get(name, 'missing')} there and "
+            f"{wanted.get(name, 'missing')} here. Choose another --workdir, or --overwrite to begin anew."
+        )
+    return step, _unflatten(flat, like)
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
+    first_line = (str(error).splitlines() or [repr(error)])[0]
+    return ValueError(
+        f"checkpoint {str(path)!r} is damaged: {first_line[:200]} Delete that folder, and the run goes on from the "
+        "checkpoint before it, if there is one."
+    )
+
+
+def delete(folder: pathlib.Path) -> None:
+    """Removes the checkpoints of a run."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _flatten(tree: Tree) -> dict[str, Any]:
+    """Leaf name -> array; random keys as their bits."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+
+
+def _unflatten(flat: Mapping[str, Any], like: Tree) -> Tree:
+    def leaf(path: tuple, old: Any) -> jax.Array:
+        new = jax.numpy.asarray(np.asarray(flat[path_name(path)]))
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+
+    return jax.tree_util.tree_map_with_path(leaf, like)

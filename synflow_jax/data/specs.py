@@ -1,0 +1,43 @@
+"""What is known of the data sets without reading them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ImageShape = tuple[int, int, int]  # height, width, channels
+
+
+class DataSpec(NamedTuple):
+    """What is known of a data set without reading it.
+
+    image_shape: (height, width, channels), or None for images that are resized to what the network takes.
+    mean, deviation: per channel, of values from 0 to 1, as published with the networks.
+    padding: pixels of zeros on every side before a random crop.
+    flip: whether an image and its mirror image mean the same.
+    """
+
+    num_classes: int
+    image_shape: ImageShape | None
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    padding: int = 0
+    flip: bool = False
+
+
+DATASETS = {
+    "cifar10": DataSpec(10, (32, 32, 3), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), 4, True),
+    "cifar100": DataSpec(100, (32, 32, 3), (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 4, True),
+    "tiny_imagenet": DataSpec(200, (64, 64, 3), (0.480, 0.448, 0.397), (0.276, 0.269, 0.282), 4, True),
+    "imagenet": DataSpec(1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True),
+    "mnist": DataSpec(10, (28, 28, 1), (0.1307,), (0.3081,), 2),
+    "fashion_mnist": DataSpec(10, (28, 28, 1), (0.2860,), (0.3530,), 2, True),
+    "digits": DataSpec(10, None, (0.3053,), (0.3760,)),
+}
+STREAMED = ("imagenet",)  # too large to lie on a device as a whole
+
+
+def spec(dataset: str) -> DataSpec:
+    """Number of classes, image shape and so on of a data set. Raises ValueError for an unknown one."""
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset={dataset!r} is unknown. Choose one of {sorted(DATASETS)}.")
+    return DATASETS[dataset]

@@ -1,0 +1,367 @@
+"""Floor 8. One training run: from a config and a mask to a trained network, its curve and a row in a folder.
+
+It can be stopped at any moment and goes on where its last checkpoint stands; what it computes does not depend on where
+it was stopped, nor on how many steps each call of the compiled loop takes.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from synflow_jax import checkpoints, config, data, prune_run, storage, training, trees
+from synflow_jax.config import Config
+from synflow_jax.data import streaming
+from synflow_jax.prune_run import Network
+from synflow_jax.training import Sums, TrainInfo, TrainState
+from synflow_jax.trees import Mask
+
+_SECONDS_A_CALL = 2.0  # of one call of the compiled loop: between them progress is shown and signals are heard
+_SECONDS_UNSAVED = 600.0  # after which a checkpoint is written within an epoch
+
+AdvanceFn = Callable[[TrainState, TrainInfo, int, int], tuple[TrainState, TrainInfo]]
+
+
+class Progress(NamedTuple):
+    """What is shown while a network trains. loss and top1: means over the present epoch so far."""
+
+    step: int
+    num_steps: int
+    epoch: int
+    loss: float
+    top1: float
+    images_per_second: float
+    finished: Mapping[str, float] | None  # the curve's values of an epoch that has just ended
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved where it stands."""
+
+
+class _Plan(NamedTuple):
+    """A run's compiled parts and its length."""
+
+    advance: AdvanceFn
+    evaluate: Callable[[TrainState], Sums]
+    steps_per_epoch: int
+    num_steps: int
+
+
+def curve_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
+    """Where the curve of a training run lies."""
+    return workdir / "curves" / f"{run_id}.csv"
+
+
+def checkpoint_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
+    """Where the checkpoints of a training run lie."""
+    return workdir / "checkpoints" / run_id
+
+
+def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The row of an earlier, finished run of the same config in `workdir`."""
+    wanted = config.train_id(settings)
+    return next((row for row in storage.read_rows(workdir / "rows.jsonl") if row["run_id"] == wanted), None)
+
+
+def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
+    """The curve of a run, an epoch a row."""
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def train(
+    settings: Config,
+    network: Network,
+    mask: Mask,
+    workdir: pathlib.Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains the masked network, writes checkpoints, curve and row into `workdir`, and returns the row.
+
+    Args:
+      settings: checked by `config.check` and `config.check_train`.
+      network: from `prune_run.build`.
+      mask: of the network.
+      workdir: the folder.
+      on_progress: called on the host after every call of the compiled loop, and at the end of every epoch.
+      should_stop: asked as often; True saves and raises `Stopped`.
+
+    Raises:
+      ValueError: the data or a checkpoint cannot be used; says why.
+      FloatingPointError: a loss is not finite; names the step. The last good checkpoint stays.
+      OSError: something cannot be written.
+      Stopped: see `should_stop`.
+    """
+    run_id = config.train_id(settings)
+    plan, optimizer = _plan(settings, network)
+    key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # 0 draws the network, 1 prunes it
+    state = training.init_state(network.params, network.batch_stats, mask, optimizer, key)
+    info = training.init_info(settings.train.num_epochs)
+    run = {"run_id": run_id, "config": config.train_dict(settings), "mask_sha256": _sha256(mask)}
+    started = time.perf_counter()
+    with checkpoints.open_folder(checkpoint_path(workdir, run_id), run, settings.train.keep_checkpoints) as folder:
+        restored = checkpoints.restore_latest(folder, (state, info))
+        if restored is not None:
+            state, info = restored[1]
+        first = int(state.step)
+        state, info = _loop(settings, plan, state, info, folder, on_progress, should_stop, workdir)
+    row = _row(settings, state, info)
+    seconds = time.perf_counter() - started
+    storage.write_json(workdir / "config.json", row["config"])
+    storage.write_row(workdir / "rows.jsonl", row)
+    # Apart from the row, which is the same however often the run was stopped.
+    storage.write_row(
+        workdir / "timing.jsonl",
+        {"run_id": run_id, "seconds": seconds, "steps": plan.num_steps - first,
+         "images_per_second": (plan.num_steps - first) * settings.train.batch_size / seconds},
+    )  # fmt: skip
+    return row
+
+
+def _plan(settings: Config, network: Network) -> tuple[_Plan, optax.GradientTransformation]:
+    options, dataset = settings.train, data.spec(settings.dataset)
+    dtype = jnp.dtype(options.compute_dtype)
+    streamed = settings.dataset in data.STREAMED
+    if streamed:
+        arrays = None
+        num_examples = streaming.num_examples(settings.dataset, "train", settings.data.dir)
+    else:
+        arrays = data.load(settings.dataset, network.input_shape, settings.data.dir)
+        num_examples = len(arrays.train_labels)
+    per_epoch = training.steps_per_epoch(num_examples, options.batch_size)
+    optimizer = _optimizer(options, per_epoch)
+    step = training.make_step(network.model, optimizer, label_smoothing=options.label_smoothing, compute_dtype=dtype)
+    sharding = training.batch_sharding(options.batch_size)
+    num_steps = per_epoch * options.num_epochs
+    if arrays is None:
+        advance, evaluate = _streamed(settings, network, step, sharding)
+    else:
+        epoch = training.make_epoch(
+            step, dataset, num_examples, options.batch_size, augment=options.augment, sharding=sharding
+        )
+        jitted_epoch = jax.jit(epoch, donate_argnums=(0, 1))
+        jitted_evaluate = jax.jit(
+            training.make_evaluate(network.model, dataset, options.batch_size, compute_dtype=dtype, sharding=sharding)
+        )
+        put = functools.partial(jax.device_put, device=_replicated(sharding))
+        train_images, train_labels, test_images, test_labels = put(tuple(arrays))
+
+        def advance(state: TrainState, info: TrainInfo, start: int, stop: int) -> tuple[TrainState, TrainInfo]:
+            return jitted_epoch(state, info, train_images, train_labels, start, stop)
+
+        def evaluate(state: TrainState) -> Sums:
+            return jitted_evaluate(state, test_images, test_labels)
+
+    return _Plan(advance, evaluate, per_epoch, num_steps), optimizer
+
+
+def _replicated(sharding: jax.sharding.NamedSharding | None) -> Any:
+    if sharding is None:
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def _optimizer(options: config.TrainConfig, per_epoch: int) -> optax.GradientTransformation:
+    if options.make_optimizer is not None:
+        return options.make_optimizer(per_epoch)
+    schedule = training.stepwise(options.learning_rate, tuple(options.drops), options.drop_factor, per_epoch)
+    return training.sgd(
+        schedule,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip_norm,
+    )
+
+
+def _streamed(
+    settings: Config,
+    network: Network,
+    step: training.StepFn,
+    sharding: jax.sharding.NamedSharding | None,
+) -> tuple[AdvanceFn, Callable[[TrainState], Sums]]:
+    """As the parts of `_plan`, with batches that are read while the network trains."""
+    options, dataset, shape = settings.train, data.spec(settings.dataset), network.input_shape
+    where = (settings.dataset, shape, settings.data.dir)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def one(state: TrainState, info: TrainInfo, images: jax.Array, labels: jax.Array) -> tuple[TrainState, TrainInfo]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        batch = data.augment(key, images, dataset) if options.augment else data.normalise(images, dataset)
+        return training.record_step(step, state, info, batch, labels)
+
+    batches: list[tuple[int, Iterator[Any]]] = []  # the open stream and the step that it stands at
+
+    def advance(state: TrainState, info: TrainInfo, start: int, stop: int) -> tuple[TrainState, TrainInfo]:
+        if start == stop:
+            return state, info
+        if not batches or batches[0][0] != start:
+            stream = streaming.train_batches(
+                *where, batch_size=options.batch_size, seed=settings.seed, first_step=start
+            )
+            batches[:] = [(start, _on_device(stream, sharding))]
+        for images, labels in itertools.islice(batches[0][1], stop - start):
+            state, info = one(state, info, images, labels)
+        batches[:] = [(stop, batches[0][1])]
+        return state, info
+
+    evaluate_batch = jax.jit(
+        training.make_evaluate_batch(network.model, dataset, compute_dtype=jnp.dtype(options.compute_dtype))
+    )
+
+    def evaluate(state: TrainState) -> Sums:
+        def padded() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+            for images, labels in streaming.test_batches(*where, batch_size=options.batch_size):
+                missing = options.batch_size - len(labels)
+                counts = np.arange(options.batch_size) < len(labels)
+                pad = lambda array, missing=missing: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+                yield pad(images), pad(labels), counts
+
+        sums = [evaluate_batch(state, *batch) for batch in _on_device(padded(), sharding)]
+        return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *sums)
+
+    return advance, evaluate
+
+
+def _on_device(batches: Iterator[Any], sharding: jax.sharding.NamedSharding | None) -> Iterator[Any]:
+    """The batches, each put on the device (in the background) two ahead of its use."""
+    ahead: list[Any] = []
+    for batch in batches:
+        ahead.append(jax.device_put(batch, sharding))
+        if len(ahead) > 2:
+            yield ahead.pop(0)
+    yield from ahead
+
+
+def _loop(
+    settings: Config,
+    plan: _Plan,
+    state: TrainState,
+    info: TrainInfo,
+    folder: checkpoints.Checkpoints,
+    on_progress: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool],
+    workdir: pathlib.Path,
+) -> tuple[TrainState, TrainInfo]:
+    step, stride, saved_at, rate = int(state.step), 0, time.perf_counter(), 0.0
+    begun = step  # the first call compiles, and says nothing of the speed
+    batch_size = settings.train.batch_size
+
+    def report(finished: Mapping[str, float] | None = None) -> None:
+        if on_progress is not None:
+            running = {name: float(value) for name, value in training.means(info.running).items()}
+            epoch = min(step // plan.steps_per_epoch, settings.train.num_epochs - 1)
+            on_progress(Progress(step, plan.num_steps, epoch, running["loss"], running["top1"], rate, finished))
+
+    def save(wait: bool = False) -> float:
+        checkpoints.save(folder, step, (state, info), wait=wait)
+        return time.perf_counter()
+
+    while step < plan.num_steps:
+        end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
+        stop = min(step + stride, end_of_epoch)
+        before = time.perf_counter()
+        state, info = plan.advance(state, info, step, stop)
+        bad_step = int(info.bad_step)  # waits for the device
+        seconds = time.perf_counter() - before
+        if bad_step >= 0:
+            raise FloatingPointError(_not_finite(bad_step, plan, settings, folder))
+        if stride and step > begun:
+            rate = (stop - step) * batch_size / seconds
+        if stop == step:
+            stride = 1
+        else:
+            stride = max(1, min(4 * stride, round(_SECONDS_A_CALL * (stop - step) / max(seconds, 1e-6))))
+        step = stop
+        finished = None
+        if step == end_of_epoch:
+            epoch = step // plan.steps_per_epoch - 1
+            info = training.finish_epoch(info, epoch, plan.evaluate(state))
+            finished = {name: float(values[epoch]) for name, values in info.curve.items()}
+            if not np.isfinite(finished["test_loss"]):
+                raise FloatingPointError(_not_finite(step - 1, plan, settings, folder))
+            _write_curve(curve_path(workdir, config.train_id(settings)), info)
+            if (epoch + 1) % settings.train.checkpoint_every == 0 or step == plan.num_steps:
+                saved_at = save()
+        report(finished)
+        if time.perf_counter() - saved_at > _SECONDS_UNSAVED:
+            saved_at = save()
+        if should_stop() and step < plan.num_steps:
+            save(wait=True)
+            raise Stopped(
+                f"stopped after step {step} of {plan.num_steps}, and saved. The same command goes on from there."
+            )
+    return state, info
+
+
+def _not_finite(step: int, plan: _Plan, settings: Config, folder: checkpoints.Checkpoints) -> str:
+    last = folder.manager.latest_step()
+    kept = "No checkpoint was written yet" if last is None else f"The checkpoint after step {last} stays"
+    return (
+        f"the loss is not finite at step {step + 1} (epoch {step // plan.steps_per_epoch + 1} of "
+        f"{settings.train.num_epochs}). {kept}. Lower train.learning_rate={settings.train.learning_rate}, or clip the "
+        "gradient: --config.train.clip_norm=1."
+    )
+
+
+def _write_curve(path: pathlib.Path, info: TrainInfo) -> None:
+    curve = {name: np.asarray(values) for name, values in info.curve.items()}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["epoch", *training.CURVE])
+    for epoch in range(len(curve["test_loss"])):
+        if not np.isnan(curve["test_loss"][epoch]):
+            writer.writerow([epoch + 1, *(repr(float(curve[name][epoch])) for name in training.CURVE)])
+    storage.write_bytes(path, text.getvalue().encode())
+
+
+def _row(settings: Config, state: TrainState, info: TrainInfo) -> dict[str, Any]:
+    curve = {name: np.asarray(info.curve[name], np.float64) for name in training.CURVE}
+    at = lambda epoch: {"epoch": epoch + 1, **{name: float(values[epoch]) for name, values in curve.items()}}
+    run_id = config.train_id(settings)
+    kept = [int(np.count_nonzero(np.asarray(leaf))) for leaf in jax.tree.leaves(state.mask)]
+    return {
+        "run_id": run_id,
+        "prune_run_id": config.run_id(settings),
+        "model": settings.model,
+        "dataset": settings.dataset,
+        "pruner": settings.prune.pruner,
+        "compression": settings.prune.compression,
+        "seed": settings.seed,
+        "width_multiplier": settings.width_multiplier,
+        "total": sum(trees.sizes(state.mask)),
+        "kept": sum(kept),
+        "num_epochs": settings.train.num_epochs,
+        "num_steps": int(state.step),
+        "last": at(settings.train.num_epochs - 1),
+        "best": at(int(np.argmax(curve["test_top1"]))),
+        "curve": f"curves/{run_id}.csv",
+        "params_sha256": _sha256(state.params),
+        "config": config.train_dict(settings),
+    }
+
+
+def _sha256(tree: trees.Tree) -> str:
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
+
+
+def find_mask(settings: Config, network: Network, workdir: pathlib.Path) -> tuple[Mask, dict[str, Any]] | None:
+    """The mask and the row that an earlier pruning run of the same config left in `workdir`, if any."""
+    row = prune_run.find_row(settings, workdir)
+    if row is None:
+        return None
+    return storage.load_mask(prune_run.mask_path(workdir, row["run_id"]), network.params), row

@@ -1,0 +1,58 @@
+"""Prunes one network at initialization, unless prune.py has done it in the same folder, and trains what is left.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits
+
+Stop it at any moment (Ctrl-C, SIGTERM, a crash): the same command goes on where the last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from synflow_jax import checkpoints, cli, config, figures, prune_run, report, storage, train_run
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "train again what this folder already holds")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks, prunes and trains unless it is done already, draws and prints."""
+    del argv
+    settings = cli.check_config(_CONFIG.value)
+    config.check_train(settings)
+    workdir = pathlib.Path(_WORKDIR.value)
+    output = report.console()
+    storage.check_writable(workdir)
+    row = train_run.find_row(settings, workdir)
+    if row is not None and not _OVERWRITE.value:
+        output.print(f"This run is already in {workdir}, from an earlier time; --overwrite runs it again.")
+    else:
+        run_id = config.train_id(settings)
+        if _OVERWRITE.value:
+            checkpoints.delete(train_run.checkpoint_path(workdir, run_id))
+        cli.use_compilation_cache()
+        network = prune_run.build(settings)
+        report.network(output, settings.model, network)
+        found = train_run.find_mask(settings, network, workdir)
+        if found is None:
+            with report.progress(output, config.num_iterations(settings.prune)) as on_iteration:
+                prune_run.prune(settings, network, workdir, on_iteration)
+            found = train_run.find_mask(settings, network, workdir)
+        assert found is not None
+        mask, prune_row = found
+        report.pruned(output, prune_row)
+        with cli.stop_signals() as should_stop, report.training(output, settings.train.num_epochs) as on_progress:
+            row = train_run.train(settings, network, mask, workdir, on_progress=on_progress, should_stop=should_stop)
+    curve = train_run.curve_path(workdir, row["run_id"])
+    figures.save(figures.curve(row, train_run.read_curve(curve)), workdir / "curve.png")
+    report.trained(output, row)
+    report.train_files(output, workdir, row["run_id"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
