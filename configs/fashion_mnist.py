@@ -13,5 +13,5 @@ def get_config() -> Config:
         dataset="fashion_mnist",
         width_multiplier=0.25,
         prune=PruneConfig(compression=10**2.5),
-        train=TrainConfig(num_epochs=8, drops=(5, 7)),
+        train=TrainConfig(num_epochs=9, drops=(6, 8), augment=False),
     )

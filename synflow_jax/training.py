@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Added over examples: losses (float32 []), right answers at the first place and among five, examples (int32 [])."""
+    """Totals over examples: losses (float32 []), right answers at rank 1 and up to rank 5, examples (int32 [])."""
 
     loss: jax.Array
     top1: jax.Array
@@ -113,15 +113,16 @@ def stepwise(learning_rate: float, drops: tuple[int, ...], factor: float, steps_
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy of each example, float32 [batch].
+    """Softmax cross-entropy of each example, [batch], in float32 or wider.
 
     Args:
       logits: [batch, classes].
       labels: int [batch].
       label_smoothing: the part of the target that all classes share evenly.
     """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), label_smoothing)
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, counts: jax.Array | None = None) -> Sums:
@@ -311,7 +312,7 @@ def make_evaluate_batch(model: nn.Module, dataset: DataSpec, *, compute_dtype: A
         if state.batch_stats:
             variables["batch_stats"] = state.batch_stats
         logits = model.apply(variables, data.normalise(images, dataset).astype(compute_dtype), train=False)
-        logits = jnp.asarray(logits).astype(jnp.float32)
+        logits = jnp.asarray(logits)
         return sums(cross_entropy(logits, labels), logits, labels, counts)
 
     return evaluate
