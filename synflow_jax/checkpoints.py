@@ -7,6 +7,7 @@ of another network or config is told from a damaged one.
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,9 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
         options=options,
         item_handlers={"tree": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
     )
+    as_read = json.loads(json.dumps(run))  # tuples as lists: what a stored one will be compared with
     try:
-        yield Checkpoints(folder, manager, run)
+        yield Checkpoints(folder, manager, as_read)
         _wait(folder, manager)
     finally:
         with contextlib.suppress(Exception):  # what went wrong in writing has been raised above

@@ -109,7 +109,9 @@ def train(
     run_id = config.train_id(settings)
     plan, optimizer = _plan(settings, network)
     key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # 0 draws the network, 1 prunes it
-    state = training.init_state(network.params, network.batch_stats, mask, optimizer, key)
+    # Copies, since the loop reuses the memory of the state that it is given.
+    params, batch_stats, mask = jax.tree.map(jnp.copy, (network.params, network.batch_stats, mask))
+    state = training.init_state(params, batch_stats, mask, optimizer, key)
     info = training.init_info(settings.train.num_epochs)
     run = {"run_id": run_id, "config": config.train_dict(settings), "mask_sha256": _sha256(mask)}
     started = time.perf_counter()

@@ -2,8 +2,8 @@
 
     python tests/torch_reference.py
 
-writes tests/torch_reference.npz. It needs torch, which the tests do not; it was run once, with torch 2.13.0 on a CPU, in
-float64: in float32, rounding and the kinks of ReLU part two runs of the ResNet by 3 % within 20 steps.
+writes tests/torch_reference.npz. It needs torch, which the tests do not; it was run once, with torch 2.13.0 on a CPU,
+in float64: in float32, rounding and the kinks of ReLU part two runs of the ResNet by 3 % within 20 steps.
 Weights, masks and batches come from NumPy's generator, so that the file holds results alone. Weights and masks are in
 our names and layouts (kernels [height, width, in, out]) and are turned for PyTorch here.
 """
