@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import ROOT, machine, milliseconds, others_seconds, print_table, timings, write_json
 
+sys.path.insert(0, str(ROOT))
 from synflow_jax import masking
 
 FRACTION = 0.99

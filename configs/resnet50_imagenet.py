@@ -2,14 +2,20 @@
 --config.prune.pruner=synflow add --config.prune.score_dtype=float64.
 
     python prune.py --config=configs/resnet50_imagenet.py
+    python train.py --config=configs/resnet50_imagenet.py
 
 Expect 255,030 of 25,502,912 weights kept in 54 layers.
 Its duration was not measured.
 """
 
-from synflow_jax.config import Config, PruneConfig
+from synflow_jax.config import Config, PruneConfig, TrainConfig
 
 
 def get_config() -> Config:
     """ResNet-50, ImageNet."""
-    return Config(model="imagenet_resnet50", dataset="imagenet", prune=PruneConfig(pruner="magnitude"))
+    return Config(
+        model="imagenet_resnet50",
+        dataset="imagenet",
+        prune=PruneConfig(pruner="magnitude"),
+        train=TrainConfig(num_epochs=90, batch_size=256, drops=(30, 60, 80)),
+    )

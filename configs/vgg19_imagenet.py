@@ -1,14 +1,19 @@
 """VGG-19 on ImageNet input (224x224), SynFlow, compression 100 (Fig. 2 of the paper).
 
     python prune.py --config=configs/vgg19_imagenet.py
+    python train.py --config=configs/vgg19_imagenet.py
 
 Expect 1,436,526 of 143,652,544 weights kept in 19 layers, no layer empty.
 Its duration was not measured.
 """
 
-from synflow_jax.config import Config
+from synflow_jax.config import Config, TrainConfig
 
 
 def get_config() -> Config:
     """VGG-19, ImageNet."""
-    return Config(model="imagenet_vgg19", dataset="imagenet")
+    return Config(
+        model="imagenet_vgg19",
+        dataset="imagenet",
+        train=TrainConfig(num_epochs=90, batch_size=256, learning_rate=0.01, drops=(30, 60)),
+    )

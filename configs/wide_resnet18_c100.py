@@ -1,14 +1,19 @@
 """Wide ResNet-18 on CIFAR-100, SynFlow, compression 100 (Fig. 6). Really widened: see `models.create`.
 
     python prune.py --config=configs/wide_resnet18_c100.py
+    python train.py --config=configs/wide_resnet18_c100.py
 
 Expect 446,687 of 44,668,608 weights kept in 22 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.
 """
 
-from synflow_jax.config import Config
+from synflow_jax.config import Config, TrainConfig
 
 
 def get_config() -> Config:
     """Wide ResNet-18, CIFAR-100."""
-    return Config(model="tiny_wide_resnet18", dataset="cifar100")
+    return Config(
+        model="tiny_wide_resnet18",
+        dataset="cifar100",
+        train=TrainConfig(learning_rate=0.01, drop_factor=0.2, weight_decay=5e-4),
+    )

@@ -28,7 +28,7 @@ from synflow_jax.prune_run import Network
 from synflow_jax.training import Sums, TrainInfo, TrainState
 from synflow_jax.trees import Mask
 
-_SECONDS_A_CALL = 2.0  # of one call of the compiled loop: between them progress is shown and signals are heard
+_SECONDS_A_CALL = 5.0  # of one call of the compiled loop: between them progress is shown and signals are heard
 _SECONDS_UNSAVED = 600.0  # after which a checkpoint is written within an epoch
 
 AdvanceFn = Callable[[TrainState, TrainInfo, int, int], tuple[TrainState, TrainInfo]]

@@ -84,15 +84,15 @@ def _convolution_as_matrices(
 ) -> jax.Array:
     kernel_height, kernel_width, _, features = kernel.shape
     fill = jnp.zeros((), inputs.dtype)
-    windows = jnp.concatenate(_windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill), axis=-1)
-    windows = jnp.concatenate(
-        _windows(windows, (kernel_height, 1), (strides[0], 1), (padding[0], (0, 0)), fill), axis=-1
-    )
-    batch, height, width, depth = windows.shape
-    products = jnp.dot(
-        windows.reshape(batch * height * width, depth), kernel.reshape(depth, features), precision=precision
-    )
-    return products.reshape(batch, height, width, features)
+    # A row of the kernel at a time: what lies under one row takes a third of the memory of whole 3x3 patches.
+    rows = jnp.concatenate(_windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill), axis=-1)
+    shifted = _windows(rows, (kernel_height, 1), (strides[0], 1), (padding[0], (0, 0)), fill)
+    batch, height, width, depth = shifted[0].shape
+    products = [
+        jnp.dot(x.reshape(batch * height * width, depth), k.reshape(depth, features), precision=precision)
+        for x, k in zip(shifted, kernel, strict=True)
+    ]
+    return functools.reduce(jnp.add, products).reshape(batch, height, width, features)
 
 
 def _windows(
