@@ -10,10 +10,11 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
-from synflow_jax import checkpoints, cli, config, figures, prune_run, report, storage, train_run
+from synflow_jax import checkpoints, cli, config, figures, prune_run, report, storage, train_run, training
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures")
@@ -46,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
         assert found is not None
         mask, prune_row = found
         report.pruned(output, prune_row)
+        batch_size = settings.train.batch_size
+        split = training.batch_sharding(batch_size) is not None
+        report.devices(output, batch_size, jax.local_device_count(), split=split)
         with cli.stop_signals() as should_stop, report.training(output, settings.train.num_epochs) as on_progress:
             row = train_run.train(settings, network, mask, workdir, on_progress=on_progress, should_stop=should_stop)
     curve = train_run.curve_path(workdir, row["run_id"])

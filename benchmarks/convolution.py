@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from measure import ROOT, machine, milliseconds, others_seconds, print_table, timings, write_json
 
+sys.path.insert(0, str(ROOT))
 from synflow_jax.models import layers
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]

@@ -5,6 +5,7 @@
 
 Expect 112,105 of 11,210,432 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.
+Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
 from synflow_jax.config import Config, TrainConfig

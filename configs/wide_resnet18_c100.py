@@ -5,6 +5,7 @@
 
 Expect 446,687 of 44,668,608 weights kept in 22 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.
+Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
 from synflow_jax.config import Config, TrainConfig

@@ -42,7 +42,10 @@ def build(settings: Config) -> Network:
     prune = settings.prune
     init = lambda key: models.init(model, input_shape, key)
     patterns = [p for p in (prune.exclude, f"^{models.HEAD}/" if prune.dense_classifier else "") if p]
-    shapes, _ = jax.eval_shape(init, jax.random.key(0))
+    try:
+        shapes, _ = jax.eval_shape(init, jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"model={settings.model!r} does not take {settings.dataset}'s images: {error}") from error
     # The choice is made on shapes, so that a bad one costs no time.
     trees.prunable(shapes, **_kinds(settings), exclude="|".join(patterns) or None)
     params, batch_stats = init(jax.random.key(settings.seed))

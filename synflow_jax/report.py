@@ -92,6 +92,17 @@ def pruned(output: rich.console.Console, result: Mapping[str, Any]) -> None:
     )
 
 
+def devices(output: rich.console.Console, batch_size: int, num_devices: int, *, split: bool) -> None:
+    """How a batch lies on the devices; nothing where there is one device."""
+    if split:
+        output.print(f"{num_devices} devices, {batch_size // num_devices} images of each batch on each")
+    elif num_devices > 1:
+        output.print(
+            f"[bold red]one device of {num_devices} is used: train.batch_size={batch_size} does not split evenly over "
+            f"them[/bold red]"
+        )
+
+
 @contextlib.contextmanager
 def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable[[Progress], None]]:
     """A progress bar and a line an epoch; yields what `train_run.train` takes as `on_progress`."""

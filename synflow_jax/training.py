@@ -357,12 +357,12 @@ def make_train(
 
 
 def batch_sharding(batch_size: int) -> jax.sharding.NamedSharding | None:
-    """A batch split evenly over all devices, or None where there is one device, or no even split.
+    """A batch split evenly over the devices of this host, or None where there is one device, or no even split.
 
     Batch norm then takes its statistics over the whole batch, and the results differ by rounding alone.
     """
-    devices = jax.devices()
+    devices = jax.local_devices()
     if len(devices) == 1 or batch_size % len(devices):
         return None
-    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))

@@ -111,6 +111,11 @@ BAD = {
     ),
     "nothing prunable": (["--config.prune.exclude=."], "exclude='.'", "another pattern"),
     "pattern": (["--config.prune.exclude=("], "exclude='('", "regular expression"),
+    "images too small": (
+        ["--config.model=imagenet_vgg11", "--config.dataset=mnist"],
+        "model='imagenet_vgg11' does not take mnist's images: a map of 1x1",
+        "cifar_",
+    ),
     "flag": (["--seed=3"], "seed", "Unknown command line flag"),
     "word": (["seed"], "'seed'", "Flags begin with --"),
 }

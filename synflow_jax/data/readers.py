@@ -251,6 +251,8 @@ def _tfds_builder(dataset: str, directory: str | None) -> Any:
         prepare += " ImageNet must be fetched by hand first, to DIR/downloads/manual: its licence asks for that."
     else:
         prepare += " Or run on what comes with scikit-learn: --config.dataset=digits."
+    if dataset in _IDX:
+        prepare += " Or give a folder of the four IDX files: --config.data.dir=DIR."
     if dataset == "fashion_mnist":
         prepare += f" Debian's package dataset-fashion-mnist is read as it is: --config.data.dir={_DEBIAN_FASHION}."
     try:
