@@ -193,8 +193,8 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
     """
     if min(x.shape[1:3]) + 2 * padding < window:
         raise ValueError(
-            f"a map of {x.shape[1]}x{x.shape[2]} is too small for a {window}x{window} max pool: take larger images, or a "
-            "network with fewer poolings, such as one of cifar_*."
+            f"a map of {x.shape[1]}x{x.shape[2]} is too small for a {window}x{window} max pool: take larger images, "
+            "or a network with fewer poolings, such as one of cifar_*."
         )
     windows = _windows(x, (window, window), (stride, stride), [(padding, padding)] * 2, jnp.array(-jnp.inf, x.dtype))
     return functools.reduce(lambda best, new: jnp.where((new > best) | jnp.isnan(new), new, best), windows)
