@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,17 +30,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def _start(cache: pathlib.Path, *flags: str, preexec_fn: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def _start(cache: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "train.py", *flags]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=preexec_fn,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
 
 
-def _train(cache: pathlib.Path, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    process = _start(cache, *flags, **options)
+def _train(cache: pathlib.Path, *flags: str, max_file_size: int | None = None) -> subprocess.CompletedProcess[str]:
+    process = _start(cache, *flags)
+    if max_file_size is not None:  # as a disk that is full after so many bytes of a file
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -152,12 +152,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: pathlib.Path, cache:
 
 def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     flags = (*QUICK, f"--workdir={tmp_path}", "--config.train.num_epochs=2")
-
-    def small_files() -> None:  # as a disk that is full after 100 kB a file
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    result = _train(cache, *flags, preexec_fn=small_files)
+    result = _train(cache, *flags, max_file_size=100_000)
     assert result.returncode == 2, result.stderr
     message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and "could not be written" in message[0] and "make room" in message[0]
@@ -212,7 +207,7 @@ def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> Non
 @pytest.mark.filterwarnings("ignore")
 def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     settings = Config(
-        model="cifar_resnet20", dataset="digits", width_multiplier=0.25,
+        model="cifar_vgg11_bn", dataset="digits", width_multiplier=1 / 16,
         prune=PruneConfig(pruner="snip", compression=5.0, biases=True, norms=True),
         train=TrainConfig(
             num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), label_smoothing=0.1, clip_norm=1.0,

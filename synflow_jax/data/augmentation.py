@@ -42,8 +42,9 @@ def _random_crop(key: chex.PRNGKey, images: jax.Array, padding: int) -> jax.Arra
 def normalise(images: Any, dataset: DataSpec) -> jax.Array:
     """uint8 [..., channels] -> float32 of mean 0 and deviation 1 over the data set.
 
-    >>> normalise(np.full((1, 1, 1, 1), 255, np.uint8), DATASETS["mnist"]).round(3)
-    Array([[[[2.822]]]], dtype=float32)
+    >>> from synflow_jax import data
+    >>> normalise(jnp.full((1, 1, 1, 1), 255, jnp.uint8), data.spec("mnist")).round(3)
+    Array([[[[2.821]]]], dtype=float32)
     """
     shape = (1,) * (images.ndim - 1) + (-1,)
     mean = jnp.asarray(dataset.mean, jnp.float32).reshape(shape)
