@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
@@ -16,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
-from synflow_jax import checkpoints, prune_run, storage, train_run, training
+from synflow_jax import checkpoints, data, prune_run, storage, train_run, training
 from synflow_jax.config import Config, PruneConfig, TrainConfig
+from synflow_jax.data import readers
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = ("--config=configs/digits.py", "--config.model=fc", "--config.train.batch_size=128")
@@ -202,6 +205,36 @@ def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> Non
         pytest.raises(ValueError, match=r"checkpoints/3' is damaged.*goes on from the checkpoint before"),
     ):
         checkpoints.restore_latest(opened, _tree())
+
+
+@pytest.mark.filterwarnings("ignore")  # of grain and orbax
+def test_streamed_runs_go_on_as_others_do(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(i: int) -> dict[str, Any]:
+        content = io.BytesIO()
+        PIL.Image.fromarray(np.full((40, 44, 3), 20 * (i % 10), np.uint8)).save(content, "PNG")
+        return {"image": content.getvalue(), "label": i % 10}
+
+    splits = {"train": [record(i) for i in range(50)], "test": [record(i) for i in range(21)]}
+    monkeypatch.setattr(readers, "source", lambda dataset, split, directory, decode: splits[split])
+    small = data.DATASETS["imagenet"]._replace(num_classes=10, image_shape=(32, 32, 3))
+    monkeypatch.setitem(data.DATASETS, "imagenet", small)
+    settings = Config(
+        model="cifar_vgg11_bn", dataset="imagenet", width_multiplier=1 / 16, prune=PruneConfig(compression=1.0),
+        train=TrainConfig(num_epochs=3, batch_size=8, learning_rate=0.05, drops=()),
+    )  # fmt: skip
+    network = prune_run.build(settings)
+    whole = train_run.train(settings, network, network.mask, tmp_path / "whole")
+    assert whole["num_steps"] == 18 and whole["last"]["epoch"] == 3
+    asked: list[int] = []
+
+    def stop_at_the_fourth() -> bool:
+        asked.append(0)
+        return len(asked) == 4
+
+    with pytest.raises(train_run.Stopped):
+        train_run.train(settings, network, network.mask, tmp_path / "parts", should_stop=stop_at_the_fourth)
+    parts = train_run.train(settings, network, network.mask, tmp_path / "parts")
+    assert parts == whole
 
 
 @pytest.mark.filterwarnings("ignore")
