@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import trees
+from synflow_jax import scaling, trees
 from synflow_jax.scores import ApplyFn, Objective, path_norm
 from synflow_jax.trees import Mask, Params
 
@@ -29,7 +29,7 @@ def log10_path_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Param
       mask: bool arrays beside the prunable parameters, holes elsewhere.
 
     Returns:
-      A float; +inf if even float64 overflows.
+      A float, which may be far above what float32 or float64 could hold: the path norm itself is never formed.
     """
     return _log10_norm(apply_fn, input_shape, trees.apply_mask(params, mask))
 
@@ -103,15 +103,14 @@ def _without_biases(params: Params) -> Params:
 def _log10_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params) -> float:
     objective = path_norm(apply_fn, input_shape)
     norm = _evaluate(objective, params)
-    if not (norm > 0 and math.isfinite(norm)):
-        # 0 may be underflow and inf overflow: float64 reaches ten times as far.
-        norm = _evaluate_in_float64(objective, params)
-    if math.isnan(norm):  # 0 * inf: a pruned weight behind an overflow
-        return math.inf
-    return math.log10(norm) if norm > 0 else -math.inf
+    if norm > 0 and math.isfinite(norm):
+        return math.log10(norm)
+    # 0 may be underflow, inf and NaN overflow: only a power of two beside the values tells. It compiles for longer.
+    return scaling.log10(_jitted_scaled(objective, params))
 
 
 _jitted = jax.jit(lambda objective, params: objective(params))
+_jitted_scaled = jax.jit(lambda objective, params: scaling.evaluate(objective, params))
 
 
 def _evaluate(objective: Objective, params: Params) -> float:

@@ -35,6 +35,8 @@ class PruneConfig:
     scope: str = "global"
     # "float32" as in the published runs; "float64" takes twice as long and is free of rounding; None: see `prune`.
     score_dtype: str | None = "float32"
+    # synflow carries a power of two beside every value: float32 at any depth; compiling takes longer.
+    scaled: bool = False
     nested: bool = True  # a pruned weight stays pruned
     kernels: bool = True  # what may be pruned
     biases: bool = False

@@ -69,7 +69,8 @@ def score_function(settings: Config, network: Network) -> scores.ScoreFn:
     """The rule of a config, for its network and with its data."""
     prune = settings.prune
     if prune.pruner == "synflow":
-        return scores.synflow(models.synflow_fn(network.model, network.batch_stats), network.input_shape)
+        apply_fn = models.synflow_fn(network.model, network.batch_stats)
+        return scores.synflow(apply_fn, network.input_shape, scaled=prune.scaled)
     if prune.pruner not in config.DATA_DRIVEN:
         return {"magnitude": scores.magnitude, "random": scores.random}[prune.pruner]()
     batches = data.prune_batches(

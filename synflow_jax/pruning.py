@@ -299,6 +299,7 @@ def check_finite(info: PruneInfo, mask: Mask) -> None:
             f"scores of layer {trees.names(mask)[leaf]!r} are not finite in iteration {iteration + 1} of "
             f"{len(totals)}: they add up to {totals[iteration, leaf]}. The network is too deep or its weights "
             f"are too large for {totals.dtype}, or they are not finite themselves, or SNIP's "
-            "loss has no gradient at all (0 / 0). Scores "
-            "in float64 reach eight times as many layers: score_dtype='float64' (--config.prune.score_dtype=float64)."
+            "loss has no gradient at all (0 / 0). SynFlow reaches any depth with synflow(..., scaled=True) "
+            "(--config.prune.scaled); every rule reaches eight times as many layers in float64: score_dtype='float64' "
+            "(--config.prune.score_dtype=float64)."
         )

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from synflow_jax import scaling
 from synflow_jax.trees import Mask, Params, Scores, apply_mask, map_prunable, merge, select
 
 Batch = Any  # a pytree of arrays with a leading axis of examples
@@ -88,7 +89,7 @@ def _path_norm(input_shape: tuple[int, ...]) -> Callable[[ApplyFn, Params], jax.
     return objective
 
 
-def synflow(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ScoreFn:
+def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = False) -> ScoreFn:
     """Synaptic flow (Algorithm 1): the saliency of the l1 path norm. Needs no data, and is never negative.
 
     A pruned weight scores exactly 0. Use many iterations: the paper takes 100.
@@ -96,6 +97,8 @@ def synflow(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ScoreFn:
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode.
       input_shape: the shape of one example, without the batch axis.
+      scaled: carries a power of two beside every value (`scaling.evaluate`), so that float32 reaches any depth. The
+        scores of one call are then divided by one power of two, which changes no mask.
 
     >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [4.0]])}
     >>> mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
@@ -103,7 +106,12 @@ def synflow(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ScoreFn:
     >>> score_fn(params, mask, jax.random.key(0))["w1"]
     Array([[3., 8.]], dtype=float32)
     """
-    return Partial(_synflow, path_norm(apply_fn, input_shape))
+    objective = path_norm(apply_fn, input_shape)
+    return Partial(_synflow, Partial(_mantissa, objective) if scaled else objective)
+
+
+def _mantissa(objective: Objective, params: Params) -> jax.Array:
+    return scaling.evaluate(objective, params).value
 
 
 def _synflow(objective: Objective, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:

@@ -20,6 +20,7 @@ FLOORS = {
     "trees": 0,
     "masking": 1,
     "schedules": 1,
+    "scaling": 1,
     "scores": 2,
     "pruning": 3,
     "analysis": 3,

@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: pathlib.Path, cache:
 
 def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     flags = (*QUICK, f"--workdir={tmp_path}", "--config.train.num_epochs=2")
-    result = _train(cache, *flags, max_file_size=100_000)
+    result = _train(cache, *flags, max_file_size=40_000)
     assert result.returncode == 2, result.stderr
     message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and "could not be written" in message[0] and "make room" in message[0]
