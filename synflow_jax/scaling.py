@@ -212,12 +212,14 @@ def _look_into(jaxpr: Any, exponents: Sequence[Exponent | None]) -> _Plan | None
     return _Plan([e for e, _ in outs], num_products=max([depth for _, depth in outs], default=0))
 
 
-def _scan_counts(params: Any) -> tuple[int, int]:
-    """The numbers of constants and of carried values of a scan."""
-    if "num_carry" in params:
-        return params["num_consts"], params["num_carry"]
-    count = lambda tree: len(jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None))  # since jax 0.12
-    return count(params["ft_in"][0]), count(params["ft_in"][1])
+def _scan_counts(eqn: Any, inner: Any) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan, by shapes: what is scanned has an axis more outside.
+
+    (The parameters that say so have other names in every second version of JAX.)
+    """
+    same = lambda outside, inside: sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
+    num_carry = same(eqn.outvars, inner.outvars)
+    return same(eqn.invars, inner.invars) - num_carry, num_carry
 
 
 class _Interpreter:
@@ -332,7 +334,7 @@ class _Interpreter:
     ) -> tuple[list[Any], list[Exponent | None]]:
         """A scan that carries exponents beside what is carried; what it stacks is brought to the largest one."""
         params, closed = eqn.params, eqn.params["jaxpr"]
-        num_consts, num_carry = _scan_counts(params)
+        num_consts, num_carry = _scan_counts(eqn, closed.jaxpr)
         size = len(self.atoms)
 
         def body(carry: Any, xs: Any) -> Any:
