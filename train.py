@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         cli.use_compilation_cache()
         network = prune_run.build(settings)
         report.network(output, settings.model, network)
-        found = train_run.find_mask(settings, network, workdir)
+        found = None if _OVERWRITE.value else train_run.find_mask(settings, network, workdir)
         if found is None:
             with report.progress(output, config.num_iterations(settings.prune)) as on_iteration:
                 prune_run.prune(settings, network, workdir, on_iteration)

@@ -152,9 +152,16 @@ def train_dict(config: Config) -> dict[str, Any]:
         del values["train"][kept]
     make_optimizer = config.train.make_optimizer
     if make_optimizer is not None:
-        source = hashlib.sha256(inspect.getsource(make_optimizer).encode()).hexdigest()[:8]
-        values["train"]["make_optimizer"] = f"{make_optimizer.__name__} {source}"
+        values["train"]["make_optimizer"] = f"{make_optimizer.__name__} {_source_hash(make_optimizer)}"
     return values
+
+
+def _source_hash(function: Any) -> str:
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # defined where no file holds it
+        source = repr(function)
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 def run_id(config: Config) -> str:

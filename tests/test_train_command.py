@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 
-from synflow_jax import checkpoints, data, prune_run, storage, train_run, training
+from synflow_jax import checkpoints, config, data, prune_run, storage, train_run, training
 from synflow_jax.config import Config, PruneConfig, TrainConfig
 from synflow_jax.data import readers
 
@@ -256,6 +257,9 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     assert trained["num_steps"] == 4 and trained["kept"] == row["kept"]
     assert [report.step for report in reports if report.finished] == [2, 4]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["label_smoothing"] == 0.1
-    other = Config(**{**vars(settings), "train": TrainConfig(num_epochs=2, batch_size=719)})
+    # A chain of one's own is another run.
+    chain = lambda steps_per_epoch: optax.adamw(optax.cosine_decay_schedule(1e-3, 2 * steps_per_epoch))
+    other = Config(**{**vars(settings), "train": TrainConfig(num_epochs=2, batch_size=719, make_optimizer=chain)})
+    assert config.train_id(other) != config.train_id(settings) and config.run_id(other) == config.run_id(settings)
     with pytest.raises(train_run.Stopped, match="after step"):
         train_run.train(other, network, found[0], tmp_path, should_stop=lambda: True)
