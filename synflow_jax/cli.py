@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from synflow_jax import config, train_run
+from synflow_jax import config, storage
 from synflow_jax.config import Config
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show the whole traceback of an error instead of one message")
@@ -42,7 +42,7 @@ def run(main: Callable[[Sequence[str]], Config | None]) -> None:
             if _TRACEBACK.value:
                 raise
             _fail(str(error))
-        except train_run.Stopped as stopped:
+        except storage.Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(_STOPPED)
         except KeyboardInterrupt:

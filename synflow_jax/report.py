@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.progress
@@ -14,7 +14,9 @@ import rich.table
 from synflow_jax import trees
 from synflow_jax.prune_run import Network
 from synflow_jax.pruning import PruneInfo
-from synflow_jax.train_run import Progress
+
+if TYPE_CHECKING:  # what trains takes a second to import, and prune.py does without
+    from synflow_jax.train_run import Progress
 
 
 def console() -> rich.console.Console:

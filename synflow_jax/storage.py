@@ -29,6 +29,10 @@ _FORMAT = "synflow_jax mask 1"
 _HINT = "It is damaged or was made by another program: make it again, or take another file."
 
 
+class Stopped(Exception):
+    """A run was asked to stop, and has saved where it stands."""
+
+
 def check_writable(folder: pathlib.Path) -> None:
     """Makes `folder` and raises ValueError if no file can be written there: before long work, not after it."""
     try:

@@ -46,10 +46,6 @@ class Progress(NamedTuple):
     finished: Mapping[str, float] | None  # the curve's values of an epoch that has just ended
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved where it stands."""
-
-
 class _Plan(NamedTuple):
     """A run's compiled parts and its length."""
 
@@ -98,13 +94,13 @@ def train(
       mask: of the network.
       workdir: the folder.
       on_progress: called on the host after every call of the compiled loop, and at the end of every epoch.
-      should_stop: asked as often; True saves and raises `Stopped`.
+      should_stop: asked as often; True saves and raises `storage.Stopped`.
 
     Raises:
       ValueError: the data or a checkpoint cannot be used; says why.
       FloatingPointError: a loss is not finite; names the step. The last good checkpoint stays.
       OSError: something cannot be written.
-      Stopped: see `should_stop`.
+      storage.Stopped: see `should_stop`.
     """
     run_id = config.train_id(settings)
     plan, optimizer = _plan(settings, network)
@@ -304,7 +300,7 @@ def _loop(
             saved_at = save()
         if should_stop() and step < plan.num_steps:
             save(wait=True)
-            raise Stopped(
+            raise storage.Stopped(
                 f"stopped after step {step} of {plan.num_steps}, and saved. The same command goes on from there."
             )
     return state, info

@@ -232,7 +232,7 @@ def test_streamed_runs_go_on_as_others_do(tmp_path: pathlib.Path, monkeypatch: p
         asked.append(0)
         return len(asked) == 4
 
-    with pytest.raises(train_run.Stopped):
+    with pytest.raises(storage.Stopped):
         train_run.train(settings, network, network.mask, tmp_path / "parts", should_stop=stop_at_the_fourth)
     parts = train_run.train(settings, network, network.mask, tmp_path / "parts")
     assert parts == whole
@@ -261,5 +261,5 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     chain = lambda steps_per_epoch: optax.adamw(optax.cosine_decay_schedule(1e-3, 2 * steps_per_epoch))
     other = Config(**{**vars(settings), "train": TrainConfig(num_epochs=2, batch_size=719, make_optimizer=chain)})
     assert config.train_id(other) != config.train_id(settings) and config.run_id(other) == config.run_id(settings)
-    with pytest.raises(train_run.Stopped, match="after step"):
+    with pytest.raises(storage.Stopped, match="after step"):
         train_run.train(other, network, found[0], tmp_path, should_stop=lambda: True)
