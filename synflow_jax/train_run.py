@@ -104,7 +104,7 @@ def train(
     """
     run_id = config.train_id(settings)
     plan, optimizer = _plan(settings, network)
-    key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # 0 draws the network, 1 prunes it
+    key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # the key itself draws the network, 1 prunes it
     # Copies, since the loop reuses the memory of the state that it is given.
     params, batch_stats, mask = jax.tree.map(jnp.copy, (network.params, network.batch_stats, mask))
     state = training.init_state(params, batch_stats, mask, optimizer, key)
@@ -301,7 +301,8 @@ def _loop(
         if should_stop() and step < plan.num_steps:
             save(wait=True)
             raise storage.Stopped(
-                f"stopped after step {step} of {plan.num_steps}, and saved. The same command goes on from there."
+                f"stopped after step {step} of {plan.num_steps}, and saved. The same command, without --overwrite, "
+                "goes on from there."
             )
     return state, info
 
