@@ -18,7 +18,7 @@ from synflow_jax import checkpoints, cli, config, figures, prune_run, report, st
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "train again what this folder already holds")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "prune and train again what this folder already holds")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
         cli.use_compilation_cache()
         network = prune_run.build(settings)
         report.network(output, settings.model, network)
+        plan = train_run.prepare(settings, network)
         found = None if _OVERWRITE.value else train_run.find_mask(settings, network, workdir)
         if found is None:
             with report.progress(output, config.num_iterations(settings.prune)) as on_iteration:
@@ -49,9 +50,12 @@ def main(argv: Sequence[str]) -> None:
         report.pruned(output, prune_row)
         batch_size = settings.train.batch_size
         split = training.batch_sharding(batch_size) is not None
+        report.recipe(output, settings.train.num_epochs, settings.train.drops)
         report.devices(output, batch_size, jax.local_device_count(), split=split)
         with cli.stop_signals() as should_stop, report.training(output, settings.train.num_epochs) as on_progress:
-            row = train_run.train(settings, network, mask, workdir, on_progress=on_progress, should_stop=should_stop)
+            row = train_run.train(
+                settings, network, mask, workdir, plan=plan, on_progress=on_progress, should_stop=should_stop
+            )
     curve = train_run.curve_path(workdir, row["run_id"])
     figures.save(figures.curve(row, train_run.read_curve(curve)), workdir / "curve.png")
     report.trained(output, row)

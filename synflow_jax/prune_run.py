@@ -73,14 +73,17 @@ def score_function(settings: Config, network: Network) -> scores.ScoreFn:
         return scores.synflow(apply_fn, network.input_shape, scaled=prune.scaled)
     if prune.pruner not in config.DATA_DRIVEN:
         return {"magnitude": scores.magnitude, "random": scores.random}[prune.pruner]()
-    batches = data.prune_batches(
-        settings.dataset,
-        network.input_shape,
-        settings.data.dir,
-        examples_per_class=prune.examples_per_class,
-        batch_size=prune.batch_size,
-        seed=settings.seed,
-    )
+    try:
+        batches = data.prune_batches(
+            settings.dataset,
+            network.input_shape,
+            settings.data.dir,
+            examples_per_class=prune.examples_per_class,
+            batch_size=prune.batch_size,
+            seed=settings.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"{'prune.' if str(error).startswith('examples_per_class') else ''}{error}") from error
     apply_fn = models.eval_fn(network.model, network.batch_stats)
     if prune.pruner == "snip":
         return scores.snip(scores.cross_entropy(apply_fn), batches)

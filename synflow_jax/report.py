@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -44,8 +44,9 @@ def progress(output: rich.console.Console, num_iterations: int) -> Iterator[Call
         rich.progress.MofNCompleteColumn(),
         rich.progress.TextColumn("{task.fields[kept]}"),
         rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
+        rich.progress.TextColumn("passed,"),
         rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("left"),
     )
     with rich.progress.Progress(*columns, console=output) as bar:
         task = bar.add_task("compiling", total=num_iterations, kept="")
@@ -94,6 +95,13 @@ def pruned(output: rich.console.Console, result: Mapping[str, Any]) -> None:
     )
 
 
+def recipe(output: rich.console.Console, num_epochs: int, drops: Sequence[int]) -> None:
+    """Drops of the learning rate that this run is too short for; nothing where there are none."""
+    late = [epoch for epoch in drops if epoch >= num_epochs]
+    if late:
+        output.print(f"train.drops={tuple(drops)}: the learning rate does not drop at {late} in {num_epochs} epochs")
+
+
 def devices(output: rich.console.Console, batch_size: int, num_devices: int, *, split: bool) -> None:
     """How a batch lies on the devices; nothing where there is one device."""
     if split:
@@ -114,13 +122,18 @@ def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable
         rich.progress.MofNCompleteColumn(),
         rich.progress.TextColumn("{task.fields[now]}"),
         rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
+        rich.progress.TextColumn("passed,"),
         rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("left"),
     )
     with rich.progress.Progress(*columns, console=output) as bar:
         task = bar.add_task("compiling", total=None, now="")
+        seen: list[int] = []
 
         def update(now: Progress) -> None:
+            if now.step and not seen:
+                output.print(f"going on after step {now.step} of {now.num_steps}, from the last checkpoint")
+            seen.append(now.step)
             if now.finished is not None:
                 done = now.finished
                 output.print(

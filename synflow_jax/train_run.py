@@ -46,9 +46,10 @@ class Progress(NamedTuple):
     finished: Mapping[str, float] | None  # the curve's values of an epoch that has just ended
 
 
-class _Plan(NamedTuple):
-    """A run's compiled parts and its length."""
+class Plan(NamedTuple):
+    """A run's compiled parts, with its data, and its length."""
 
+    optimizer: optax.GradientTransformation
     advance: AdvanceFn
     evaluate: Callable[[TrainState], Sums]
     steps_per_epoch: int
@@ -83,6 +84,7 @@ def train(
     mask: Mask,
     workdir: pathlib.Path,
     *,
+    plan: Plan | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def train(
       network: from `prune_run.build`.
       mask: of the network.
       workdir: the folder.
+      plan: from `prepare`, which is called if it is not given.
       on_progress: called on the host after every call of the compiled loop, and at the end of every epoch.
       should_stop: asked as often; True saves and raises `storage.Stopped`.
 
@@ -103,11 +106,11 @@ def train(
       storage.Stopped: see `should_stop`.
     """
     run_id = config.train_id(settings)
-    plan, optimizer = _plan(settings, network)
+    plan = prepare(settings, network) if plan is None else plan
     key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # the key itself draws the network, 1 prunes it
     # Copies, since the loop reuses the memory of the state that it is given.
     params, batch_stats, mask = jax.tree.map(jnp.copy, (network.params, network.batch_stats, mask))
-    state = training.init_state(params, batch_stats, mask, optimizer, key)
+    state = training.init_state(params, batch_stats, mask, plan.optimizer, key)
     info = training.init_info(settings.train.num_epochs)
     run = {"run_id": run_id, "config": config.train_dict(settings), "mask_sha256": _sha256(mask)}
     started = time.perf_counter()
@@ -130,7 +133,12 @@ def train(
     return row
 
 
-def _plan(settings: Config, network: Network) -> tuple[_Plan, optax.GradientTransformation]:
+def prepare(settings: Config, network: Network) -> Plan:
+    """Reads the data, and builds what trains on it: before the pruning, so that what is wrong is found first.
+
+    Raises:
+      ValueError: the data cannot be used, or a batch is larger than the training split.
+    """
     options, dataset = settings.train, data.spec(settings.dataset)
     dtype = jnp.dtype(options.compute_dtype)
     streamed = settings.dataset in data.STREAMED
@@ -140,7 +148,10 @@ def _plan(settings: Config, network: Network) -> tuple[_Plan, optax.GradientTran
     else:
         arrays = data.load(settings.dataset, network.input_shape, settings.data.dir)
         num_examples = len(arrays.train_labels)
-    per_epoch = training.steps_per_epoch(num_examples, options.batch_size)
+    try:
+        per_epoch = training.steps_per_epoch(num_examples, options.batch_size)
+    except ValueError as error:
+        raise ValueError(f"train.{error}") from error
     optimizer = _optimizer(options, per_epoch)
     step = training.make_step(network.model, optimizer, label_smoothing=options.label_smoothing, compute_dtype=dtype)
     sharding = training.batch_sharding(options.batch_size)
@@ -164,7 +175,7 @@ def _plan(settings: Config, network: Network) -> tuple[_Plan, optax.GradientTran
         def evaluate(state: TrainState) -> Sums:
             return jitted_evaluate(state, test_images, test_labels)
 
-    return _Plan(advance, evaluate, per_epoch, num_steps), optimizer
+    return Plan(optimizer, advance, evaluate, per_epoch, num_steps)
 
 
 def _replicated(sharding: jax.sharding.NamedSharding | None) -> Any:
@@ -192,7 +203,7 @@ def _streamed(
     step: training.StepFn,
     sharding: jax.sharding.NamedSharding | None,
 ) -> tuple[AdvanceFn, Callable[[TrainState], Sums]]:
-    """As the parts of `_plan`, with batches that are read while the network trains."""
+    """As the parts of a `Plan`, with batches that are read while the network trains."""
     options, dataset, shape = settings.train, data.spec(settings.dataset), network.input_shape
     where = (settings.dataset, shape, settings.data.dir)
 
@@ -247,7 +258,7 @@ def _on_device(batches: Iterator[Any], sharding: jax.sharding.NamedSharding | No
 
 def _loop(
     settings: Config,
-    plan: _Plan,
+    plan: Plan,
     state: TrainState,
     info: TrainInfo,
     folder: checkpoints.Checkpoints,
@@ -307,7 +318,7 @@ def _loop(
     return state, info
 
 
-def _not_finite(step: int, plan: _Plan, settings: Config, folder: checkpoints.Checkpoints) -> str:
+def _not_finite(step: int, plan: Plan, settings: Config, folder: checkpoints.Checkpoints) -> str:
     last = folder.manager.latest_step()
     kept = "No checkpoint was written yet" if last is None else f"The checkpoint after step {last} stays"
     return (
