@@ -4,7 +4,7 @@
     python train.py --config=configs/vgg11_c10.py
 
 Expect 92,229 of 9,222,848 weights kept in 9 layers, no layer empty.
-Its duration was not measured.
+Measured on two CPU cores, compilation included: 15 s of pruning.
 Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 

@@ -4,7 +4,7 @@
     python train.py --config=configs/vgg16_c10.py
 
 Expect 147,156 of 14,715,584 weights kept in 14 layers, no layer empty.
-Its duration was not measured.
+Measured on two CPU cores, compilation included: 21 s of pruning.
 Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
