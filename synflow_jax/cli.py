@@ -1,4 +1,4 @@
-"""Floor 9. What the scripts share: flags and errors as one message, the compilation cache."""
+"""Floor 10. What the scripts share: flags and errors as one message, the compilation cache."""
 
 from __future__ import annotations
 

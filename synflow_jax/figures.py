@@ -1,4 +1,4 @@
-"""Floor 8. Pictures, drawn from result rows alone."""
+"""Floor 9. Pictures, drawn from result rows alone."""
 
 from __future__ import annotations
 

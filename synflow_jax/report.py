@@ -1,4 +1,4 @@
-"""Floor 8. What a run prints: the network before it, a progress bar, a table of the layers after it."""
+"""Floor 9. What a run prints: the network before it, a progress bar, a table of the layers after it."""
 
 from __future__ import annotations
 

@@ -93,6 +93,12 @@ def test_floors_name_every_module() -> None:
     assert {module for module, _ in _modules()} == set(FLOORS)
 
 
+def test_docstrings_state_the_floor() -> None:
+    for module, path in _modules():
+        if path.parent == PACKAGE or path.name == "__init__.py":
+            assert str(ast.get_docstring(ast.parse(path.read_text()))).startswith(f"Floor {FLOORS[module]}. "), path
+
+
 def test_core_needs_no_flax() -> None:
     for name in _imports(PACKAGE / "__init__.py"):
         assert FLOORS[name.split(".")[1]] <= 3
