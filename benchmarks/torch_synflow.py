@@ -52,11 +52,11 @@ class Block(nn.Module):
         return functional.relu(self.main(x) + self.shortcut(x))
 
 
-def vgg16(num_classes: int) -> nn.Module:
-    """VGG-16 with batch norm for 32x32 images: 13 convolutions and one linear layer."""
+def vgg(stages: Sequence[Sequence[int]], num_classes: int) -> nn.Module:
+    """A VGG with batch norm for 32x32 images: a convolution a width, a max pool between stages, one linear layer."""
     modules: list[nn.Module] = []
     channels = 3
-    for i, stage in enumerate(VGG16_STAGES):
+    for i, stage in enumerate(stages):
         if i:
             modules.append(nn.MaxPool2d(2))
         for width in stage:
@@ -77,7 +77,7 @@ def resnet18(num_classes: int) -> nn.Module:
 
 def build(name: str) -> nn.Module:
     """A new network in evaluation mode, Kaiming normal, biases at 0."""
-    model = vgg16(100) if name == "vgg16" else resnet18(200)
+    model = vgg(VGG16_STAGES, 100) if name == "vgg16" else resnet18(200)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)

@@ -16,38 +16,26 @@ import time
 
 import torch
 from measure import peak_mb
-from torch import nn
+from torch.nn import functional
+from torch_synflow import VGG16_STAGES, vgg
 
 STAGES = {
     "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
-    "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+    "vgg16": VGG16_STAGES,
 }
-
-
-def vgg(name: str, num_classes: int = 100) -> nn.Module:
-    """A VGG with batch norm for 32x32 images."""
-    modules: list[nn.Module] = []
-    channels = 3
-    for i, stage in enumerate(STAGES[name]):
-        if i:
-            modules.append(nn.MaxPool2d(2))
-        for width in stage:
-            modules += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-    return nn.Sequential(*modules, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 def run(name: str, steps: int, batch_size: int) -> dict[str, object]:
     """Trains, and returns what each step took."""
     torch.manual_seed(0)
-    model = vgg(name)
+    model = vgg(STAGES[name], 100)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 100, (batch_size,))
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images), labels)
+        loss = functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
