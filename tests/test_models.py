@@ -277,6 +277,20 @@ def test_an_unknown_name_like_no_other() -> None:
         models.create("%%%", 10)
 
 
+def test_the_families_of_the_message_are_the_networks() -> None:
+    with pytest.raises(ValueError, match="is unknown") as error:
+        models.create("%%%", 10)
+    families = str(error.value).partition("The networks are ")[2].removesuffix(".")
+    names = []
+    for family in families.split(", "):
+        start, depths, rest = re.fullmatch(r"([^{]*)(?:{(.*)})?(.*)", family).groups(default="")
+        for depth in depths.split(","):
+            name = start + depth + rest.removesuffix("[_bn]")
+            names += [name, f"{name}_bn"] if rest.endswith("[_bn]") else [name]
+    assert sorted(names) == sorted(models.NAMES)
+    assert "\n" not in families and len(families) < len(", ".join(models.NAMES)) / 3
+
+
 @pytest.mark.parametrize("num_classes", [0, -1])
 def test_bad_number_of_classes(num_classes: int) -> None:
     with pytest.raises(ValueError, match=rf"num_classes={num_classes} must be at least 1"):

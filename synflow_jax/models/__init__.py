@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -142,7 +143,17 @@ def _check_name(name: str) -> None:
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"model={name!r} is unknown. {hint}The networks are {', '.join(NAMES)}.")
+        raise ValueError(f"model={name!r} is unknown. {hint}The networks are {_families()}.")
+
+
+def _families() -> str:
+    """`NAMES` in short: depths in braces, as a shell expands them, and an ending that may be left out in brackets."""
+    depths: dict[str, list[str]] = {}
+    for name in NAMES:
+        if not (name.endswith("_bn") and name.removesuffix("_bn") in NAMES):
+            family = re.sub(r"\d+", "{}", name) + ("[_bn]" if f"{name}_bn" in NAMES else "")
+            depths.setdefault(family, []).extend(re.findall(r"\d+", name))
+    return ", ".join(family.replace("{}", f"{{{','.join(found)}}}") for family, found in depths.items())
 
 
 def init(model: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tuple[Params, Tree]:
