@@ -40,11 +40,11 @@ def main(argv: Sequence[str]) -> None:
         network = prune_run.build(settings)
         report.network(output, settings.model, network)
         plan = train_run.prepare(settings, network)
-        found = None if _OVERWRITE.value else train_run.find_mask(settings, network, workdir)
+        found = None if _OVERWRITE.value else prune_run.find_mask(settings, network, workdir)
         if found is None:
             with report.progress(output, config.num_iterations(settings.prune)) as on_iteration:
                 prune_run.prune(settings, network, workdir, on_iteration)
-            found = train_run.find_mask(settings, network, workdir)
+            found = prune_run.find_mask(settings, network, workdir)
         assert found is not None
         mask, prune_row = found
         report.pruned(output, prune_row)

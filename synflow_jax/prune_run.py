@@ -103,6 +103,14 @@ def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
+def find_mask(settings: Config, network: Network, workdir: pathlib.Path) -> tuple[Mask, dict[str, Any]] | None:
+    """The mask and the row that an earlier pruning run of the same config left in `workdir`, if any."""
+    row = find_row(settings, workdir)
+    if row is None:
+        return None
+    return storage.load_mask(mask_path(workdir, row["run_id"]), network.params), row
+
+
 def mask_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
     """Where a run's mask lies."""
     return workdir / "masks" / f"{run_id}.safetensors"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from synflow_jax import checkpoints, config, data, prune_run, storage, training, trees
+from synflow_jax import checkpoints, config, data, storage, training, trees
 from synflow_jax.config import Config
 from synflow_jax.data import streaming
 from synflow_jax.prune_run import Network
@@ -367,11 +367,3 @@ def _row(settings: Config, state: TrainState, info: TrainInfo) -> dict[str, Any]
 
 def _sha256(tree: trees.Tree) -> str:
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
-
-
-def find_mask(settings: Config, network: Network, workdir: pathlib.Path) -> tuple[Mask, dict[str, Any]] | None:
-    """The mask and the row that an earlier pruning run of the same config left in `workdir`, if any."""
-    row = prune_run.find_row(settings, workdir)
-    if row is None:
-        return None
-    return storage.load_mask(prune_run.mask_path(workdir, row["run_id"]), network.params), row

@@ -250,7 +250,7 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     )  # fmt: skip
     network = prune_run.build(settings)
     row = prune_run.prune(settings, network, tmp_path)
-    found = train_run.find_mask(settings, network, tmp_path)
+    found = prune_run.find_mask(settings, network, tmp_path)
     assert found is not None and found[1]["run_id"] == row["run_id"]
     reports: list[train_run.Progress] = []
     trained = train_run.train(settings, network, found[0], tmp_path, on_progress=reports.append)
