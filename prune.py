@@ -2,7 +2,7 @@
 
     python prune.py --config=configs/vgg16_c100.py --workdir=runs/vgg16 --config.prune.compression=1000
 
-Every value of the config can be set by a flag of its name; `synflow_jax/config.py` lists them.
+Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/config.py` explains them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from synflow_jax import cli, config, figures, prune_run, report, storage
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("train."), lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, rows and pictures")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder already holds")
 

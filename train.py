@@ -2,6 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
+Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/config.py` explains them.
 Stop it at any moment (Ctrl-C, SIGTERM, a crash): the same command goes on where the last checkpoint stands.
 """
 
@@ -16,7 +17,7 @@ from ml_collections import config_flags
 
 from synflow_jax import checkpoints, cli, config, figures, prune_run, report, storage, train_run, training
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help(), lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "prune and train again what this folder already holds")
 

@@ -52,6 +52,12 @@ def run(main: Callable[[Sequence[str]], Config | None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def config_help(*omitted: str) -> str:
+    """What --help says of --config: the keys that flags can set, but for those that begin with one of `omitted`."""
+    keys = [key for key, type_ in _keys(Config).items() if type_ is not Any and not key.startswith(omitted)]
+    return f"a file of configs/; each of its keys is a flag as well, --config.KEY=VALUE. The keys are {', '.join(keys)}"
+
+
 def check_config(value: Any) -> Config:
     """The value of --config, checked. Raises ValueError if it is missing, of another type, or out of range."""
     if not isinstance(value, Config):
@@ -123,12 +129,13 @@ def _check_keys(argv: list[str]) -> None:
             raise ValueError(f"--config.{match[1]} is no key of the config. {hint}The keys are: {', '.join(keys)}.")
 
 
-def _keys(dataclass: Any) -> list[str]:
-    keys = []
+def _keys(dataclass: Any) -> dict[str, Any]:
+    """The keys of a config, those within its parts with a dot, and their types."""
+    keys: dict[str, Any] = {}
     for field in dataclasses.fields(dataclass):
         default = field.default_factory() if callable(field.default_factory) else field.default
-        inner = _keys(default) if dataclasses.is_dataclass(default) else []
-        keys += [f"{field.name}.{key}" for key in inner] or [field.name]
+        inner = _keys(default) if dataclasses.is_dataclass(default) else {}
+        keys |= {f"{field.name}.{key}": type_ for key, type_ in inner.items()} or {field.name: field.type}
     return keys
 
 

@@ -6,9 +6,11 @@ before any work, and leaves nothing behind.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -78,6 +80,14 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     (tmp_path / "rows.jsonl").write_text('{"run_id": "half')
     damaged = _prune(cache, *flags, "--overwrite")
     assert damaged.returncode != 0 and "line 1" in damaged.stderr
+
+
+def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
+    text = _prune(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
+    values = dataclasses.asdict(Config())
+    keys = [key for key in values if key not in ("data", "prune", "train")]
+    keys += [f"{part}.{key}" for part in ("data", "prune") for key in values[part]]
+    assert re.split(r",\s+", text.strip()) == keys
 
 
 @pytest.mark.parametrize("rule", ["snip", "grasp", "random"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -94,6 +96,15 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     # A run of another recipe takes the mask that is there.
     other = _train(cache, *flags, "--config.train.num_epochs=1", "--config.train.label_smoothing=0.1")
     assert other.returncode == 0 and "iterations" not in other.stdout and "26,039 weights kept" not in other.stdout
+
+
+def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
+    text = _train(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
+    listed = set(re.split(r",\s+", text.strip()))
+    values = dataclasses.asdict(Config())
+    keys = {f"{part}.{key}" for part in ("data", "prune", "train") for key in values[part]}
+    keys |= values.keys() - {"data", "prune", "train"}
+    assert keys == listed | {"train.make_optimizer"} != listed  # a function, which only a config file can give
 
 
 def test_killed_and_stopped_runs_end_as_one_that_was_left_alone(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
