@@ -38,24 +38,28 @@ def network(output: rich.console.Console, name: str, net: Network) -> None:
 @contextlib.contextmanager
 def progress(output: rich.console.Console, num_iterations: int) -> Iterator[Callable[[int, PruneInfo], None]]:
     """A progress bar; yields what `pruning.prune` takes as `on_progress`."""
-    columns = (
+    with rich.progress.Progress(*_columns(), console=output) as bar:
+        task = bar.add_task("compiling", total=num_iterations, now="")
+
+        def update(num_done: int, info: PruneInfo) -> None:
+            kept = f"{int(info.kept[num_done - 1].sum()):,} weights kept" if num_done else ""
+            bar.update(task, completed=num_done, description="pruning", now=kept)
+
+        yield update
+
+
+def _columns() -> tuple[rich.progress.ProgressColumn, ...]:
+    """What a bar shows; its tasks have a field `now`: a text."""
+    return (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[kept]}"),
+        rich.progress.TextColumn("{task.fields[now]}"),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TextColumn("passed,"),
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("left"),
     )
-    with rich.progress.Progress(*columns, console=output) as bar:
-        task = bar.add_task("compiling", total=num_iterations, kept="")
-
-        def update(num_done: int, info: PruneInfo) -> None:
-            kept = f"{int(info.kept[num_done - 1].sum()):,} weights kept" if num_done else ""
-            bar.update(task, completed=num_done, description="pruning", kept=kept)
-
-        yield update
 
 
 def row(output: rich.console.Console, result: Mapping[str, Any]) -> None:
@@ -109,24 +113,14 @@ def devices(output: rich.console.Console, batch_size: int, num_devices: int, *, 
     elif num_devices > 1:
         output.print(
             f"[bold red]one device of {num_devices} is used: train.batch_size={batch_size} does not split evenly over "
-            f"them[/bold red]"
+            "them[/bold red]"
         )
 
 
 @contextlib.contextmanager
 def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable[[Progress], None]]:
     """A progress bar and a line an epoch; yields what `train_run.train` takes as `on_progress`."""
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[now]}"),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("passed,"),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("left"),
-    )
-    with rich.progress.Progress(*columns, console=output) as bar:
+    with rich.progress.Progress(*_columns(), console=output) as bar:
         task = bar.add_task("compiling", total=None, now="")
         seen: list[int] = []
 

@@ -173,9 +173,7 @@ def make_step(
     """
 
     def loss_fn(params: Params, state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        variables = {"params": _cast(trees.apply_mask(params, state.mask), compute_dtype)}
-        if state.batch_stats:
-            variables["batch_stats"] = state.batch_stats
+        variables = _variables(params, state, compute_dtype)
         rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)}
         logits, updated = model.apply(
             variables, images.astype(compute_dtype), train=True, mutable=["batch_stats"], rngs=rngs
@@ -193,8 +191,10 @@ def make_step(
     return step
 
 
-def _cast(tree: Tree, dtype: Any) -> Tree:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+def _variables(params: Params, state: TrainState, dtype: Any) -> dict[str, Tree]:
+    """What a module is applied to: the masked parameters in `dtype`, and the batch statistics where there are any."""
+    masked = jax.tree.map(lambda leaf: leaf.astype(dtype), trees.apply_mask(params, state.mask))
+    return {"params": masked, **({"batch_stats": state.batch_stats} if state.batch_stats else {})}
 
 
 def make_epoch(
@@ -308,9 +308,7 @@ def make_evaluate_batch(model: nn.Module, dataset: DataSpec, *, compute_dtype: A
     """`evaluate(state, images uint8, labels, counts bool) -> Sums` of one batch; see `sums`."""
 
     def evaluate(state: TrainState, images: jax.Array, labels: jax.Array, counts: jax.Array) -> Sums:
-        variables = {"params": _cast(trees.apply_mask(state.params, state.mask), compute_dtype)}
-        if state.batch_stats:
-            variables["batch_stats"] = state.batch_stats
+        variables = _variables(state.params, state, compute_dtype)
         logits = model.apply(variables, data.normalise(images, dataset).astype(compute_dtype), train=False)
         logits = jnp.asarray(logits)
         return sums(cross_entropy(logits, labels), logits, labels, counts)

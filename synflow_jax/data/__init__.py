@@ -1,7 +1,7 @@
 """Floor 4. Data sets: what they are, how they are read, and how a training batch is made of them on the device."""
 
 from synflow_jax.data.augmentation import augment, normalise
-from synflow_jax.data.batches import choose_balanced, prune_batches
+from synflow_jax.data.batches import prune_batches
 from synflow_jax.data.readers import Arrays, check_readable, load
 from synflow_jax.data.specs import DATASETS, STREAMED, DataSpec, ImageShape, spec
 
@@ -13,7 +13,6 @@ __all__ = [
     "ImageShape",
     "augment",
     "check_readable",
-    "choose_balanced",
     "load",
     "normalise",
     "prune_batches",

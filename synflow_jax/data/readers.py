@@ -24,8 +24,7 @@ import numpy as np
 from synflow_jax.data.specs import STREAMED, ImageShape, spec
 
 _IDX = ("mnist", "fashion_mnist")
-_TFDS = {"cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "fashion_mnist": "fashion_mnist",
-         "imagenet": "imagenet2012"}  # fmt: skip
+_TFDS = {"imagenet": "imagenet2012"}  # names that tensorflow-datasets has otherwise
 _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 
 
@@ -239,7 +238,7 @@ def _tfds_builder(dataset: str, directory: str | None) -> Any:
             f"dataset={dataset!r} is read by tensorflow-datasets, which does not import here ({error}). Install it: "
             "pip install -r requirements.txt."
         ) from error
-    name = _TFDS[dataset]
+    name = _TFDS.get(dataset, dataset)
     folder = f", data_dir={directory!r}" if directory else ""
     prepare = (
         "Prepare it once, in an environment that has TensorFlow (pip install tensorflow-cpu tensorflow-datasets): "
