@@ -9,7 +9,7 @@ Measured on two CPU cores, compilation included, one of them partly busy: 88 s.
 Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
-from synflow_jax.config import Config, PruneConfig, TrainConfig
+from synflow_jax.config import Config, TrainConfig
 
 
 def get_config() -> Config:
@@ -17,6 +17,5 @@ def get_config() -> Config:
     return Config(
         model="imagenet_resnet50",
         dataset="imagenet",
-        prune=PruneConfig(scaled=True),
         train=TrainConfig(num_epochs=90, batch_size=256, drops=(30, 60, 80)),
     )

@@ -36,7 +36,7 @@ def log10_path_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Param
 
 def collapsed(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> bool:
     """Whether no path of kept, nonzero weights leads from the input to the output. Arguments as `log10_path_norm`."""
-    return _log10_norm(apply_fn, input_shape, _without_biases(trees.apply_mask(params, mask))) == -math.inf
+    return _log10_norm(apply_fn, input_shape, trees.without_biases(trees.apply_mask(params, mask))) == -math.inf
 
 
 def max_compression(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, params: Params) -> float:
@@ -59,7 +59,7 @@ def shortest_path(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, par
       ValueError: no path at all, or a network that no float64 resolves (a chain of hundreds of layers beside
         shorter paths).
     """
-    params = _without_biases(params)
+    params = trees.without_biases(params)
     objective = path_norm(apply_fn, input_shape)
 
     def norm(t: float) -> Params:
@@ -91,13 +91,6 @@ def multiply_adds(mask: Mask, positions: Mapping[str, int]) -> tuple[int, int]:
     uses = [positions.get(name, 1) for name in names]
     kept = sum(int(np.count_nonzero(np.asarray(m))) * n for m, n in zip(leaves, uses, strict=True))
     return kept, sum(m.size * n for m, n in zip(leaves, uses, strict=True))
-
-
-def _without_biases(params: Params) -> Params:
-    kinds = trees.leaf_kinds(params)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.zeros_like(leaf) if kinds[trees.path_name(path)].endswith("bias") else leaf, params
-    )
 
 
 def _log10_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params) -> float:

@@ -31,12 +31,12 @@ class PruneConfig:
     pruner: str = "synflow"
     compression: float = 100.0  # total / kept; 1 prunes nothing
     num_iterations: int | None = None  # None: as in the paper, 100 for synflow and 1 for the others
-    schedule: str = "exponential"
+    schedule: str = "exponential"  # or "linear", or "certified": no iteration can disconnect the network
+    cut_fraction: float = 0.5  # certified: of the smallest cut's total score, what one iteration may prune
     scope: str = "global"
     # "float32" as in the published runs; "float64" takes twice as long and is free of rounding; None: see `prune`.
     score_dtype: str | None = "float32"
-    # synflow carries a power of two beside every value: float32 at any depth; compiling takes longer.
-    scaled: bool = False
+    scaled: bool = True  # synflow carries a power of two beside every value: float32 at any depth
     nested: bool = True  # a pruned weight stays pruned
     kernels: bool = True  # what may be pruned
     biases: bool = False

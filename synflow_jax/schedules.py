@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ def linear(compression: float, step: int, num_iterations: int) -> float:
     return 1 - (1 - 1 / compression) * (step / num_iterations)
 
 
+# Prunes as much at a time as the scores allow: see `pruning.advance_certified`. It has no densities to be listed here.
+CERTIFIED = "certified"
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {"exponential": exponential, "linear": linear}
 
 
@@ -34,7 +37,7 @@ def prune_counts(
       ValueError: naming the argument that is out of its range.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {sorted(SCHEDULES)}.")
+        raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {sorted([*SCHEDULES, CERTIFIED])}.")
     if not isinstance(num_iterations, int | np.integer) or isinstance(num_iterations, bool) or num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
     if not np.isfinite(compression) or compression < 1:
@@ -44,3 +47,14 @@ def prune_counts(
         )
     density = [SCHEDULES[schedule](float(compression), k, num_iterations) for k in range(1, num_iterations + 1)]
     return np.array([[int((1 - d) * size) for size in sizes] for d in density], np.int64)
+
+
+def num_kept(size: int, compression: float) -> int:
+    """How many of `size` weights the certified schedule leaves: size / compression, rounded up.
+
+    Rounded up but for the rounding of the compression itself, so that size / L leaves L.
+
+    >>> num_kept(10, 3), num_kept(14_761_664, 14_761_664 / 14)
+    (4, 14)
+    """
+    return max(1, math.ceil(size / compression * (1 - 1e-12)))

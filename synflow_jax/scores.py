@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -80,16 +80,17 @@ def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
 
 
 @functools.lru_cache
-def _path_norm(input_shape: tuple[int, ...]) -> Callable[[ApplyFn, Params], jax.Array]:
+def _path_norm(input_shape: tuple[int, ...]) -> Callable[..., jax.Array]:
     # Cached, so that jitted users find their trace again.
-    def objective(apply_fn: ApplyFn, params: Params) -> jax.Array:
-        ones = jnp.ones((1, *input_shape), jnp.result_type(*jax.tree.leaves(params)))
-        return jnp.sum(apply_fn(jax.tree.map(jnp.abs, params), ones))
+    def objective(apply_fn: ApplyFn, params: Params, input_scale: chex.Numeric = 1) -> jax.Array:
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        inputs = jnp.ones((1, *input_shape), dtype) * jnp.asarray(input_scale, dtype)
+        return jnp.sum(apply_fn(jax.tree.map(jnp.abs, params), inputs))
 
     return objective
 
 
-def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = False) -> ScoreFn:
+def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = True) -> ScoreFn:
     """Synaptic flow (Algorithm 1): the saliency of the l1 path norm. Needs no data, and is never negative.
 
     A pruned weight scores exactly 0. Use many iterations: the paper takes 100.
@@ -98,27 +99,62 @@ def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = Fal
       apply_fn: `apply_fn(params, x)`, in evaluation mode.
       input_shape: the shape of one example, without the batch axis.
       scaled: carries a power of two beside every value (`scaling.evaluate`), so that float32 reaches any depth. The
-        scores of one call are then divided by one power of two, which changes no mask.
+        scores of one call are then divided by one power of two, which changes no mask. False for the plain sums of
+        products, of which Eq. 4 is one.
 
     >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [4.0]])}
     >>> mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
-    >>> score_fn = synflow(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], input_shape=(1,))
+    >>> score_fn = synflow(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], input_shape=(1,), scaled=False)
     >>> score_fn(params, mask, jax.random.key(0))["w1"]
     Array([[3., 8.]], dtype=float32)
     """
-    objective = path_norm(apply_fn, input_shape)
-    return Partial(_synflow, Partial(_mantissa, objective) if scaled else objective)
+    evaluate = scaling.evaluate if scaled else _plain
+    return Partial(_synflow, Partial(evaluate, path_norm(apply_fn, input_shape)))
 
 
-def _mantissa(objective: Objective, params: Params) -> jax.Array:
-    return scaling.evaluate(objective, params).value
+def _plain(objective: Callable[..., jax.Array], *args: Any) -> scaling.Scaled:
+    return scaling.Scaled(objective(*args), jnp.int32(0))
 
 
-def _synflow(objective: Objective, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+def _synflow(evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    return _synflow_and_cut(evaluate, params, mask, key).scores
+
+
+class Flow(NamedTuple):
+    """SynFlow's scores and the flow that enters at the input, both to be multiplied by 2^exponent.
+
+    The input's flow is dR/dx * x, the sum of |products| of weights over all paths from the input to the output. Every
+    such path passes every cut of the network (a set of weights that parts input and output), so that a cut's
+    total score is at least this: weights of a smaller total disconnect nothing (Theorem 3). Without biases it is R.
+
+    scores: as every rule returns them; cut: []; exponent: int32 [].
+    """
+
+    scores: Scores
+    cut: jax.Array
+    exponent: jax.Array
+
+
+FlowFn = Callable[[Params, Mask, chex.PRNGKey], Flow]
+
+
+def with_cut(score_fn: ScoreFn) -> FlowFn | None:
+    """For a score function of `synflow`, the one that returns its `Flow`; None for every other rule."""
+    if isinstance(score_fn, Partial) and score_fn.func is _synflow:
+        return Partial(_synflow_and_cut, *score_fn.args, **score_fn.keywords)
+    return None
+
+
+def _synflow_and_cut(evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey) -> Flow:
     del key  # no data and no chance
-    # The masked parameters are written once, in `saliency`: then XLA sees that a recorded objective is the same forward
-    # pass, and does not repeat it.
-    return map_prunable(lambda m, s: jnp.where(m, s, jnp.zeros_like(s)), mask, saliency(objective, params, mask))
+    selected = select(apply_mask(params, mask), mask)
+    input_scale = jnp.ones((), jnp.result_type(*jax.tree.leaves(params)))
+    (gradient, cut), exponent = jax.grad(
+        lambda prunable, scale: evaluate(merge(prunable, params), scale), argnums=(0, 1), has_aux=True
+    )(selected, input_scale)
+    # A pruned weight scores 0 whatever its gradient is.
+    scores = map_prunable(lambda m, g, theta: jnp.where(m, g * theta, jnp.zeros_like(theta)), mask, gradient, selected)
+    return Flow(scores, cut, jnp.where(cut > 0, exponent, 0))
 
 
 def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:

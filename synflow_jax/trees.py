@@ -107,6 +107,18 @@ def leaf_kinds(params: Params) -> dict[str, str]:
     return {name: kind(name) for name in leaves}
 
 
+def without_biases(params: Params) -> Params:
+    """The parameters with all biases, those of norms included, at 0: only paths from the input make output then.
+
+    >>> without_biases({"fc": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}})["fc"]["bias"]
+    Array([0.], dtype=float32)
+    """
+    kinds = leaf_kinds(params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if kinds[path_name(path)].endswith("bias") else leaf, params
+    )
+
+
 def map_prunable(function: Callable[..., Any], mask: Mask, *trees: Tree) -> Tree:
     """`function(mask leaf, leaf of each tree, ...)` where the mask has a leaf, a hole where it has none."""
     return jax.tree.map(

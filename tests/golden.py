@@ -35,7 +35,7 @@ class Golden(NamedTuple):
     inputs: np.ndarray  # NHWC
     labels: np.ndarray
 
-    def score_fn(self, rule: str, num_batches: int = 1) -> scores.ScoreFn:
+    def score_fn(self, rule: str, num_batches: int = 1, *, scaled: bool = True) -> scores.ScoreFn:
         dtype = jax.tree.leaves(self.params)[0].dtype
         batches = [
             (jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32))
@@ -43,7 +43,7 @@ class Golden(NamedTuple):
         ]
         return {
             "magnitude": lambda: scores.magnitude(),
-            "synflow": lambda: scores.synflow(self.synflow_fn, self.input_shape),
+            "synflow": lambda: scores.synflow(self.synflow_fn, self.input_shape, scaled=scaled),
             "snip": lambda: scores.snip(scores.cross_entropy(self.apply_fn), batches),
             "grasp": lambda: scores.grasp(scores.cross_entropy(self.apply_fn, temperature=200), batches),
         }[rule]()

@@ -24,7 +24,7 @@ def test_scores_in_float64(golden_file: pathlib.Path, rule: str, num_batches: in
         if f"{key}_0" not in case.arrays:
             assert key.startswith(("snip", "grasp")), f"{golden_file.name} lacks the scores of {rule}"
             pytest.skip(f"{golden_file.name} has no scores of {key}")
-        score_fn = case.score_fn(rule, num_batches)
+        score_fn = case.score_fn(rule, num_batches, scaled=False)
         ours = case.in_reference_order(jax.jit(score_fn)(case.params, case.mask, jax.random.key(0)))
         for i, layer in enumerate(ours):
             expected = case.arrays[f"{key}_{i}"]

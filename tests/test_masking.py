@@ -290,7 +290,7 @@ def test_sum_of_is_exact_for_counts_and_precise_for_floats(size: int) -> None:
     rng = np.random.default_rng(0)
     flags, values = rng.random(size) < 0.3, rng.random(size, np.float32)
     assert int(masking.sum_of(lambda m: m, jnp.asarray(flags))) == flags.sum()
-    total = masking.sum_of(lambda m, v: jnp.where(m, v, 0), jnp.asarray(flags), jnp.asarray(values), dtype=jnp.float32)
+    total = masking.sum_of(lambda m, v: jnp.where(m, v, 0), jnp.asarray(flags), jnp.asarray(values))
     np.testing.assert_allclose(total, values[flags].sum(dtype=np.float64), rtol=1e-6)
 
 

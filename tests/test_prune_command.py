@@ -165,7 +165,7 @@ def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None
 
 
 def test_overflow_names_the_layer_and_writes_nothing(tmp_path: pathlib.Path) -> None:
-    settings = Config(model="fc", dataset="digits", prune=PruneConfig(compression=10.0, score_dtype="float32"))
+    settings = Config(model="fc", dataset="digits", prune=PruneConfig(compression=10.0, scaled=False))
     network = prune_run.build(settings)
     network = network._replace(params=jax.tree.map(lambda leaf: 1e8 * leaf, network.params))
     with pytest.raises(FloatingPointError, match="layer 'fc1/kernel' are not finite in iteration 1 of 100"):

@@ -221,7 +221,8 @@ def test_score_totals_are_conserved_and_are_the_objective() -> None:
     """Theorem 2 in every iteration, at the mask that the iteration found."""
     _, info = pruning.prune(SYNFLOW, _params(), compression=8, num_iterations=3, objective=PATH_NORM)
     assert info.score_total.shape == (3, LEAVES) and info.objective.shape == (3,)
-    np.testing.assert_allclose(info.score_total, np.repeat(info.objective[:, None], LEAVES, axis=1), rtol=1e-5)
+    totals = np.asarray(info.score_total) * 2.0 ** np.asarray(info.exponent)[:, None]
+    np.testing.assert_allclose(totals, np.repeat(info.objective[:, None], LEAVES, axis=1), rtol=1e-5)
     masks, _ = _masks_along(SYNFLOW, True)
     r = [float(PATH_NORM(trees.apply_mask(_params(), mask))) for mask in masks]
     np.testing.assert_allclose(info.objective, r[:3], rtol=1e-6)
@@ -381,11 +382,13 @@ def _with(layer: str, function: Callable[[jax.Array], jax.Array]) -> trees.Param
 @pytest.mark.parametrize("scale", [1e30, -1e30])
 def test_overflow_names_layer_and_iteration(scale: float) -> None:
     params = jax.tree.map(lambda w: scale * w, _params())
+    plain = scores.synflow(_mlp, WIDTHS[:1], scaled=False)
     with pytest.raises(FloatingPointError, match=r"scores of layer 'fc1/kernel' are not finite in iteration 1 of 3"):
-        pruning.prune(SYNFLOW, params, compression=2, num_iterations=3, score_dtype="float32")
-    # Float64 reaches it.
-    _, info = pruning.prune(SYNFLOW, params, compression=2, num_iterations=3, score_dtype="float64")
+        pruning.prune(plain, params, compression=2, num_iterations=3, score_dtype="float32")
+    # Float64 reaches it, and float32 with a power of two beside every value.
+    mask, info = pruning.prune(SYNFLOW, params, compression=2, num_iterations=3, score_dtype="float64")
     assert np.isfinite(info.score_total).all() and info.score_total.dtype == np.float64
+    _assert_same(mask, pruning.prune(SYNFLOW, params, compression=2, num_iterations=3, score_dtype="float32")[0])
 
 
 @pytest.mark.parametrize("score_dtype, message", [("float16", "unknown"), (3, "unknown")])

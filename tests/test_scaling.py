@@ -40,8 +40,8 @@ def test_masks_are_those_of_the_plain_scores() -> None:
     params, batch_stats = models.init(network, (16, 16, 3), jax.random.key(0))
     apply_fn = models.synflow_fn(network, batch_stats)
     prune = functools.partial(pruning.prune, compression=10, num_iterations=20, score_dtype="float32")
-    run = lambda **options: prune(scores.synflow(apply_fn, (16, 16, 3), **options), params)[0]
-    jax.tree.map(np.testing.assert_array_equal, run(), run(scaled=True))
+    run = lambda scaled: prune(scores.synflow(apply_fn, (16, 16, 3), scaled=scaled), params)[0]
+    jax.tree.map(np.testing.assert_array_equal, run(True), run(False))
 
 
 def _deep(layers: int) -> Callable[[Any, jax.Array], jax.Array]:

@@ -124,5 +124,7 @@ def test_bad_num_iterations(num_iterations: Any) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "", "Linear", None])
 def test_unknown_schedule(schedule: Any) -> None:
-    with pytest.raises(ValueError, match=r"schedule=.* is unknown. Choose one of \['exponential', 'linear'\]"):
+    with pytest.raises(
+        ValueError, match=r"schedule=.* is unknown. Choose one of \['certified', 'exponential', 'linear'\]"
+    ):
         schedules.prune_counts([10], 2.0, 1, schedule)

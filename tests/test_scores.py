@@ -70,7 +70,7 @@ def _paths(params: trees.Params, mask: trees.Mask) -> list[np.ndarray]:
 def test_synflow_is_the_total_weight_of_the_paths(widths: tuple[int, ...], dtype: str, rtol: float) -> None:
     with jax.enable_x64(dtype == "float64"):
         params = _weights(widths, dtype=jnp.dtype(dtype))
-        score_fn, objective = scores.synflow(_mlp, (widths[0],)), scores.path_norm(_mlp, (widths[0],))
+        score_fn, objective = scores.synflow(_mlp, (widths[0],), scaled=False), scores.path_norm(_mlp, (widths[0],))
         for density in (1.0, 0.7):
             mask = _some(params, density=density)
             expected = _paths(params, mask)
@@ -121,7 +121,7 @@ def test_every_layer_of_a_vgg_holds_the_same_score() -> None:
     )
     # A running mean is subtracted: `synflow_fn` takes the means out.
     apply_fn = models.synflow_fn(model, batch_stats)
-    score_fn, objective = scores.synflow(apply_fn, (8, 8, 3)), scores.path_norm(apply_fn, (8, 8, 3))
+    score_fn, objective = scores.synflow(apply_fn, (8, 8, 3), scaled=False), scores.path_norm(apply_fn, (8, 8, 3))
     mask = _some(trees.select(params, trees.prunable(params)), seed=3)
 
     @jax.jit
