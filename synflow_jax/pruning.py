@@ -415,8 +415,8 @@ def _for_paths(params: Params, mask: Mask) -> Params:
     biases = [name for name in trees.names(mask) if kinds[name].endswith("bias")]
     if biases:
         raise ValueError(
-            f"schedule='certified' counts paths from the input, on which no bias lies, but mask lets {biases} be pruned. "
-            "Make them holes (prunable(params, biases=False, norms=False)), or choose 'exponential' or 'linear'."
+            f"schedule='certified' counts paths from the input, on which no bias lies, but mask lets {biases} be "
+            "pruned. Make them holes (prunable(params, biases=False)), or choose 'exponential' or 'linear'."
         )
     return trees.without_biases(params)
 

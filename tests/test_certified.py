@@ -58,7 +58,7 @@ def _case(name: str) -> Case:
 
 
 def _ratios(info: pruning.PruneInfo) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # nothing flows any more
+    with np.errstate(invalid="ignore", divide="ignore"):  # nothing flows any more
         return np.asarray(info.pruned_score) / np.asarray(info.cut)
 
 
@@ -218,7 +218,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 def test_biases_cannot_be_pruned_by_it() -> None:
     params = _case("mlp").draw(jax.random.key(0))
     mask = trees.prunable(params, biases=True)
-    with pytest.raises(ValueError, match="mask lets .'fc1/bias', 'fc2/bias', 'fc3/bias'"):
+    with pytest.raises(ValueError, match=r"mask lets \['fc1/bias', 'fc2/bias'"):
         _case("mlp").prune(0, schedule="certified", mask=mask)
 
 
