@@ -22,6 +22,7 @@ FLOORS = {
     "schedules": 1,
     "scaling": 1,
     "scores": 2,
+    "units": 2,
     "pruning": 3,
     "analysis": 3,
     "models": 4,
