@@ -544,7 +544,9 @@ class _Tracer:
         return [_moved(values[0], [order.index(i) for i in range(len(order))], eqn.outvars[0].aval.shape)]
 
     def squeeze(self, eqn: Any, values: list[_Value]) -> list[_Value]:
-        value, gone = values[0], set(eqn.params["dimensions"])
+        return [self.squeezed(values[0], set(eqn.params["dimensions"]), eqn.outvars[0].aval.shape)]
+
+    def squeezed(self, value: _Value, gone: set[int], shape: tuple[int, ...]) -> _Value:
         lost = [f for f in value.fields if f.support <= gone]
         if value.kind == _ACTIVATIONS:
             self.fix(lost, "squeeze")
@@ -552,7 +554,7 @@ class _Tracer:
         kept = tuple(f._replace(support=f.support - gone) for f in value.fields if not f.support <= gone)
         places = iter(range(len(value.shape)))
         where = [None if i in gone else next(places) for i in range(len(value.shape))]
-        return [_moved(value._replace(fields=kept), where, eqn.outvars[0].aval.shape)]
+        return _moved(value._replace(fields=kept), where, shape)
 
     def reshape(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         value, shape = values[0], eqn.outvars[0].aval.shape
@@ -589,13 +591,13 @@ class _Tracer:
         return [_indexed(values[0], index, values[0].shape)]
 
     def split(self, eqn: Any, values: list[_Value]) -> list[_Value]:
-        axis, start, parts = eqn.params["axis"], 0, []
-        for variable in eqn.outvars:
-            size = variable.aval.shape[axis]
-            index = [slice(start, start + size) if i == axis else slice(None) for i in range(len(variable.aval.shape))]
-            parts.append(_indexed(values[0], index, variable.aval.shape))
-            start += size
-        return parts
+        sizes = [variable.aval.shape[eqn.params["axis"]] for variable in eqn.outvars]
+        return _parts(values[0], eqn.params["axis"], sizes)
+
+    def unstack(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        axis = eqn.params["axis"]
+        parts = _parts(values[0], axis, [1] * len(eqn.outvars))
+        return [self.squeezed(part, {axis}, eqn.outvars[0].aval.shape) for part in parts]
 
     def dynamic_slice(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         shape = eqn.outvars[0].aval.shape
@@ -829,7 +831,7 @@ class _Tracer:
 
 
 _STEPS = _names(
-    "broadcast_in_dim transpose squeeze reshape slice rev split dynamic_slice gather pad concatenate dot_general "
+    "broadcast_in_dim transpose squeeze reshape slice rev split unstack dynamic_slice gather pad concatenate dot_general "
     "conv_general_dilated"
 )
 
@@ -858,6 +860,15 @@ def _moved(
 def _indexed(value: _Value, index: list[slice], shape: tuple[int, ...]) -> _Value:
     cut = lambda f: f.ids[tuple(s if i in f.support else slice(None) for i, s in enumerate(index))]
     return value._replace(fields=tuple(f._replace(ids=cut(f)) for f in value.fields), shape=shape)
+
+
+def _parts(value: _Value, axis: int, sizes: Sequence[int]) -> list[_Value]:
+    parts, stop = [], 0
+    for size in sizes:
+        start, stop = stop, stop + size
+        index = [slice(start, stop) if i == axis else slice(None) for i in range(len(value.shape))]
+        parts.append(_indexed(value, index, (*value.shape[:axis], size, *value.shape[axis + 1 :])))
+    return parts
 
 
 def _padded(ids: np.ndarray, axis: int, config: Sequence[int]) -> np.ndarray:
