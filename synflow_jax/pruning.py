@@ -20,7 +20,7 @@ import numpy as np
 
 from synflow_jax import masking, schedules, trees
 from synflow_jax.scores import Objective, ScoreFn, as_partial
-from synflow_jax.trees import Mask, Params
+from synflow_jax.trees import Mask, Params, Scores
 
 # fori_loop(lower, upper, body, init); `python_loop` is another one.
 LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
@@ -37,11 +37,14 @@ class PruneInfo(NamedTuple):
     kept: int32 [n, num_leaves], the kept weights of each leaf after each iteration.
     score_total: float [n, num_leaves], the sum of the scores over the weights that each iteration found kept, in the
       dtype of the scores.
+    pruned_score: float [n], the part of that sum, over all leaves, that belongs to the weights which the iteration
+      pruned.
     objective: float [n], R at the masked parameters that each iteration found; None if no objective was given.
     """
 
     kept: jax.Array
     score_total: jax.Array
+    pruned_score: jax.Array
     objective: jax.Array | None
 
 
@@ -66,6 +69,7 @@ def init_state(mask: Mask, num_iterations: int, dtype: Any = jnp.float32, *, obj
     info = PruneInfo(
         jnp.zeros((num_iterations, num_leaves), jnp.int32),
         jnp.full((num_iterations, num_leaves), jnp.nan, dtype),
+        jnp.full(num_iterations, jnp.nan, dtype),
         jnp.full(num_iterations, jnp.nan, dtype) if objective else None,
     )
     return PruneState(mask, info, jnp.bool_(True))
@@ -151,13 +155,22 @@ def advance(
             proposed = masking.local_mask(ranked, counts[iteration])
         if nested:
             proposed = jax.tree.map(jnp.logical_and, proposed, mask)
+        pruned_score = sum(
+            masking.sum_of(lambda old, new, s: jnp.where(old & ~new, s, 0), old, new, s, dtype=dtype)
+            for old, new, s in zip(*map(jax.tree.leaves, (mask, proposed, scores)), strict=True)
+        )
         mask = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, mask)
 
         kept = masking.count_kept(mask)
         objectives = info.objective
         if objectives is not None and objective_now is not None:
             objectives = objectives.at[iteration].set(objective_now.astype(dtype))
-        info = PruneInfo(info.kept.at[iteration].set(kept), info.score_total.at[iteration].set(total), objectives)
+        info = PruneInfo(
+            info.kept.at[iteration].set(kept),
+            info.score_total.at[iteration].set(total),
+            info.pruned_score.at[iteration].set(pruned_score),
+            objectives,
+        )
         return PruneState(mask, info, finite)
 
     def body(iteration: jax.Array, state: PruneState) -> PruneState:
@@ -269,6 +282,40 @@ def prune(
                 on_progress(stop, state.info)
         check_finite(state.info, mask)
     return state.mask, state.info
+
+
+def first_scores(
+    score_fn: ScoreFn,
+    params: Params,
+    *,
+    key: chex.PRNGKey | None = None,
+    mask: Mask | None = None,
+    score_dtype: Any = None,
+) -> Scores:
+    """The scores that the first iteration of `prune` ranks, given the same arguments.
+
+    A rule of one iteration needs no others: `prune(scores.fixed(...))` then makes a mask for each compression without
+    scoring again.
+
+    >>> from synflow_jax import scores
+    >>> first_scores(scores.magnitude(), {"fc": {"kernel": jnp.array([[3.0, -4.0]])}}, score_dtype="float32")
+    {'fc': {'kernel': Array([[3., 4.]], dtype=float32)}}
+    """
+    mask = trees.prunable(params) if mask is None else mask
+    trees.check_mask(mask, params)
+    wide = _choose_dtype(score_dtype, _score_dtype(params, mask), sum(trees.sizes(mask))) == jnp.float64
+    key = jax.random.key(0) if key is None else key
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        score_fn = as_partial(score_fn)
+        if wide:
+            score_fn, params = _widen((score_fn, params))
+        return _jitted_score(score_fn, params, mask, jax.random.fold_in(key, 0))
+
+
+@jax.jit
+def _jitted_score(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    with jax.default_matmul_precision("highest"):
+        return score_fn(params, mask, key)
 
 
 def _choose_dtype(score_dtype: Any, params_dtype: Any, num_weights: int) -> Any:
