@@ -1,6 +1,7 @@
-"""Prunes one network at initialization.
+"""Prunes one network at initialization, or every one of a grid.
 
     python prune.py --config=configs/vgg16_c100.py --workdir=runs/vgg16 --config.prune.compression=1000
+    python prune.py --config=configs/digits.py --workdir=runs/grid --config.grid.seed=0,1,2
 
 Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/config.py` explains them.
 """
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
-from synflow_jax import cli, config, figures, prune_run, report, storage
+from synflow_jax import cli, config, figures, prune_grid, prune_run, report, storage
+from synflow_jax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("train."), lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, rows and pictures")
@@ -23,11 +26,18 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder a
 def main(argv: Sequence[str]) -> None:
     """Checks, prunes unless it is done already, draws and prints."""
     del argv
-    settings = cli.check_config(_CONFIG.value)
+    runs = config.expand(cli.check_config(_CONFIG.value))
     workdir = pathlib.Path(_WORKDIR.value)
     output = report.console()
     storage.check_writable(workdir)
     storage.read_rows(workdir / "rows.jsonl")  # a damaged one is found now, not after the work
+    if len(runs) == 1:
+        _one(runs[0], workdir, output)
+    else:
+        _grid(runs, workdir, output)
+
+
+def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
     row = None if _OVERWRITE.value else prune_run.find_row(settings, workdir)
     if row is not None:
         output.print(f"This run is already in {workdir}, from an earlier time; --overwrite runs it again.")
@@ -40,6 +50,21 @@ def main(argv: Sequence[str]) -> None:
     figures.save(figures.layers(row), workdir / "layers.png")
     report.row(output, row)
     report.files(output, workdir, row["run_id"])
+
+
+def _grid(runs: Sequence[Config], workdir: pathlib.Path, output: Console) -> None:
+    cli.use_compilation_cache()
+    errors = []
+    with report.grid(output, runs) as (on_progress, show):
+        for outcome in prune_grid.run(runs, workdir, overwrite=_OVERWRITE.value, on_progress=on_progress):
+            show(outcome)
+            errors += [] if outcome.error is None else [outcome.error]
+    report.grid_files(output, workdir)
+    if errors:
+        raise ValueError(
+            f"{len(errors)} of {len(runs)} runs failed, the first one so: {errors[0]} "
+            f"{prune_grid.failed_path(workdir)} lists them; the same command tries them again."
+        )
 
 
 if __name__ == "__main__":

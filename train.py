@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     """Checks, prunes and trains unless it is done already, draws and prints."""
     del argv
     settings = cli.check_config(_CONFIG.value)
+    config.check_one(settings)
     config.check_train(settings)
     workdir = pathlib.Path(_WORKDIR.value)
     output = report.console()

@@ -1,4 +1,4 @@
-"""Floor 10. What the scripts share: flags and errors as one message, the compilation cache."""
+"""Floor 7. What the scripts share: flags and errors as one message, the compilation cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from synflow_jax import config, storage
 from synflow_jax.config import Config
@@ -28,14 +29,17 @@ _STOPPED = 143  # the status of a process that SIGTERM ended: the run is not com
 _EXPECTED = (ValueError, FloatingPointError, OSError)
 
 
-def run(main: Callable[[Sequence[str]], Config | None]) -> None:
-    """`absl.app.run`, with every error of the user's input as one message on stderr and a status that is not 0."""
+def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
+    """`absl.app.run`, with every error of the user's input as one message on stderr and a status that is not 0.
+
+    `words` says whether the command takes anything besides flags.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators are not there
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not words:
                 raise ValueError(f"{argv[1]!r} is no flag. Flags begin with --, values follow an =.")
             main(argv)
         except _EXPECTED as error:
@@ -67,6 +71,13 @@ def check_config(value: Any) -> Config:
             f"for instance --config=configs/vgg16_c100.py. {_config_files()}"
         )
     config.check(value)
+    for key in config_flags.get_override_values(flags.FLAGS["config"]):
+        if key in config.grid_values(value):
+            name = key.removeprefix("prune.")
+            raise ValueError(
+                f"--config.{key} has no effect: the config's grid sets it to {config.grid_values(value)[key]}. Set "
+                f"--config.grid.{name} instead."
+            )
     return value
 
 
@@ -110,6 +121,7 @@ def _parse(argv: list[str]) -> list[str]:
             if not pathlib.Path(file.partition(":")[0]).is_file():
                 raise ValueError(f"--config={file}: there is no such file. {_config_files()}")
         _check_keys(argv)
+        flags.FLAGS.set_gnu_getopt()  # flags may follow words
         return flags.FLAGS(argv)
     except (flags.Error, ValueError) as error:
         _fail(str(error))

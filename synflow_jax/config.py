@@ -3,18 +3,24 @@
 Without `from __future__ import annotations`: ml_collections reads the types of the fields, and not as strings.
 """
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
+import numbers
 import re
+import typing
 from typing import Any
 
 from synflow_jax import data, models, schedules
 
 PRUNERS = ("synflow", "snip", "grasp", "magnitude", "random")
 DATA_DRIVEN = ("snip", "grasp")
+NON_NEGATIVE = ("synflow", "snip", "magnitude")  # rules whose scores are never below 0
 
 
 @dataclasses.dataclass
@@ -46,6 +52,12 @@ class PruneConfig:
     examples_per_class: int = 10  # for snip and grasp
     batch_size: int = 256
     temperature: float = 200.0  # grasp divides the logits by it
+    # What snip and grasp score in place of `dataset`, which then says only what the network looks like: "digits" are
+    # enlarged to any input, and their labels are the first ten classes.
+    dataset: str | None = None
+    # These two decide on no mask, and are no part of what a run is.
+    beyond_maximum: bool = False  # prunes above the maximal compression too, where no network can be left
+    record_units: bool = False  # writes every hidden unit's incoming and outgoing score before anything is pruned
 
 
 @dataclasses.dataclass
@@ -72,8 +84,27 @@ class TrainConfig:
 
 
 @dataclasses.dataclass
+class Grid:
+    """Many runs in one config: every combination of these values. () stands for the config's own value.
+
+    On the command line: --config.grid.seed=0,1,2 or --config.grid.pruner="('snip','grasp')". The order of the fields is
+    that of the runs, the last one changing fastest: runs that share a network, then a score, follow one another.
+    """
+
+    model: tuple[str, ...] = ()
+    dataset: tuple[str, ...] = ()
+    width_multiplier: tuple[float, ...] = ()
+    seed: tuple[int, ...] = ()
+    pruner: tuple[str, ...] = ()
+    num_iterations: tuple[int, ...] = ()
+    scope: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = ()
+    compression: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass
 class Config:
-    """One run."""
+    """One run, or with a grid many."""
 
     model: str = "cifar_vgg16_bn"
     dataset: str = "cifar100"
@@ -82,6 +113,61 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    grid: Grid = dataclasses.field(default_factory=Grid)
+
+
+def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
+    """The values of the grid's fields that have some, by the key of the config that each replaces.
+
+    >>> grid_values(Config(grid=Grid(pruner=("snip", "grasp"), seed=(0, 1))))
+    {'seed': (0, 1), 'prune.pruner': ('snip', 'grasp')}
+
+    Raises:
+      ValueError: a value is of another type than its field.
+    """
+    found = {}
+    for field in dataclasses.fields(Grid):
+        key = field.name if hasattr(config, field.name) else f"prune.{field.name}"
+        values = getattr(config.grid, field.name)
+        if values:
+            found[key] = tuple(_typed(field.name, value, typing.get_args(field.type)[0]) for value in values)
+    return found
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """The value as the config's own field would hold it: 10 and 10.0 must be one run."""
+    wanted = {int: numbers.Integral, float: numbers.Real, str: str}[kind]
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        example = {int: "0,1", float: "10,100", str: "\"('snip','grasp')\""}[kind]
+        raise ValueError(f"grid.{name} holds {value!r}, which is no {kind.__name__}. Values are given as {example}.")
+    return kind(value)
+
+
+def expand(config: Config) -> list[Config]:
+    """The runs of a config, each with an empty grid: every combination, in the order of `Grid`, without duplicates.
+
+    >>> runs = expand(Config(grid=Grid(seed=(0, 1), compression=(10.0, 100.0))))
+    >>> [(run.seed, run.prune.compression) for run in runs]
+    [(0, 10.0), (0, 100.0), (1, 10.0), (1, 100.0)]
+
+    Raises:
+      ValueError: a value is of another type than its field.
+    """
+    grid = grid_values(config)
+    runs = []
+    for values in itertools.product(*grid.values()):
+        run = copy.deepcopy(config)
+        run.grid = Grid()
+        for key, value in zip(grid, values, strict=True):
+            parent, _, name = key.rpartition(".")
+            setattr(_get(run, parent), name, value)
+        if run not in runs:
+            runs.append(run)
+    return runs
+
+
+def _get(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split(".") if key else (), config)
 
 
 def num_iterations(config: PruneConfig) -> int:
@@ -92,7 +178,19 @@ def num_iterations(config: PruneConfig) -> int:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a value out of its range, before any work."""
+    """Raises ValueError for a value out of its range, in any of the runs, before any work."""
+    keys = grid_values(config)
+    for run in expand(config):
+        try:
+            _check_run(run)
+        except ValueError as error:
+            if not keys:
+                raise
+            values = ", ".join(f"{key}={_get(run, key)!r}" for key in keys)
+            raise ValueError(f"{error} This is the grid's run of {values}.") from error
+
+
+def _check_run(config: Config) -> None:
     prune = config.prune
     if prune.pruner not in PRUNERS:
         raise ValueError(f"prune.pruner={prune.pruner!r} is unknown. Choose one of {', '.join(PRUNERS)}.")
@@ -107,7 +205,28 @@ def check(config: Config) -> None:
     if not 0 < prune.temperature < math.inf:
         raise ValueError(f"prune.temperature={prune.temperature} must be positive and finite.")
     if prune.pruner in DATA_DRIVEN:
-        data.check_readable(config.dataset, config.data.dir)
+        data.check_readable(prune_dataset(config), config.data.dir)
+        scored, drawn = data.spec(prune_dataset(config)), data.spec(config.dataset)
+        if scored.num_classes > drawn.num_classes or scored.image_shape not in (None, drawn.image_shape):
+            raise ValueError(
+                f"prune.dataset={prune.dataset!r} does not fit a network for dataset={config.dataset!r}: it must "
+                "have no more classes, and images of the same shape or such as are enlarged to any. Choose 'digits'."
+            )
+
+
+def prune_dataset(config: Config) -> str:
+    """The data set that snip and grasp score."""
+    return config.dataset if config.prune.dataset is None else config.prune.dataset
+
+
+def check_one(config: Config) -> None:
+    """Raises ValueError for a config with a grid."""
+    grid = grid_values(config)
+    if grid:
+        raise ValueError(
+            f"config.grid={grid} asks for {len(expand(config))} runs, and train.py trains one. prune.py runs a grid; "
+            f"here set {', '.join(f'--config.{key}' for key in grid)}, and take a config without a grid."
+        )
 
 
 def check_train(config: Config) -> None:
@@ -140,7 +259,12 @@ def prune_dict(config: Config) -> dict[str, Any]:
     """What decides on the mask, as plain values, with the number of iterations filled in."""
     values = dataclasses.asdict(config)
     values["prune"]["num_iterations"] = num_iterations(config.prune)
-    del values["train"], values["data"]
+    for name in ("beyond_maximum", "record_units"):
+        del values["prune"][name]
+    if prune_dataset(config) == config.dataset or config.prune.pruner not in DATA_DRIVEN:
+        del values["prune"]["dataset"]  # it decides on nothing
+    for name in ("train", "data", "grid"):
+        del values[name]
     return values
 
 

@@ -6,14 +6,13 @@ import contextlib
 import ctypes
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from synflow_jax import analysis, config, data, models, pruning, scores, storage, trees
+from synflow_jax import analysis, config, data, models, pruning, scores, storage, trees, units
 from synflow_jax.config import Config
 from synflow_jax.trees import Mask, Params
 
@@ -27,6 +26,17 @@ class Network(NamedTuple):
     mask: Mask
     input_shape: tuple[int, int, int]
     max_compression: float
+
+
+class Rule(NamedTuple):
+    """How a config scores its network.
+
+    initial: the scores before anything is pruned, where there is one iteration: score_fn then returns them, whatever
+      the compression and the scope. None where there are more.
+    """
+
+    score_fn: scores.ScoreFn
+    initial: trees.Scores | None
 
 
 def build(settings: Config) -> Network:
@@ -52,21 +62,40 @@ def build(settings: Config) -> Network:
     mask = trees.prunable(params, **_kinds(settings), exclude="|".join(patterns) or None)
     max_compression = analysis.max_compression(models.synflow_fn(model, batch_stats), input_shape, mask, params)
     _free_memory()
-    if prune.compression > max_compression:
+    network = Network(model, params, batch_stats, mask, input_shape, max_compression)
+    check_compression(settings, network)
+    return network
+
+
+def check_compression(settings: Config, network: Network) -> None:
+    """Raises ValueError for a compression that no network survives, unless the config asks for it."""
+    compression, maximum, total = settings.prune.compression, network.max_compression, sum(trees.sizes(network.mask))
+    if compression > maximum and not settings.prune.beyond_maximum:
         raise ValueError(
-            f"prune.compression={prune.compression:g} is above {max_compression:g}, the maximum of {settings.model}: "
-            f"{sum(trees.sizes(mask))} prunable weights over the {round(sum(trees.sizes(mask)) / max_compression)} of "
-            "the shortest path from input to output. Beyond it no network is left: choose a smaller compression."
+            f"prune.compression={compression:g} is above {maximum:g}, the maximum of {settings.model}: "
+            f"{total} prunable weights over the {round(total / maximum)} of the shortest path from input to output. "
+            "Beyond it no network is left: choose a smaller compression."
         )
-    return Network(model, params, batch_stats, mask, input_shape, max_compression)
 
 
 def _kinds(settings: Config) -> dict[str, bool]:
     return {"kernels": settings.prune.kernels, "biases": settings.prune.biases, "norms": settings.prune.norms}
 
 
-def score_function(settings: Config, network: Network) -> scores.ScoreFn:
-    """The rule of a config, for its network and with its data."""
+def rule(settings: Config, network: Network) -> Rule:
+    """The rule of a config, for its network and with its data; scores at once where there is one iteration.
+
+    Raises:
+      ValueError: the data cannot be used.
+    """
+    score_fn = _score_function(settings, network)
+    if config.num_iterations(settings.prune) > 1 or scores.with_cut(score_fn) is not None:
+        return Rule(score_fn, None)
+    initial = _first_scores(settings, network, score_fn)
+    return Rule(scores.fixed(initial), initial)
+
+
+def _score_function(settings: Config, network: Network) -> scores.ScoreFn:
     prune = settings.prune
     if prune.pruner == "synflow":
         apply_fn = models.synflow_fn(network.model, network.batch_stats)
@@ -75,7 +104,7 @@ def score_function(settings: Config, network: Network) -> scores.ScoreFn:
         return {"magnitude": scores.magnitude, "random": scores.random}[prune.pruner]()
     try:
         batches = data.prune_batches(
-            settings.dataset,
+            config.prune_dataset(settings),
             network.input_shape,
             settings.data.dir,
             examples_per_class=prune.examples_per_class,
@@ -90,11 +119,22 @@ def score_function(settings: Config, network: Network) -> scores.ScoreFn:
     return scores.grasp(scores.cross_entropy(apply_fn, temperature=prune.temperature), batches)
 
 
+def _first_scores(settings: Config, network: Network, score_fn: scores.ScoreFn) -> trees.Scores:
+    return pruning.first_scores(
+        score_fn, network.params, key=_key(settings), mask=network.mask, score_dtype=settings.prune.score_dtype
+    )
+
+
+def _key(settings: Config) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(settings.seed), 1)  # apart from the key that drew the network
+
+
 def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The row of an earlier run of the same config in `workdir`, if its mask is still there and whole."""
+    """The row of an earlier run of the same config in `workdir`, if its files are still there and the mask is whole."""
     wanted = config.run_id(settings)
     for row in storage.read_rows(workdir / "rows.jsonl"):
-        if row["run_id"] == wanted and mask_path(workdir, wanted).exists():
+        complete = not settings.prune.record_units or units_path(workdir, wanted).exists()
+        if row["run_id"] == wanted and mask_path(workdir, wanted).exists() and complete:
             try:
                 storage.load_mask(mask_path(workdir, wanted))
             except ValueError as error:
@@ -116,18 +156,34 @@ def mask_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
     return workdir / "masks" / f"{run_id}.safetensors"
 
 
+def units_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
+    """Where the scores of a run's units lie: JSON, {group: {"incoming": a number a unit, "outgoing": the same}}."""
+    return workdir / "units" / f"{run_id}.json"
+
+
 def prune(
     settings: Config,
     network: Network,
     workdir: pathlib.Path,
-    on_progress: Callable[[int, pruning.PruneInfo], None] | None = None,
+    on_progress: pruning.ProgressFn | None = None,
+    scored: Rule | None = None,
 ) -> dict[str, Any]:
     """Prunes, writes config.json, the mask and the row into `workdir`, and returns the row.
 
+    Args:
+      settings: one run, without a grid.
+      network: from `build`.
+      workdir: the folder.
+      on_progress: as `pruning.prune` takes it.
+      scored: the rule, from `rule`, where several runs share it; its time is then in no row.
+
     Raises:
+      ValueError: the compression is above the network's maximum; the data cannot be used.
       FloatingPointError: the scores are not finite; nothing is written.
     """
     started = time.perf_counter()
+    check_compression(settings, network)
+    scored = rule(settings, network) if scored is None else scored
 
     def report_progress(num_done: int, info: pruning.PruneInfo) -> None:
         if num_done == 0:
@@ -137,25 +193,41 @@ def prune(
 
     options = settings.prune
     mask, info = pruning.prune(
-        score_function(settings, network),
+        scored.score_fn,
         network.params,
         compression=options.compression,
         num_iterations=config.num_iterations(options),
         schedule=options.schedule,
         scope=options.scope,
-        key=jax.random.fold_in(jax.random.key(settings.seed), 1),  # apart from the key that drew the network
+        key=_key(settings),
         mask=network.mask,
         nested=options.nested,
         score_dtype=options.score_dtype,
         on_progress=report_progress,
     )
-    row = _row(settings, network, mask, info)
-    row["seconds"] = time.perf_counter() - started
+    row = _row(settings, network, scored, mask, info)
     run_id = row["run_id"]
+    if options.record_units:
+        initial = _first_scores(settings, network, scored.score_fn) if scored.initial is None else scored.initial
+        storage.write_json(units_path(workdir, run_id), _unit_scores(network, initial))
+        row["units"] = f"units/{run_id}.json"
+    row["seconds"] = time.perf_counter() - started
     storage.write_json(workdir / "config.json", row["config"])
     row["mask_sha256"] = storage.save_mask(mask_path(workdir, run_id), mask, row["config"])
     storage.write_row(workdir / "rows.jsonl", row)
     return row
+
+
+def _unit_scores(network: Network, initial: trees.Scores) -> dict[str, dict[str, list[float]]]:
+    """Per group of hidden units, in the order of the network, what enters and what leaves each; six digits."""
+    apply_fn = models.synflow_fn(network.model, network.batch_stats)
+    groups = units.groups(apply_fn, network.params, network.input_shape)
+    hidden = [group for group in groups if not (group.is_input or group.is_output)]
+    rounded = lambda values: [float(f"{value:.6g}") for value in values]
+    return {
+        name: {"incoming": rounded(incoming), "outgoing": rounded(outgoing)}
+        for name, (incoming, outgoing) in units.unit_scores(hidden, initial).items()
+    }
 
 
 def _free_memory() -> None:
@@ -164,8 +236,18 @@ def _free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _row(settings: Config, network: Network, mask: Mask, info: pruning.PruneInfo) -> dict[str, Any]:
+def _initial_magnitudes(settings: Config, scored: Rule, info: pruning.PruneInfo) -> list[float | None]:
+    """Per layer, the sum of |score| before anything is pruned; None where only the sums of signed scores are known."""
+    if settings.prune.pruner in config.NON_NEGATIVE:
+        return [float(total) for total in info.score_total[0]]
+    if scored.initial is None:
+        return [None] * info.score_total.shape[1]
+    return [float(np.sum(np.abs(leaf), dtype=np.float64)) for leaf in map(np.asarray, jax.tree.leaves(scored.initial))]
+
+
+def _row(settings: Config, network: Network, scored: Rule, mask: Mask, info: pruning.PruneInfo) -> dict[str, Any]:
     apply_fn = models.synflow_fn(network.model, network.batch_stats)
+    magnitudes = _initial_magnitudes(settings, scored, info)
     positions = models.output_positions(network.model, network.input_shape)
     kept = np.asarray(info.kept)
     layers = [
@@ -174,7 +256,9 @@ def _row(settings: Config, network: Network, mask: Mask, info: pruning.PruneInfo
             "shape": list(leaf.shape),
             "size": leaf.size,
             "kept": int(kept[-1, i]),
-            "score": float(info.score_total[-1, i]),
+            "initial_score": float(info.score_total[0, i]),
+            "initial_magnitude": magnitudes[i],
+            "score": float(info.score_total[-1, i]),  # of what the last iteration found kept
             "positions": positions.get(name, 1),
         }
         for i, (name, leaf) in enumerate(zip(trees.names(mask), jax.tree.leaves(mask), strict=True))
@@ -185,6 +269,7 @@ def _row(settings: Config, network: Network, mask: Mask, info: pruning.PruneInfo
         "run_id": config.run_id(settings),
         "model": settings.model,
         "dataset": settings.dataset,
+        "scored_dataset": config.prune_dataset(settings) if settings.prune.pruner in config.DATA_DRIVEN else None,
         "pruner": settings.prune.pruner,
         "compression": settings.prune.compression,
         "seed": settings.seed,
@@ -203,6 +288,7 @@ def _row(settings: Config, network: Network, mask: Mask, info: pruning.PruneInfo
         "iterations": {
             "kept": kept.sum(axis=1).tolist(),
             "min_layer_score": np.asarray(info.score_total, np.float64).min(axis=1).tolist(),
+            "pruned_score": np.asarray(info.pruned_score, np.float64).tolist(),
         },
         "config": config.prune_dict(settings),
     }

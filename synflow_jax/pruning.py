@@ -21,7 +21,7 @@ import numpy as np
 
 from synflow_jax import masking, schedules, trees
 from synflow_jax.scores import Flow, Objective, ScoreFn, as_partial, with_cut
-from synflow_jax.trees import Mask, Params
+from synflow_jax.trees import Mask, Params, Scores
 
 # fori_loop(lower, upper, body, init); `python_loop` is another one.
 LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
@@ -450,6 +450,40 @@ def _warn_of_shortfall(info: PruneInfo, num_kept: int, done: bool) -> None:
         else f"num_iterations={len(info.kept)} were not enough: allow more, or raise cut_fraction"
     )
     warnings.warn(f"{left} weights are left, not {num_kept}: {cause}.", Shortfall, stacklevel=3)
+
+
+def first_scores(
+    score_fn: ScoreFn,
+    params: Params,
+    *,
+    key: chex.PRNGKey | None = None,
+    mask: Mask | None = None,
+    score_dtype: Any = None,
+) -> Scores:
+    """The scores that the first iteration of `prune` ranks, given the same arguments.
+
+    A rule of one iteration needs no others: `prune(scores.fixed(...))` then makes a mask for each compression without
+    scoring again.
+
+    >>> from synflow_jax import scores
+    >>> first_scores(scores.magnitude(), {"fc": {"kernel": jnp.array([[3.0, -4.0]])}}, score_dtype="float32")
+    {'fc': {'kernel': Array([[3., 4.]], dtype=float32)}}
+    """
+    mask = trees.prunable(params) if mask is None else mask
+    trees.check_mask(mask, params)
+    wide = _choose_dtype(score_dtype, _score_dtype(params, mask), sum(trees.sizes(mask))) == jnp.float64
+    key = jax.random.key(0) if key is None else key
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        score_fn = as_partial(score_fn)
+        if wide:
+            score_fn, params = _widen((score_fn, params))
+        return _jitted_score(score_fn, params, mask, jax.random.fold_in(key, 0))
+
+
+@jax.jit
+def _jitted_score(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    with jax.default_matmul_precision("highest"):
+        return score_fn(params, mask, key)
 
 
 def _choose_dtype(score_dtype: Any, params_dtype: Any, num_weights: int) -> Any:

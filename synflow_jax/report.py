@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich.console
+import rich.markup
 import rich.progress
 import rich.table
 
-from synflow_jax import trees
+from synflow_jax import config, trees
+from synflow_jax.config import Config
+from synflow_jax.prune_grid import Outcome
 from synflow_jax.prune_run import Network
 from synflow_jax.pruning import PruneInfo
 
@@ -60,6 +63,62 @@ def _columns() -> tuple[rich.progress.ProgressColumn, ...]:
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("left"),
     )
+
+
+@contextlib.contextmanager
+def grid(
+    output: rich.console.Console, runs: Sequence[Config]
+) -> Iterator[tuple[Callable[[int, PruneInfo], None], Callable[[Outcome], None]]]:
+    """A progress bar over the iterations of all runs, and a line a run.
+
+    Yields what `prune_grid.run` takes as `on_progress`, and what is to be called with each of its outcomes.
+    """
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("iteration"),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("passed,"),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("left"),
+    )
+    iterations = [config.num_iterations(run.prune) for run in runs]
+    width = len(str(len(runs)))
+    outcomes: list[Outcome] = []
+    with rich.progress.Progress(*columns, console=output) as bar:
+        task = bar.add_task(f"run 1 of {len(runs)}", total=sum(iterations))
+
+        def update(num_done: int, info: PruneInfo) -> None:
+            del info
+            bar.update(task, completed=sum(iterations[: len(outcomes)]) + num_done)
+
+        def show(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            number, prune = f"{len(outcomes):{width}}/{len(runs)}", outcome.settings.prune
+            what = (
+                f"{outcome.settings.model} {prune.pruner:<9} compression {f'{prune.compression:,.6g}':<10} "
+                f"{prune.schedule} n={config.num_iterations(prune)} seed {outcome.settings.seed}"
+            )
+            output.print(f"{number}  {what}: {_outcome(outcome)}", soft_wrap=True)
+            following = min(len(outcomes) + 1, len(runs))
+            bar.update(task, completed=sum(iterations[: len(outcomes)]), description=f"run {following} of {len(runs)}")
+
+        yield update, show
+
+
+def _outcome(outcome: Outcome) -> str:
+    if outcome.row is None:
+        return f"[bold red]failed:[/bold red] {rich.markup.escape(str(outcome.error))}"
+    kept = f"{outcome.row['kept']:,} kept"
+    if outcome.row["collapsed"]:
+        kept += ", [red]collapsed[/red]"
+    return kept + (", already there" if outcome.found else f", {outcome.row['seconds']:.1f} s")
+
+
+def grid_files(output: rich.console.Console, workdir: pathlib.Path) -> None:
+    """Where everything lies."""
+    _files(output, workdir, ("masks/", "a mask a run"), ("rows.jsonl", "a row a run"))
 
 
 def row(output: rich.console.Console, result: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ _ALIGN = frozenset(
 _COMPARE = frozenset(["eq", "ne", "lt", "le", "gt", "ge"])
 _INVARIANT = frozenset(["sign", "is_finite", "argmax", "argmin"])
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
-_CALLS = {  # primitive: the parameter that holds its jaxpr
+CALLS = {  # primitive: the parameter that holds its jaxpr
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "checkpoint": "jaxpr",
     "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
@@ -141,7 +141,7 @@ def _plan(eqn: Any, exponents: Sequence[Exponent | None]) -> _Plan | None:
     """The plan of an equation at operands of these exponents; None for a call that has to be looked into."""
     name, outs = eqn.primitive.name, len(eqn.outvars)
     scaled = [e for e in exponents if e]
-    if name in _CALLS or name == "cond":
+    if name in CALLS or name == "cond":
         return _plan_call(eqn, exponents)
     if name in _PRODUCTS:
         a, b = ((e or _PLAIN) for e in exponents[:2])
@@ -181,7 +181,7 @@ def _plan_call(eqn: Any, exponents: Sequence[Exponent | None]) -> _Plan | None:
     if eqn.primitive.name == "cond":
         plans = [_look_into(branch.jaxpr, exponents[1:]) for branch in eqn.params["branches"]]
     else:
-        jaxpr = eqn.params[_CALLS[eqn.primitive.name]]
+        jaxpr = eqn.params[CALLS[eqn.primitive.name]]
         plans = [_look_into(getattr(jaxpr, "jaxpr", jaxpr), exponents)]
     first = plans[0]
     if first is None or any(plan is None or plan.exponents != first.exponents for plan in plans):
@@ -212,7 +212,7 @@ def _look_into(jaxpr: Any, exponents: Sequence[Exponent | None]) -> _Plan | None
     return _Plan([e for e, _ in outs], num_products=max([depth for _, depth in outs], default=0))
 
 
-def _scan_counts(eqn: Any, inner: Any) -> tuple[int, int]:
+def scan_counts(eqn: Any, inner: Any) -> tuple[int, int]:
     """The numbers of constants and of carried values of a scan, by shapes: what is scanned has an axis more outside.
 
     (The parameters that say so have other names in every second version of JAX.)
@@ -270,7 +270,7 @@ class _Interpreter:
         if plan is None and name == "cond":
             return self.cond(eqn, values, exponents)
         if plan is None:
-            inner = eqn.params[_CALLS[name]]
+            inner = eqn.params[CALLS[name]]
             return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, exponents)
         outs = list(plan.exponents)
         if plan.plain:
@@ -334,7 +334,7 @@ class _Interpreter:
     ) -> tuple[list[Any], list[Exponent | None]]:
         """A scan that carries exponents beside what is carried; what it stacks is brought to the largest one."""
         params, closed = eqn.params, eqn.params["jaxpr"]
-        num_consts, num_carry = _scan_counts(eqn, closed.jaxpr)
+        num_consts, num_carry = scan_counts(eqn, closed.jaxpr)
         size = len(self.atoms)
 
         def body(carry: Any, xs: Any) -> Any:

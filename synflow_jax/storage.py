@@ -33,15 +33,15 @@ class Stopped(Exception):
     """A run was asked to stop, and has saved where it stands."""
 
 
-def check_writable(folder: pathlib.Path) -> None:
-    """Makes `folder` and raises ValueError if no file can be written there: before long work, not after it."""
+def check_writable(folder: pathlib.Path, flag: str = "workdir") -> None:
+    """Makes `folder` and raises ValueError, naming `flag`, if no file can be written there: before long work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"workdir={str(folder)!r} cannot be written: {error.strerror}. Choose another folder: --workdir=DIR."
+            f"{flag}={str(folder)!r} cannot be written: {error.strerror}. Choose another folder: --{flag}=DIR."
         ) from error
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "schedules": 1,
     "scaling": 1,
     "scores": 2,
+    "units": 2,
     "pruning": 3,
     "analysis": 3,
     "models": 4,
@@ -30,11 +31,12 @@ FLOORS = {
     "checkpoints": 4,
     "training": 5,
     "config": 6,
+    "cli": 7,
     "prune_run": 7,
+    "prune_grid": 8,
     "train_run": 8,
     "figures": 9,
     "report": 9,
-    "cli": 10,
 }
 # Packages beside the standard library, and the one floor or file that may import them.
 ALLOWED = {
@@ -51,7 +53,8 @@ ALLOWED = {
     "safetensors": {"storage"},
     "matplotlib": {"figures"},
     "rich": {"report"},
-    "absl": {"cli"},
+    "absl": {"cli", "figures"},
+    "ml_collections": {"cli"},
 }
 
 

@@ -164,13 +164,18 @@ def init(model: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tupl
       input_shape: of one example.
       key: consumed.
     """
-    # Drawing the weights takes milliseconds, and optimizing the program that draws them took three seconds of a CPU.
-    # A program inside of another one takes no options.
-    on_cpu = jax.default_backend() == "cpu" and not isinstance(key, jax.core.Tracer)
-    quick = {"xla_backend_optimization_level": 1} if on_cpu else None
-    draw = jax.jit(model.init, static_argnames="train", compiler_options=quick)
-    variables = draw(key, jnp.zeros((1, *input_shape)), train=False)
+    inside = isinstance(key, jax.core.Tracer)  # of another program, which takes no options
+    draw = functools.partial(model.init, train=False) if inside else _draw(model)
+    variables = draw(key, jnp.zeros((1, *input_shape)))
     return variables["params"], variables.get("batch_stats", {})
+
+
+@functools.cache
+def _draw(model: nn.Module) -> Callable[[jax.Array, jax.Array], dict[str, Tree]]:
+    # One function per module, so that another seed is no new trace. Drawing the weights takes milliseconds, and
+    # optimizing the program that draws them took three seconds of a CPU.
+    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(functools.partial(model.init, train=False), compiler_options=quick)
 
 
 def eval_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
@@ -200,6 +205,7 @@ def _apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
     return apply
 
 
+@functools.cache
 def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     """Per kernel name, the height times width of its layer's output: how often each of its weights is used.
 

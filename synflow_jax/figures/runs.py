@@ -1,4 +1,4 @@
-"""Floor 9. Pictures, drawn from result rows alone."""
+"""One run as a picture, and the writing of pictures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from synflow_jax import storage
+from synflow_jax.figures.rows import BLUE, GREY, RED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind readers
 
 
 def layers(row: Mapping[str, Any]) -> Figure:
@@ -33,17 +32,17 @@ def layers(row: Mapping[str, Any]) -> Figure:
 
     figure = Figure(figsize=(min(18, max(6, 0.42 * len(names) + 1.5)), 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.bar(places, [max(f, floor) for f in fractions], color=[_BLUE if k else "none" for k in kept], width=0.75)
+    axes.bar(places, [max(f, floor) for f in fractions], color=[BLUE if k else "none" for k in kept], width=0.75)
     for place, (k, fraction) in enumerate(zip(kept, fractions, strict=True)):
         if len(names) <= 40:
             label = f"{k:,}" if k else "empty"
             axes.annotate(
                 label, (place, max(fraction, floor)), xytext=(0, 3), textcoords="offset points", rotation=90,
-                ha="center", va="bottom", fontsize=7, color=_BLUE if k else _RED,
+                ha="center", va="bottom", fontsize=7, color=BLUE if k else RED,
             )  # fmt: skip
         elif not k:
-            axes.plot(place, floor * 1.2, "x", color=_RED, markersize=4)
-    axes.axhline(density, color=_GREY, linestyle="--", linewidth=1)
+            axes.plot(place, floor * 1.2, "x", color=RED, markersize=4)
+    axes.axhline(density, color=GREY, linestyle="--", linewidth=1)
     axes.annotate(
         f"{100 * density:.3g} %\nof all", (1, density), xycoords=("axes fraction", "data"), xytext=(4, 0),
         textcoords="offset points", va="center", fontsize=7, color="#555555", annotation_clip=False,
@@ -60,7 +59,7 @@ def layers(row: Mapping[str, Any]) -> Figure:
         f"{row['model']}, {row['pruner']}, compression {row['reached_compression']:,.4g}: "
         f"{row['kept']:,} of {row['total']:,} weights" + (", COLLAPSED" if row["collapsed"] else ""),
         fontsize=9,
-        color=_RED if row["collapsed"] else "black",
+        color=RED if row["collapsed"] else "black",
     )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -81,7 +80,7 @@ def curve(row: Mapping[str, Any], epochs: Sequence[Mapping[str, float]]) -> Figu
     for axes, metric, label, factor in zip(
         figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy, %"), (1, 100), strict=True
     ):
-        for split, color in (("train", _GREY), ("test", _BLUE)):
+        for split, color in (("train", GREY), ("test", BLUE)):
             values = [factor * epoch[f"{split}_{metric}"] for epoch in epochs]
             axes.plot(number, values, color=color, label=split, marker=marker, markersize=4)
         axes.set_xlabel("epoch")
@@ -100,7 +99,8 @@ def curve(row: Mapping[str, Any], epochs: Sequence[Mapping[str, float]]) -> Figu
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes a picture atomically, in the format of the file's ending."""
+    """Writes a picture atomically, in the format of the file's ending; the same picture as the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150)
+    kind = path.suffix.removeprefix(".")
+    figure.savefig(buffer, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else None)
     storage.write_bytes(path, buffer.getvalue())

@@ -1,0 +1,21 @@
+"""Fig. 2 of the paper: what is kept in each layer of VGG-19, ImageNet input, five rules, compression 2^0 to 2^24.
+
+python prune.py --config=configs/fig2.py --workdir=runs/fig2
+python -m synflow_jax.figures fig2 --rows=runs/fig2
+
+"""
+
+from synflow_jax.config import Config, Grid, PruneConfig
+
+
+def get_config() -> Config:
+    """VGG-19 at 13 compressions by five rules; SNIP and GraSP score enlarged digits, one a class."""
+    return Config(
+        model="imagenet_vgg19",
+        dataset="imagenet",
+        prune=PruneConfig(dataset="digits", examples_per_class=1, batch_size=2, beyond_maximum=True),
+        grid=Grid(
+            pruner=("random", "magnitude", "snip", "grasp", "synflow"),
+            compression=tuple(2.0**power for power in range(0, 25, 2)),
+        ),
+    )

@@ -1,0 +1,18 @@
+"""Fig. 3 of the paper: what enters and what leaves each hidden unit of VGG-19, ImageNet input, five rules.
+
+python prune.py --config=configs/fig3.py --workdir=runs/fig3
+python -m synflow_jax.figures fig3 --rows=runs/fig3
+
+"""
+
+from synflow_jax.config import Config, Grid, PruneConfig
+
+
+def get_config() -> Config:
+    """VGG-19, scored once by every rule; SNIP and GraSP score enlarged digits, one a class."""
+    return Config(
+        model="imagenet_vgg19",
+        dataset="imagenet",
+        prune=PruneConfig(compression=1.0, dataset="digits", examples_per_class=1, batch_size=2, record_units=True),
+        grid=Grid(pruner=("random", "magnitude", "snip", "grasp", "synflow")),
+    )

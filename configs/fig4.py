@@ -1,0 +1,18 @@
+"""Fig. 4 of the paper: the average score of each layer of VGG-19 before pruning, ImageNet input, five rules.
+
+python prune.py --config=configs/fig4.py --workdir=runs/fig4
+python -m synflow_jax.figures fig4 --rows=runs/fig4
+
+"""
+
+from synflow_jax.config import Config, Grid, PruneConfig
+
+
+def get_config() -> Config:
+    """VGG-19, scored once by every rule; SNIP and GraSP score enlarged digits, one a class."""
+    return Config(
+        model="imagenet_vgg19",
+        dataset="imagenet",
+        prune=PruneConfig(compression=1.0, dataset="digits", examples_per_class=1, batch_size=2),
+        grid=Grid(pruner=("random", "magnitude", "snip", "grasp", "synflow")),
+    )

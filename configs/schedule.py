@@ -1,0 +1,18 @@
+"""The schedules (appendix of the paper): prune size over cut size of VGG-19, SynFlow, compression 1000.
+
+python prune.py --config=configs/schedule.py --workdir=runs/schedule
+python -m synflow_jax.figures schedule --rows=runs/schedule
+
+"""
+
+from synflow_jax.config import Config, Grid, PruneConfig
+
+
+def get_config() -> Config:
+    """VGG-19, 1 to 100 iterations by either schedule."""
+    return Config(
+        model="cifar_vgg19_bn",
+        dataset="cifar100",
+        prune=PruneConfig(compression=1000.0),
+        grid=Grid(num_iterations=(1, 2, 5, 10, 20, 30, 50, 70, 100), schedule=("exponential", "linear")),
+    )

@@ -1,0 +1,97 @@
+"""The schedules (appendix of the paper): prune size over cut size against the number of iterations."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from synflow_jax.figures import rows as select
+from synflow_jax.figures.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TICKS = [factor * 10.0**power for power in range(-4, 4) for factor in (1, 2, 5)]
+_STYLES = {"exponential": (select.BLUE, "o"), "linear": (select.RED, "s")}
+
+
+def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
+    """Draws the largest prune size over cut size of each SynFlow run; below 1 no run can collapse (Theorem 3).
+
+    Args:
+      rows: SynFlow's of one network, at one compression.
+      folder: not used.
+
+    Raises:
+      ValueError: the rows are of several networks or compressions, or of a network with branches, or lack the scores.
+    """
+    del folder
+    from matplotlib.figure import Figure
+
+    rows = [row for row in select.one_network(rows) if row["pruner"] == "synflow"]
+    if not rows:
+        raise ValueError("no row is SynFlow's, whose schedules the figure compares. Make rows by configs/schedule.py.")
+    compressions = sorted({row["compression"] for row in rows})
+    if len(compressions) != 1:
+        raise ValueError(
+            f"SynFlow's rows have {len(compressions)} compressions {compressions}; the figure shows one: use a folder "
+            "for each."
+        )
+    figure = Figure(figsize=(6.2, 4), layout="constrained")
+    ax = figure.subplots()
+    for name, (color, marker) in _STYLES.items():
+        runs = select.by(
+            [row for row in rows if row["schedule"] == name], lambda row: row["num_iterations"], "number of iterations"
+        )
+        if not runs:
+            continue
+        ratios = [ratio(row) for row in runs.values()]
+        ax.plot(list(runs), ratios, color=color, marker=marker, markersize=5, label=name)
+        for number, value in list(zip(runs, ratios, strict=True))[:: max(1, len(runs) - 1)]:
+            ax.annotate(f"{value:.3g}", (number, value), xytext=(0, 8), textcoords="offset points", ha="center",
+                        fontsize=8, color=color)  # fmt: skip
+        for number, row in runs.items():
+            if row["collapsed"]:
+                ax.plot(number, ratio(row), marker="x", color="black", markersize=9, zorder=3)
+    ax.axhline(1, color="black", linestyle="--", linewidth=1)
+    ax.annotate("below: cannot collapse", (0.01, 1), xycoords=("axes fraction", "data"), xytext=(2, -4),
+                textcoords="offset points", va="top", fontsize=8)  # fmt: skip
+    if any(row["collapsed"] for row in rows):
+        ax.plot([], [], "x", color="black", markersize=9, label="collapsed")
+    numbers = sorted({row["num_iterations"] for row in rows})
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xticks(numbers, [str(number) for number in numbers])
+    ax.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    ax.minorticks_off()
+    values = [1.0, *(ratio(row) for row in rows)]
+    ax.set_ylim(min(values) / 1.5, max(values) * 1.5)
+    ax.set_xlabel("iterations")
+    ax.set_ylabel("prune size / cut size, largest of all iterations")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, title="schedule", title_fontsize=9, fontsize=9)
+    ax.set_title(f"{select.title(rows[0])}: SynFlow, compression {compressions[0]:,g}", fontsize=10)
+    return figure
+
+
+def ratio(row: Row) -> float:
+    """The largest prune size over cut size of a run's iterations: the pruned score over the smallest layer's score.
+
+    In a chain every layer is a cut. After a collapse all scores are 0; those iterations count for nothing.
+
+    Raises:
+      ValueError: the network has branches, or the row lacks the scores.
+    """
+    iterations = row["iterations"]
+    if "pruned_score" not in iterations:
+        raise ValueError(
+            f"row {row['run_id']} lacks iterations.pruned_score: it is of an earlier version. Run configs/schedule.py "
+            "into a new folder."
+        )
+    if round(row["total"] / row["max_compression"]) != len(row["layers"]):
+        raise ValueError(f"{row['model']} has branches: its layers are no cuts. Take a chain, such as a VGG.")
+    pruned, cut = np.array(iterations["pruned_score"], float), np.array(iterations["min_layer_score"], float)
+    return float(np.max(pruned[cut > 0] / cut[cut > 0]))
