@@ -2,6 +2,7 @@
 
     python prune.py --config=configs/vgg16_c100.py --workdir=runs/vgg16 --config.prune.compression=1000
     python prune.py --config=configs/digits.py --workdir=runs/grid --config.grid.seed=0,1,2
+    python prune.py --verify=runs/vgg16/certificates/RUN_ID.json
 
 Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/config.py` explains them.
 """
@@ -15,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from synflow_jax import cli, config, figures, prune_grid, prune_run, report, storage
+from synflow_jax import certificates, cli, config, figures, prune_grid, prune_run, report, storage
 from synflow_jax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("train."), lock_config=True)
@@ -23,9 +24,15 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, r
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder already holds")
 
 
+_VERIFY = flags.DEFINE_string("verify", None, "a certificate to look at again, in place of pruning")
+
+
 def main(argv: Sequence[str]) -> None:
     """Checks, prunes unless it is done already, draws and prints."""
     del argv
+    if _VERIFY.value is not None:
+        _verify(_VERIFY.value, report.console())
+        return
     runs = config.expand(cli.check_config(_CONFIG.value))
     workdir = pathlib.Path(_WORKDIR.value)
     output = report.console()
@@ -45,11 +52,18 @@ def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
         cli.use_compilation_cache()
         network = prune_run.build(settings)
         report.network(output, settings.model, network)
-        with report.progress(output, config.num_iterations(settings.prune)) as on_progress:
+        with report.progress(output, report.num_iterations(settings)) as on_progress:
             row = prune_run.prune(settings, network, workdir, on_progress)
     figures.save(figures.layers(row), workdir / "layers.png")
     report.row(output, row)
     report.files(output, workdir, row["run_id"])
+
+
+def _verify(path: str, output: Console) -> None:
+    cli.use_compilation_cache()
+    with report.verification(output) as on_progress:
+        found = certificates.verify(path, on_progress)
+    report.verdict(output, found)
 
 
 def _grid(runs: Sequence[Config], workdir: pathlib.Path, output: Console) -> None:

@@ -4,7 +4,16 @@ The names here need nothing but JAX, NumPy and chex. `synflow_jax.models` has th
 `synflow_jax.storage` reads and writes masks.
 """
 
-from synflow_jax.analysis import collapsed, log10_path_norm, max_compression, multiply_adds, shortest_path
+from synflow_jax.analysis import (
+    collapsed,
+    conservation,
+    critical_compression,
+    effective_mask,
+    log10_path_norm,
+    max_compression,
+    multiply_adds,
+    shortest_path,
+)
 from synflow_jax.masking import count_kept, global_mask, kth_smallest, local_mask
 from synflow_jax.pruning import PruneInfo, check_finite, prune, prune_loop, python_loop
 from synflow_jax.schedules import prune_counts
@@ -18,8 +27,11 @@ __all__ = [
     "apply_mask",
     "check_finite",
     "collapsed",
+    "conservation",
     "count_kept",
+    "critical_compression",
     "cross_entropy",
+    "effective_mask",
     "global_mask",
     "grasp",
     "kth_smallest",

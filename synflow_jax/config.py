@@ -14,6 +14,7 @@ import math
 import numbers
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from synflow_jax import data, models, schedules
@@ -171,7 +172,12 @@ def _get(config: Config, key: str) -> Any:
 
 
 def num_iterations(config: PruneConfig) -> int:
-    """The number of iterations, with the paper's in place of None; compression 1 has nothing to iterate."""
+    """The number of iterations, with the paper's in place of None; compression 1 has nothing to iterate.
+
+    Of the certified schedule, the most that it may take.
+    """
+    if config.num_iterations is None and config.schedule == schedules.CERTIFIED:
+        return schedules.MAX_CERTIFIED
     if config.num_iterations is None:
         return 100 if config.pruner == "synflow" and config.compression != 1 else 1
     return config.num_iterations
@@ -199,7 +205,11 @@ def _check_run(config: Config) -> None:
     if prune.score_dtype not in (None, "float32", "float64"):
         raise ValueError(f"prune.score_dtype={prune.score_dtype!r} is unknown. Choose 'float32' or 'float64'.")
     models.create(config.model, data.spec(config.dataset).num_classes, width_multiplier=config.width_multiplier)
-    schedules.prune_counts([1], prune.compression, num_iterations(prune), prune.schedule)
+    certified = prune.schedule == schedules.CERTIFIED
+    if certified:
+        _check_certified(prune)
+    schedule = "exponential" if certified else prune.schedule
+    schedules.prune_counts([1], prune.compression, num_iterations(prune), schedule)
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must not be negative.")
     if not 0 < prune.temperature < math.inf:
@@ -212,6 +222,20 @@ def _check_run(config: Config) -> None:
                 f"prune.dataset={prune.dataset!r} does not fit a network for dataset={config.dataset!r}: it must "
                 "have no more classes, and images of the same shape or such as are enlarged to any. Choose 'digits'."
             )
+
+
+def _check_certified(prune: PruneConfig) -> None:
+    for name, value, wanted in (
+        ("pruner", prune.pruner, "synflow"), ("scope", prune.scope, "global"), ("nested", prune.nested, True),
+        ("biases", prune.biases, False), ("norms", prune.norms, False),
+    ):  # fmt: skip
+        if value != wanted:
+            raise ValueError(
+                f"prune.{name}={value!r} does not go with schedule='certified', which bounds what SynFlow prunes "
+                f"by what a cut of kernels holds: it takes {wanted!r}. Set that, or choose 'exponential' or 'linear'."
+            )
+    if not 0 < prune.cut_fraction < 1:
+        raise ValueError(f"prune.cut_fraction={prune.cut_fraction} must be above 0 and below 1: a fraction of a cut.")
 
 
 def prune_dataset(config: Config) -> str:
@@ -263,9 +287,26 @@ def prune_dict(config: Config) -> dict[str, Any]:
         del values["prune"][name]
     if prune_dataset(config) == config.dataset or config.prune.pruner not in DATA_DRIVEN:
         del values["prune"]["dataset"]  # it decides on nothing
+    if config.prune.schedule != schedules.CERTIFIED:
+        del values["prune"]["cut_fraction"]
     for name in ("train", "data", "grid"):
         del values[name]
     return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The config of `prune_dict`'s values, with defaults for what is not in them.
+
+    >>> from_dict(prune_dict(Config(seed=3))) == Config(seed=3, prune=PruneConfig(num_iterations=100))
+    True
+
+    Raises:
+      ValueError: a key is no key of the config.
+    """
+    try:
+        return Config(**{**values, "prune": PruneConfig(**values["prune"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"this is no config of prune.py: {error}.") from error
 
 
 def train_dict(config: Config) -> dict[str, Any]:

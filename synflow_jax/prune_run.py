@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import pathlib
 import time
+import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -156,6 +158,11 @@ def mask_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
     return workdir / "masks" / f"{run_id}.safetensors"
 
 
+def certificate_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
+    """Where a certified run's certificate lies; see `storage.save_certificate`."""
+    return workdir / "certificates" / f"{run_id}.json"
+
+
 def units_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
     """Where the scores of a run's units lie: JSON, {group: {"incoming": a number a unit, "outgoing": the same}}."""
     return workdir / "units" / f"{run_id}.json"
@@ -192,19 +199,22 @@ def prune(
             on_progress(num_done, info)
 
     options = settings.prune
-    mask, info = pruning.prune(
-        scored.score_fn,
-        network.params,
-        compression=options.compression,
-        num_iterations=config.num_iterations(options),
-        schedule=options.schedule,
-        scope=options.scope,
-        key=_key(settings),
-        mask=network.mask,
-        nested=options.nested,
-        score_dtype=options.score_dtype,
-        on_progress=report_progress,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pruning.Shortfall)  # the report says it from the row
+        mask, info = pruning.prune(
+            scored.score_fn,
+            network.params,
+            compression=options.compression,
+            num_iterations=config.num_iterations(options),
+            schedule=options.schedule,
+            cut_fraction=options.cut_fraction,
+            scope=options.scope,
+            key=_key(settings),
+            mask=network.mask,
+            nested=options.nested,
+            score_dtype=options.score_dtype,
+            on_progress=report_progress,
+        )
     row = _row(settings, network, scored, mask, info)
     run_id = row["run_id"]
     if options.record_units:
@@ -214,8 +224,42 @@ def prune(
     row["seconds"] = time.perf_counter() - started
     storage.write_json(workdir / "config.json", row["config"])
     row["mask_sha256"] = storage.save_mask(mask_path(workdir, run_id), mask, row["config"])
+    if info.removed_in is not None:
+        certificate = _certificate(row, info)
+        storage.save_certificate(certificate_path(workdir, run_id), certificate, info.removed_in)
+        row["certificate"] = f"certificates/{run_id}.json"
     storage.write_row(workdir / "rows.jsonl", row)
     return row
+
+
+def _certificate(row: Mapping[str, Any], info: pruning.PruneInfo) -> dict[str, Any]:
+    return {
+        "run_id": row["run_id"],
+        "claim": "no iteration pruned weights of a total score of a cut or more, so that none can have disconnected "
+        "the network (Theorem 3); prune.py --verify looks at every iteration again",
+        "kept": row["kept"],
+        "largest_cut_fraction": row["largest_cut_fraction"],
+        "mask_sha256": row["mask_sha256"],
+        "iterations": [
+            {"kept": kept, "cut_fraction": fraction, "log10_cut": log10_cut}
+            for kept, fraction, log10_cut in zip(
+                row["iterations"]["kept"], _cut_fractions(info), row["iterations"]["log10_cut"], strict=True
+            )
+        ],
+        "config": row["config"],
+    }
+
+
+def _cut_fractions(info: pruning.PruneInfo) -> list[float]:
+    """Per iteration, what it pruned of the smallest cut; NaN where no cut is known, inf where none was left."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pruned, cut = np.asarray(info.pruned_score, np.float64), np.asarray(info.cut, np.float64)
+        return np.where(cut == 0, np.inf, pruned / cut).tolist()
+
+
+def _log10_cut(info: pruning.PruneInfo) -> list[float]:
+    with np.errstate(divide="ignore"):
+        return (np.log10(np.asarray(info.cut, np.float64)) + np.log10(2) * np.asarray(info.exponent)).tolist()
 
 
 def _unit_scores(network: Network, initial: trees.Scores) -> dict[str, dict[str, list[float]]]:
@@ -285,10 +329,14 @@ def _row(settings: Config, network: Network, scored: Rule, mask: Mask, info: pru
         "collapsed": analysis.collapsed(apply_fn, network.input_shape, network.params, mask),
         "log10_objective": analysis.log10_path_norm(apply_fn, network.input_shape, network.params, mask),
         "max_compression": network.max_compression,
+        "largest_cut_fraction": max(_cut_fractions(info)),
         "iterations": {
             "kept": kept.sum(axis=1).tolist(),
             "min_layer_score": np.asarray(info.score_total, np.float64).min(axis=1).tolist(),
             "pruned_score": np.asarray(info.pruned_score, np.float64).tolist(),
+            "log10_cut": _log10_cut(info),
+            # What an iteration's scores are to be multiplied by, as a power of two; a layer's score is the last one's.
+            "log2_unit": np.asarray(info.exponent).tolist(),
         },
         "config": config.prune_dict(settings),
     }

@@ -31,7 +31,6 @@ ProgressFn = Callable[[int, "PruneInfo"], None]
 _NUM_REPORTS = 20  # calls of on_progress in a run
 _SAFE = 0.999  # of a cut, the most that one weight may hold that a certified iteration prunes
 _CERTIFIED_STRIDE = 4  # certified iterations between two calls of on_progress
-_MAX_CERTIFIED = 4096  # iterations of a certified run, unless asked for otherwise; uint16 counts them
 _WIDE_BELOW = 2**25  # prunable weights below which a CPU scores in float64 by default
 
 
@@ -350,7 +349,7 @@ def prune(
         _check_certified(score_fn, cut_fraction, scope, nested, loop_fn)
         params = _for_paths(params, mask)
     if num_iterations is None:
-        num_iterations = _MAX_CERTIFIED if certified else 100
+        num_iterations = schedules.MAX_CERTIFIED if certified else 100
     host_counts = schedules.prune_counts(
         [sum(sizes)] if scope == "global" else sizes,
         compression,

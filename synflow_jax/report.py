@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ import rich.markup
 import rich.progress
 import rich.table
 
-from synflow_jax import config, trees
+from synflow_jax import config, schedules, trees
+from synflow_jax.certificates import Verdict
 from synflow_jax.config import Config
 from synflow_jax.prune_grid import Outcome
 from synflow_jax.prune_run import Network
@@ -38,9 +40,15 @@ def network(output: rich.console.Console, name: str, net: Network) -> None:
     )
 
 
+def num_iterations(settings: Config) -> int | None:
+    """How many iterations a progress bar is for; None where the certified schedule finds out."""
+    is_open = settings.prune.schedule == schedules.CERTIFIED and settings.prune.num_iterations is None
+    return None if is_open else config.num_iterations(settings.prune)
+
+
 @contextlib.contextmanager
-def progress(output: rich.console.Console, num_iterations: int) -> Iterator[Callable[[int, PruneInfo], None]]:
-    """A progress bar; yields what `pruning.prune` takes as `on_progress`."""
+def progress(output: rich.console.Console, num_iterations: int | None) -> Iterator[Callable[[int, PruneInfo], None]]:
+    """A progress bar; yields what `pruning.prune` takes as `on_progress`. None: it takes as many as it takes."""
     with rich.progress.Progress(*_columns(), console=output) as bar:
         task = bar.add_task("compiling", total=num_iterations, now="")
 
@@ -83,7 +91,8 @@ def grid(
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("left"),
     )
-    iterations = [config.num_iterations(run.prune) for run in runs]
+    # A certified run does not say beforehand how many it takes; the paper's number will do for a bar.
+    iterations = [num_iterations(run) or 100 for run in runs]
     width = len(str(len(runs)))
     outcomes: list[Outcome] = []
     with rich.progress.Progress(*columns, console=output) as bar:
@@ -134,7 +143,7 @@ def row(output: rich.console.Console, result: Mapping[str, Any]) -> None:
             f"{layer['size']:,}",
             f"{layer['kept']:,}",
             f"{layer['kept'] / layer['size']:.5f}",
-            f"{layer['score']:.4g}",
+            _in_units(layer["score"], result["iterations"]["log2_unit"][-1]),
             style=style,
         )
     output.print(table)
@@ -147,6 +156,51 @@ def row(output: rich.console.Console, result: Mapping[str, Any]) -> None:
         output.print("[bold red]collapsed: no path of kept weights leads from the input to the output[/bold red]")
     else:
         output.print(f"not collapsed: log10 of the path norm is {result['log10_objective']:.4f}")
+    _cuts(output, result)
+
+
+def _cuts(output: rich.console.Console, result: Mapping[str, Any]) -> None:
+    """What SynFlow's iterations pruned of a cut, and whether a certified run got as far as it was asked to."""
+    fraction = result["largest_cut_fraction"]
+    if fraction is not None and fraction < 1:
+        output.print(
+            f"no iteration of {len(result['iterations']['kept'])} pruned more than {fraction:.3f} of what the smallest "
+            "cut held, so none can have disconnected the network (Theorem 3)"
+        )
+    elif fraction is not None:
+        output.print(f"an iteration pruned {fraction:.3g} times what the smallest cut held: a path was left by luck")
+    asked = schedules.num_kept(result["total"], result["compression"])
+    if result["schedule"] == schedules.CERTIFIED and result["kept"] > asked:
+        output.print(
+            f"[bold red]{result['kept']:,} weights are left, not {asked:,}:[/bold red] every one of them carries all "
+            "of the flow, or prune.num_iterations was too small"
+        )
+
+
+def _in_units(score: float, log2_unit: int) -> str:
+    """score * 2^log2_unit, which may be beyond every float."""
+    if score <= 0 or abs(log2_unit) < 900:
+        return f"{score * 2.0**log2_unit:.4g}"
+    digits = math.log10(score) + log2_unit * math.log10(2)
+    return f"{10 ** (digits % 1):.3f}e+{math.floor(digits)}"
+
+
+@contextlib.contextmanager
+def verification(output: rich.console.Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields what `certificates.verify` takes as `on_progress`."""
+    with rich.progress.Progress(*_columns(), console=output) as bar:
+        task = bar.add_task("verifying", total=None, now="")
+        yield lambda num_done, total: bar.update(task, completed=num_done, total=total)
+
+
+def verdict(output: rich.console.Console, result: Verdict) -> None:
+    """What the verification of a certificate found."""
+    output.print(
+        f"the certificate of {result.run_id} holds: none of its {result.num_iterations} iterations pruned more than "
+        f"{result.largest_fraction:.6f} of what the smallest cut held (float64); {result.kept:,} weights are left, and "
+        "a path through them",
+        soft_wrap=True,
+    )
 
 
 def pruned(output: rich.console.Console, result: Mapping[str, Any]) -> None:

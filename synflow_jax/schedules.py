@@ -20,6 +20,7 @@ def linear(compression: float, step: int, num_iterations: int) -> float:
 
 # Prunes as much at a time as the scores allow: see `pruning.advance_certified`. It has no densities to be listed here.
 CERTIFIED = "certified"
+MAX_CERTIFIED = 4096  # iterations of a certified run, unless asked for otherwise; uint16 counts them
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {"exponential": exponential, "linear": linear}
 
 

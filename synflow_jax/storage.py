@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +29,7 @@ from synflow_jax import masking, trees
 from synflow_jax.trees import Mask, Params
 
 _FORMAT = "synflow_jax mask 1"
+_CERTIFICATE = "synflow_jax certificate 1"
 _HINT = "It is damaged or was made by another program: make it again, or take another file."
 
 
@@ -77,7 +81,7 @@ def save_mask(path: str | os.PathLike[str], mask: Mask, metadata: Mapping[str, A
       The sha256 in hex.
     """
     names, leaves = trees.names(mask), [np.asarray(leaf) for leaf in jax.tree.leaves(mask)]
-    packed = {name: masking.pack(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    packed = _packed(mask)
     layers = {name: {"shape": leaf.shape, "kept": int(leaf.sum())} for name, leaf in zip(names, leaves, strict=True)}
     digest = _digest(packed)
     header = {
@@ -136,8 +140,55 @@ def _fit(masks: dict[str, np.ndarray], params: Params, path: pathlib.Path) -> Ma
     )
 
 
+def mask_digest(mask: Mask) -> str:
+    """The sha256, in hex, that `save_mask` returns for a mask."""
+    return _digest(_packed(mask))
+
+
+def _packed(mask: Mask) -> dict[str, np.ndarray]:
+    return {name: masking.pack(leaf) for name, leaf in zip(trees.names(mask), jax.tree.leaves(mask), strict=True)}
+
+
 def _digest(packed: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256(b"".join(packed[name].tobytes() for name in sorted(packed))).hexdigest()
+
+
+def save_certificate(path: pathlib.Path, certificate: Mapping[str, Any], removed_in: trees.Tree) -> None:
+    """Writes a certificate: what it says as JSON, and beside it (.npz) the iteration that pruned each weight."""
+    names, leaves = trees.names(removed_in), jax.tree.leaves(removed_in)
+    arrays = {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_bytes(path.with_suffix(".npz"), buffer.getvalue())
+    write_json(path, {"format": _CERTIFICATE, **certificate, "removed_in_sha256": _digest(arrays)})
+
+
+def load_certificate(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads what `save_certificate` wrote: what it says, and {name: uint16 array}, the iterations.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is truncated, damaged or of another kind.
+    """
+    path = pathlib.Path(path)
+    arrays_path = path.with_suffix(".npz")
+    for file in (path, arrays_path):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"certificate file {str(file)!r} does not exist. prune.py writes both files of a certificate to "
+                "WORKDIR/certificates/ where schedule='certified'."
+            )
+    try:
+        certificate = json.loads(path.read_text())
+        with np.load(arrays_path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"certificate {str(path)!r} cannot be read: {error}. {_HINT}") from error
+    if not isinstance(certificate, dict) or certificate.get("format") != _CERTIFICATE:
+        raise ValueError(f"file {str(path)!r} is no certificate of the format {_CERTIFICATE!r}. {_HINT}")
+    if certificate.get("removed_in_sha256") != _digest(arrays):
+        raise ValueError(f"certificate {str(path)!r} does not belong to {arrays_path.name!r} beside it. {_HINT}")
+    return certificate, arrays
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

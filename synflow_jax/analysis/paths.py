@@ -1,4 +1,4 @@
-"""Floor 3. What a mask has done: paths left, the maximal compression, collapse, the work that is left.
+"""What a mask has done: paths left, the maximal compression, collapse, the work that is left.
 
 A network has collapsed when no path of kept weights leads from its input to its output. An empty layer is
 neither necessary nor sufficient: residual networks live on without their shortcut convolutions. Biases make
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import scaling, trees
-from synflow_jax.scores import ApplyFn, Objective, path_norm
+from synflow_jax import pruning, scaling, scores, trees
+from synflow_jax.scores import ApplyFn, Objective, ScoreFn, path_norm
 from synflow_jax.trees import Mask, Params
 
 
@@ -80,6 +81,73 @@ def shortest_path(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, par
     )
 
 
+def effective_mask(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> Mask:
+    """The kept weights that lie on a path from input to output; the others change no output.
+
+    total / kept of this mask is the *effective* compression, which is at least that of `mask`.
+
+    Args and shapes as `log10_path_norm`. Weights that are 0 lie on no path.
+    """
+    # Every weight that is there counts the same, so that no path is too thin to be seen.
+    ones = trees.map_prunable(lambda m, w: (m & (w != 0)).astype(w.dtype), mask, params)
+    params = trees.without_biases(trees.merge(ones, params))
+    flow = _jitted_scores(scores.synflow(apply_fn, input_shape), params, mask)
+    return jax.tree.map(lambda m, s: m & (s > 0), mask, flow)
+
+
+def critical_compression(
+    score_fn: ScoreFn,
+    apply_fn: ApplyFn,
+    input_shape: Sequence[int],
+    params: Params,
+    *,
+    mask: Mask | None = None,
+    num_iterations: int = 1,
+    resolution: float = 0.01,
+    **options: Any,
+) -> float:
+    """The largest compression at which a rule leaves a path from input to output (Section 3), by bisection.
+
+    Args:
+      score_fn: a rule; see `synflow_jax.scores`.
+      apply_fn, input_shape, params: as `log10_path_norm`.
+      mask: what is prunable; all kernels by default.
+      num_iterations: of the rule. A rule of one iteration is scored once for all compressions.
+      resolution: in powers of ten; how close the bisection comes.
+      **options: more of `pruning.prune`: schedule, scope, key, ...
+
+    Returns:
+      A compression at which the network has not collapsed, while 10^resolution times that it has; or the maximal
+      compression, if it has not collapsed there. (A rule that recovers beyond its first collapse is given as that of
+      one of its collapses.)
+
+    >>> params = {"fc": {"kernel": jnp.arange(1.0, 9).reshape(2, 4)}, "head": {"kernel": 0.1 * jnp.ones((4, 1))}}
+    >>> apply_fn = lambda p, x: x @ p["fc"]["kernel"] @ p["head"]["kernel"]
+    >>> round(critical_compression(scores.magnitude(), apply_fn, (2,), params), 1)  # the head goes at once
+    1.1
+    >>> critical_compression(scores.synflow(apply_fn, (2,)), apply_fn, (2,), params, num_iterations=10)
+    6.0
+    """
+    mask = trees.prunable(params) if mask is None else mask
+    if num_iterations == 1:
+        key, dtype = options.get("key"), options.get("score_dtype")
+        score_fn = scores.fixed(pruning.first_scores(score_fn, params, key=key, mask=mask, score_dtype=dtype))
+
+    def survives(compression: float) -> bool:
+        found, _ = pruning.prune(
+            score_fn, params, compression=compression, mask=mask, num_iterations=num_iterations, **options
+        )
+        return not collapsed(apply_fn, input_shape, params, found)
+
+    low, high = 1.0, max_compression(apply_fn, input_shape, mask, params)
+    if survives(high):
+        return high
+    while math.log10(high / low) > resolution:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if survives(middle) else (low, middle)
+    return low
+
+
 def multiply_adds(mask: Mask, positions: Mapping[str, int]) -> tuple[int, int]:
     """(kept, total) multiply-adds of one example: each weight works once at each position of its layer's output.
 
@@ -102,6 +170,7 @@ def _log10_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params) -
     return scaling.log10(_jitted_scaled(objective, params))
 
 
+_jitted_scores = jax.jit(lambda score_fn, params, mask: score_fn(params, mask, jax.random.key(0)))
 _jitted = jax.jit(lambda objective, params: objective(params))
 _jitted_scaled = jax.jit(lambda objective, params: scaling.evaluate(objective, params))
 
