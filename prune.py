@@ -56,7 +56,7 @@ def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
             row = prune_run.prune(settings, network, workdir, on_progress)
     figures.save(figures.layers(row), workdir / "layers.png")
     report.row(output, row)
-    report.files(output, workdir, row["run_id"])
+    report.files(output, workdir, row)
 
 
 def _verify(path: str, output: Console) -> None:

@@ -295,12 +295,14 @@ def train_files(output: rich.console.Console, workdir: pathlib.Path, run_id: str
     )
 
 
-def files(output: rich.console.Console, workdir: pathlib.Path, run_id: str) -> None:
+def files(output: rich.console.Console, workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
     """Where everything lies."""
+    more = (("certificate", "its certificate, which --verify looks at again"), ("units", "the scores of its units"))
     _files(
         output,
         workdir,
-        (f"masks/{run_id}.safetensors", "the mask"),
+        (f"masks/{result['run_id']}.safetensors", "the mask"),
+        *[(result[name], what) for name, what in more if name in result],
         ("rows.jsonl", "one row a run"),
         ("layers.png", "the fraction kept in each layer"),
         ("config.json", "the config"),

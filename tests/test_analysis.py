@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synflow_jax import analysis, models, trees
+from synflow_jax import analysis, models, pruning, scores, trees
 from synflow_jax.models.resnet import ResNet
 
 
@@ -112,3 +113,48 @@ def test_multiply_adds_of_vgg16() -> None:
     mask = trees.prunable(shapes)
     kept, total = analysis.multiply_adds(mask, models.output_positions(model, (32, 32, 3)))
     assert kept == total == 313_247_744
+
+
+def test_weights_on_no_path_do_not_count() -> None:
+    params = _mlp_params([4, 6, 4])
+    mask = trees.prunable(params)
+    mask["layer0"]["w"] = mask["layer0"]["w"].at[:, 3:].set(False)  # nothing enters units 3 to 5
+    mask["layer1"]["w"] = mask["layer1"]["w"].at[2].set(False)  # nothing leaves unit 2
+    params["layer0"]["w"] = params["layer0"]["w"].at[0, 0].set(0)
+    found = analysis.effective_mask(_mlp, (4,), params, mask)
+    assert trees.names(found) == ["layer0/w", "layer1/w"]
+    expected = np.zeros((4, 6), bool)
+    expected[:, :2] = True
+    expected[0, 0] = False
+    np.testing.assert_array_equal(found["layer0"]["w"], expected)
+    np.testing.assert_array_equal(found["layer1"]["w"], np.arange(6)[:, None] < np.full((1, 4), 2))
+
+
+def test_paths_far_thinner_than_others_count() -> None:
+    """Their share of the flow is below what float32 resolves beside the others."""
+    params = _mlp_params([2, 2, 2, 2])
+    params = jax.tree.map(lambda w: jnp.eye(2) if w.ndim == 2 else w, params)
+    params = jax.tree.map(lambda w: w.at[1].mul(1e-20) if w.ndim == 2 else w, params)
+    mask = trees.prunable(params)
+    found = analysis.effective_mask(_mlp, (2,), params, mask)
+    for leaf in jax.tree.leaves(found):
+        np.testing.assert_array_equal(leaf, np.eye(2, dtype=bool))
+
+
+def test_the_critical_compression_is_where_a_rule_collapses() -> None:
+    params = _mlp_params([8, 16, 16, 4], seed=3)
+    full = trees.prunable(params)
+    for rule, options in ((scores.magnitude(), {}), (scores.random(), {"key": jax.random.key(4)})):
+        critical = analysis.critical_compression(rule, _mlp, (8,), params, resolution=0.002, **options)
+        prune = functools.partial(pruning.prune, rule, params, num_iterations=1, **options)
+        assert not analysis.collapsed(_mlp, (8,), params, prune(compression=critical)[0])
+        assert analysis.collapsed(_mlp, (8,), params, prune(compression=critical * 10**0.002)[0])
+    assert critical < analysis.max_compression(_mlp, (8,), full, params)
+
+
+def test_certified_synflow_reaches_the_maximum() -> None:
+    params = _mlp_params([8, 16, 16, 4], seed=3)
+    maximum = analysis.max_compression(_mlp, (8,), trees.prunable(params), params)
+    rule = scores.synflow(_mlp, (8,))
+    critical = analysis.critical_compression(rule, _mlp, (8,), params, num_iterations=4096, schedule="certified")
+    assert critical == maximum == sum(trees.sizes(trees.prunable(params))) / 3

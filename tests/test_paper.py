@@ -67,3 +67,49 @@ def test_kept_in_each_layer_as_published(rule: str, deviations: float, power: in
     assert flops == 313_247_744
     # The published figures are rounded to 1e-4, and scatter as the counts do.
     np.testing.assert_allclose(kept_flops / flops, FLOPS[rule][power - 1], rtol=0.05, atol=1e-4)
+
+
+POWERS = [f"{power / 4}" for power in range(25)]  # of ten, as published
+
+
+def test_magnitude_empties_layers_and_cuts_paths_where_the_published_runs_fail() -> None:
+    """Critical compressions: no layer is empty up to 10^2.75, in the published masks as in ours.
+
+    Long before, at 10^2.35, no path is left. The published accuracy knows: above chance (1 %) at 10^2.25, chance from
+    10^2.5 on, where every layer still has weights.
+    """
+    params, full, rules, _ = _vgg16()
+    apply_fn = _apply_fn()
+    layers_empty = {}
+    for power in ("2.25", "2.5", "2.75", "3.0"):
+        mask, info = pruning.prune(
+            rules["magnitude"], params, compression=10 ** float(power), num_iterations=1, mask=full,
+            score_dtype="float32",
+        )  # fmt: skip
+        layers_empty[power] = bool((np.asarray(info.kept[-1]) == 0).any())
+        for run in PUBLISHED["runs"].values():
+            published = run["magnitude"][power]
+            assert layers_empty[power] == (min(published["kept"]) == 0)
+            assert analysis.collapsed(apply_fn, (32, 32, 3), params, mask) == (published["top1_last_and_best"][0] == 1)
+    assert layers_empty == {"2.25": False, "2.5": False, "2.75": False, "3.0": True}
+
+    critical = analysis.critical_compression(
+        rules["magnitude"], apply_fn, (32, 32, 3), params, mask=full, score_dtype="float32"
+    )
+    assert 2.25 < np.log10(critical) < 2.5
+
+
+def test_synflow_keeps_a_path_at_the_last_published_compression() -> None:
+    """10^6, where 14 or 15 weights are left in 14 layers: both published runs, and ours."""
+    params, full, rules, _ = _vgg16()
+    for run in PUBLISHED["runs"].values():
+        assert min(run["synflow"][POWERS[-1]]["kept"]) == 1
+    mask, info = pruning.prune(rules["synflow"], params, compression=1e6, mask=full, score_dtype="float32")
+    assert np.asarray(info.kept[-1]).min() == 1 and int(info.kept[-1].sum()) <= 15
+    assert not analysis.collapsed(_apply_fn(), (32, 32, 3), params, mask)
+
+
+@functools.cache
+def _apply_fn() -> scores.ApplyFn:
+    model, shape = models.create("cifar_vgg16_bn", 100), (32, 32, 3)
+    return models.synflow_fn(model, models.init(model, shape, jax.random.key(0))[1])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from synflow_jax import prune_run, storage
@@ -82,6 +83,37 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     assert damaged.returncode != 0 and "line 1" in damaged.stderr
 
 
+def test_a_certificate_is_written_and_can_be_verified(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    """At the maximal compression, three weights in three layers; and a certificate that was tampered with."""
+    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}", "--config.prune.schedule=certified")
+    first = _prune(cache, *flags, f"--config.prune.compression={260_384 / 3!r}")
+    assert first.returncode == 0 and first.stderr == "", first.stderr
+    assert "no iteration of" in first.stdout and "certificates/" in first.stdout
+    (row,) = storage.read_rows(tmp_path / "rows.jsonl")
+    assert [layer["kept"] for layer in row["layers"]] == [1, 1, 1] and not row["collapsed"]
+    assert row["largest_cut_fraction"] < 1
+
+    path = tmp_path / row["certificate"]
+    certificate, removed_in = storage.load_certificate(path)
+    assert [step["kept"] for step in certificate["iterations"]] == row["iterations"]["kept"]
+    assert certificate["mask_sha256"] == row["mask_sha256"]
+    verified = _prune(cache, f"--verify={path}")
+    assert verified.returncode == 0 and "holds: none of its" in verified.stdout, verified.stderr
+
+    # The last iteration but one is said to have pruned all but the last weights: more than a cut.
+    last = len(certificate["iterations"])
+    early = {name: np.where((n > 0) & (n < last), 1, n).astype(np.uint16) for name, n in removed_in.items()}
+    for changed, message in (
+        ({**certificate, "mask_sha256": "0" * 64}, "is of another mask than it says"),
+        (certificate, "does not hold: iteration 1 pruned"),
+    ):
+        storage.save_certificate(tmp_path / "forged.json", changed, early)
+        forged = _prune(cache, f"--verify={tmp_path / 'forged.json'}")
+        assert forged.returncode == 2 and message in forged.stderr and forged.stderr.count("\n") == 1, forged.stderr
+    missing = _prune(cache, "--verify=none.json")
+    assert missing.returncode == 2 and "'none.json' does not exist" in missing.stderr
+
+
 def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
     text = _prune(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
     values = dataclasses.asdict(Config())
@@ -118,6 +150,16 @@ BAD = {
         ["--config.prune.pruner=snip", "--config.dataset=cifar100"],
         "dataset='cifar100'",
         "--config.dataset=digits",
+    ),
+    "certified needs synflow": (
+        ["--config.prune.schedule=certified", "--config.prune.pruner=magnitude"],
+        "prune.pruner='magnitude'",
+        "it takes 'synflow'",
+    ),
+    "fraction of a cut": (
+        ["--config.prune.schedule=certified", "--config.prune.cut_fraction=1.5"],
+        "prune.cut_fraction=1.5",
+        "below 1",
     ),
     "nothing prunable": (["--config.prune.exclude=."], "exclude='.'", "another pattern"),
     "pattern": (["--config.prune.exclude=("], "exclude='('", "regular expression"),
