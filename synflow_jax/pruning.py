@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import masking, schedules, trees
-from synflow_jax.scores import Flow, Objective, ScoreFn, as_partial, with_cut
+from synflow_jax.scores import Flow, Objective, ScoreFn, as_partial, unscaled, with_cut
 from synflow_jax.trees import Mask, Params, Scores
 
 # fori_loop(lower, upper, body, init); `python_loop` is another one.
@@ -387,7 +387,8 @@ def prune(
             if bool(state.done):
                 break
         info = _until(state.info, int(state.info.num_done)) if certified else state.info
-        check_finite(info, mask)
+        if not bool(state.finite):
+            check_finite(info, mask, unscaled(score_fn, params))
     if certified:
         _warn_of_shortfall(info, num_kept, bool(state.done))
     return state.mask, info
@@ -502,16 +503,20 @@ def _widen(tree: trees.Tree) -> trees.Tree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)
 
 
-def check_finite(info: PruneInfo, mask: Mask) -> None:
-    """Raises FloatingPointError, with iteration and layer, if a score of the run was infinite or NaN."""
+def check_finite(info: PruneInfo, mask: Mask, plain_steps: Sequence[str] = ()) -> None:
+    """Raises FloatingPointError, with iteration and layer, if a score of the run was infinite or NaN.
+
+    plain_steps: what of the network may have overflowed although the scores are scaled, from `scores.unscaled`.
+    """
     totals = np.asarray(info.score_total)
     broken = ~np.isfinite(totals)
     if broken.any():
         iteration = int(np.argmax(broken.any(axis=1)))
         leaf = int(np.argmax(broken[iteration]))
+        plain = f"These steps have no scaled form and may overflow: {', '.join(plain_steps)}. " if plain_steps else ""
         raise FloatingPointError(
             f"scores of layer {trees.names(mask)[leaf]!r} are not finite in iteration {iteration + 1} of "
-            f"{len(totals)}: they add up to {totals[iteration, leaf]}. The network is too deep or its weights "
+            f"{len(totals)}: they add up to {totals[iteration, leaf]}. {plain}The network is too deep or its weights "
             f"are too large for {totals.dtype}, or they are not finite themselves, or SNIP's "
             "loss has no gradient at all (0 / 0). SynFlow reaches any depth as long as it is scaled, as by default; "
             "every rule reaches eight times as many layers in float64: score_dtype='float64' "

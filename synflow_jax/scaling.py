@@ -77,10 +77,13 @@ def evaluate(function: Callable[..., jax.Array], *args: Any) -> Scaled:
     >>> float(jnp.log2(out.value[0, 0]) + out.exponent)
     1500.0
     """
+    return _interpret(_Interpreter(), function, args)
+
+
+def _interpret(interpreter: _Interpreter, function: Callable[..., jax.Array], args: Sequence[Any]) -> Scaled:
     closed = jax.make_jaxpr(function)(*args)
     if len(closed.jaxpr.outvars) != 1:
         raise ValueError(f"function has {len(closed.jaxpr.outvars)} outputs; it must return one array.")
-    interpreter = _Interpreter()
     leaves = jax.tree.leaves(args)
     (value,), (exponent,) = interpreter.run(closed.jaxpr, closed.consts, leaves, [_PLAIN] * len(leaves))
     return Scaled(value, interpreter.number(exponent))
@@ -96,14 +99,7 @@ def log10(scaled: Scaled) -> float:
 def unscaled(function: Callable[..., jax.Array], *args: Any) -> tuple[str, ...]:
     """The primitives of `function` that are evaluated at plain values, and so may overflow."""
     found: list[str] = []
-
-    def record(*args: Any) -> jax.Array:
-        closed = jax.make_jaxpr(function)(*args)
-        interpreter = _Interpreter(found)
-        leaves = jax.tree.leaves(args)
-        return interpreter.run(closed.jaxpr, closed.consts, leaves, [_PLAIN] * len(leaves))[0][0]
-
-    jax.eval_shape(record, *args)
+    jax.eval_shape(lambda *args: _interpret(_Interpreter(found), function, args), *args)
     return tuple(dict.fromkeys(found))
 
 
@@ -146,11 +142,12 @@ def _plan(eqn: Any, exponents: Sequence[Exponent | None]) -> _Plan | None:
     if name in _PRODUCTS:
         a, b = ((e or _PLAIN) for e in exponents[:2])
         return _Plan([_add(a, b)], num_products=1)
-    if not scaled and name not in ("scan",):
-        neutral = name in (_KEEP | _ALIGN) and bool(exponents) and all(e is _ANY for e in exponents)
-        return _Plan([_ANY if neutral and _is_float(v) else _PLAIN for v in eqn.outvars])
-    if name == "scan":
+    if name == "scan":  # its products may need a power of two though what enters it has none
         return None
+    if not scaled:
+        neutral = name in (_KEEP | _ALIGN) and bool(exponents) and all(e is _ANY for e in exponents)
+        outs_exponents = [_ANY if neutral and _is_float(v) else _PLAIN for v in eqn.outvars]
+        return _Plan(outs_exponents, plain=name == "while")
     if name in _KEEP:
         # Operands beside the first are indices; optimization_barrier has as many outputs as operands.
         kept = [exponents[i] if outs > 1 else exponents[0] for i in range(outs)]
@@ -292,9 +289,10 @@ class _Interpreter:
         if not exponent:
             return value
         number = self.number(exponent)
-        # In two steps, since one factor reaches only to 2^126, and clipped, so that zero stays zero.
-        half = jnp.clip(number, -4 * _LIMIT, 4 * _LIMIT)
-        for part in (half // 4, half // 4, half // 4, half - 3 * (half // 4)):
+        # In four factors, since one reaches only to 2^126, and clipped, so that zero stays zero.
+        clipped = jnp.clip(number, -4 * _LIMIT, 4 * _LIMIT)
+        quarter = clipped // 4
+        for part in (quarter, quarter, quarter, clipped - 3 * quarter):
             value = value * power_of_two(part, value.dtype)
         return value
 

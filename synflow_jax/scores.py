@@ -145,6 +145,13 @@ def with_cut(score_fn: ScoreFn) -> FlowFn | None:
     return None
 
 
+def unscaled(score_fn: ScoreFn, params: Params) -> tuple[str, ...]:
+    """The steps of a scaled SynFlow's network that are evaluated at plain values, and so may overflow; else ()."""
+    if with_cut(score_fn) is None or score_fn.args[0].func is not scaling.evaluate:  # type: ignore[attr-defined]
+        return ()
+    return scaling.unscaled(score_fn.args[0].args[0], params)  # type: ignore[attr-defined]
+
+
 def _synflow_and_cut(evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey) -> Flow:
     del key  # no data and no chance
     selected = select(apply_mask(params, mask), mask)

@@ -137,3 +137,17 @@ def test_powers_of_two_are_exact(exponent: int) -> None:
     expected = 2.0 ** min(exponent, 126) if exponent >= -126 else 0.0
     for dtype in (jnp.float32, jnp.bfloat16):
         assert float(scaling.power_of_two(jnp.int32(exponent), dtype)) == expected
+
+
+def test_the_error_names_what_has_no_scaled_form() -> None:
+    apply_fn = lambda p, x: jnp.exp(1e3 * (x @ p["fc"]["kernel"])) @ p["head"]["kernel"]
+    params = {"fc": {"kernel": jnp.ones((2, 3))}, "head": {"kernel": jnp.ones((3, 1))}}
+    with pytest.raises(FloatingPointError, match=r"These steps have no scaled form and may overflow: exp\."):
+        pruning.prune(scores.synflow(apply_fn, (2,)), params, compression=2, num_iterations=2)
+
+
+def test_a_while_loop_is_named() -> None:
+    def apply_fn(w: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 10, lambda x: x * w, w)[0]
+
+    assert scaling.unscaled(apply_fn, jnp.full(3, 2.0)) == ("while",)
