@@ -11,8 +11,8 @@ from synflow_jax.config import Config, Grid, PruneConfig
 def get_config() -> Config:
     """VGG-19, 1 to 100 iterations by either schedule."""
     return Config(
-        model="cifar_vgg19_bn",
-        dataset="cifar100",
+        model="imagenet_vgg19",
+        dataset="imagenet",
         prune=PruneConfig(compression=1000.0),
-        grid=Grid(num_iterations=(1, 2, 5, 10, 20, 30, 50, 70, 100), schedule=("exponential", "linear")),
+        grid=Grid(num_iterations=(1, 2, 5, 10, 20, 50, 70, 100), schedule=("exponential", "linear")),
     )

@@ -88,7 +88,8 @@ def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
         },
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    settings = Config(model="conv", dataset="digits", prune=PruneConfig(pruner="snip", compression=10.0))
+    prune = PruneConfig(pruner="snip", compression=10.0, scaled=False)
+    settings = Config(model="conv", dataset="digits", prune=prune)
     assert config.run_id(settings) == f"conv-digits-snip-c10-s0-{digest}"
     # Neither what is recorded nor what is refused changes a mask.
     for free in ({"record_units": True}, {"beyond_maximum": True}, {"dataset": "digits"}):
