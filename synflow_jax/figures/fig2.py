@@ -53,9 +53,14 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
         fate = f"collapsed from {_number(early[0])} on" if early else late
         ax.set_title(f"{select.rule_title(first)}\n{fate}", fontsize=9, color=select.RED if early else "black")
     spare = axes[len(by_rule)]
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=spare.inset_axes((0.06, 0.1, 0.07, 0.85)))
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=spare.inset_axes((0.1, 0.1, 0.07, 0.85)))
     bar.set_label("compression", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.yaxis.set_label_position("left")
+    compressions = sorted({row["compression"] for row in rows})
+    shown = compressions[:: -(-len(compressions) // 7)]
+    bar.set_ticks(shown, labels=[_number(compression) for compression in shown])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=7)
     spare.plot([], [], color=select.GREY, label="every layer has weights")
     spare.plot([], [], color=select.GREY, linestyle="--", label="a layer is empty")
     spare.plot([], [], "x", color=select.GREY, label="emptied first at\nthis compression")

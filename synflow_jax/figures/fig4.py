@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     """Draws Fig. 4. Scores are those before anything is pruned; averages are of their absolute values.
 
+    SynFlow's may be divided by one power of two (`scores.synflow`), which moves its dots but not their slope.
+
     Args:
       rows: of one network, one or more for each rule.
       folder: not used.
@@ -67,8 +69,9 @@ def averages(row: Row) -> np.ndarray:
     totals = [layer.get("initial_magnitude") for layer in row["layers"]]
     if any(total is None for total in totals):
         raise ValueError(
-            f"row {row['run_id']} lacks initial_magnitude: signed scores have it in runs of one iteration alone, and "
-            "rows of earlier versions never. Run configs/fig4.py into a new folder."
+            f"row {row['run_id']} lacks initial_magnitude: signed scores have it in runs of one iteration alone "
+            "(--config.prune.num_iterations=1), and rows of earlier versions never. Run configs/fig4.py into a new "
+            "folder."
         )
     if min(totals) <= 0:
         raise ValueError(f"row {row['run_id']} has a layer whose scores are all 0; there is no logarithm of that.")
