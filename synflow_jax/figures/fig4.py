@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     """Draws Fig. 4. Scores are those before anything is pruned; averages are of their absolute values.
 
-    SynFlow's may be divided by one power of two (`scores.synflow`), which moves its dots but not their slope.
-
     Args:
       rows: of one network, one or more for each rule.
       folder: not used.
@@ -75,7 +73,9 @@ def averages(row: Row) -> np.ndarray:
         )
     if min(totals) <= 0:
         raise ValueError(f"row {row['run_id']} has a layer whose scores are all 0; there is no logarithm of that.")
-    return np.array(totals) * inverse_sizes(row)
+    unit = row["iterations"].get("log2_unit", [0])[0]
+    scale = 2.0**unit if abs(unit) < 900 else 1.0  # beyond that no float holds them; the slope is the same
+    return np.array(totals) * inverse_sizes(row) * scale
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

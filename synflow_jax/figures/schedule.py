@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from synflow_jax.figures import rows as select
 from synflow_jax.figures.rows import Row
@@ -26,7 +25,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
       folder: not used.
 
     Raises:
-      ValueError: the rows are of several networks or compressions, or of a network with branches, or lack the scores.
+      ValueError: the rows are of several networks or compressions, or lack the scores.
     """
     del folder
     from matplotlib.figure import Figure
@@ -78,20 +77,18 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
 
 
 def ratio(row: Row) -> float:
-    """The largest prune size over cut size of a run's iterations: the pruned score over the smallest layer's score.
+    """The largest prune size over cut size of a run's iterations (Theorem 3).
 
-    In a chain every layer is a cut. After a collapse all scores are 0; those iterations count for nothing.
+    After a collapse no cut is left; those iterations count for nothing.
 
     Raises:
-      ValueError: the network has branches, or the row lacks the scores.
+      ValueError: the row lacks the scores.
     """
     iterations = row["iterations"]
-    if "pruned_score" not in iterations:
+    if "log10_cut" not in iterations or "pruned_score" not in iterations:
         raise ValueError(
-            f"row {row['run_id']} lacks iterations.pruned_score: it is of an earlier version. Run configs/schedule.py "
-            "into a new folder."
+            f"row {row['run_id']} lacks iterations.pruned_score or log10_cut: it is of an earlier version. Run "
+            "configs/schedule.py into a new folder."
         )
-    if round(row["total"] / row["max_compression"]) != len(row["layers"]):
-        raise ValueError(f"{row['model']} has branches: its layers are no cuts. Take a chain, such as a VGG.")
-    pruned, cut = np.array(iterations["pruned_score"], float), np.array(iterations["min_layer_score"], float)
-    return float(np.max(pruned[cut > 0] / cut[cut > 0]))
+    steps = zip(iterations["pruned_score"], iterations["log2_unit"], iterations["log10_cut"], strict=True)
+    return max(pruned * 10 ** (unit * math.log10(2) - cut) for pruned, unit, cut in steps if cut is not None)
