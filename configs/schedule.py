@@ -1,6 +1,8 @@
-"""The schedules (appendix of the paper): prune size over cut size of VGG-19, SynFlow, compression 1000.
+r"""The schedules (appendix of the paper): prune size over cut size of VGG-19, SynFlow, compression 1000.
 
     python prune.py --config=configs/schedule.py --workdir=runs/schedule
+    python prune.py --config=configs/schedule.py --workdir=runs/schedule --config.grid.schedule=certified \
+        --config.grid.num_iterations="()"
     python -m synflow_jax.figures schedule --rows=runs/schedule
 
 Its duration was not measured. On CIFAR's VGG-19 (--config.model=cifar_vgg19_bn --config.dataset=cifar100) it takes five

@@ -44,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         prune=PruneConfig(compression=10, examples_per_class=1),
         grid=Grid(num_iterations=(1, 8), schedule=("exponential", "linear")),
     )
-    for name, settings in (("rules", rules), ("schedules", schedules)):
+    certified = Config(**base, prune=PruneConfig(compression=10, examples_per_class=1, schedule="certified"))
+    for name, settings in (("rules", rules), ("schedules", schedules), ("schedules", certified)):
         for outcome in prune_grid.run(config.expand(settings), work / name):
             assert outcome.error is None
     return work
@@ -109,6 +110,7 @@ def test_schedule_draws_the_largest_ratios(folder: pathlib.Path) -> None:
     found = rows.read(folder / "schedules")
     (ax,) = schedule.draw(found, folder).axes
     lines = {line.get_label(): np.array(line.get_data()) for line in ax.lines}
+    assert lines["certified"][0, 0] > 1 and lines["certified"][1, 0] < 0.5  # its bound
     by_run = {(row["schedule"], row["num_iterations"]): row["iterations"] for row in found}
     for name in ("exponential", "linear"):
         np.testing.assert_array_equal(lines[name][0], [1, 8])

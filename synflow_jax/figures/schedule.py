@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TICKS = [factor * 10.0**power for power in range(-4, 4) for factor in (1, 2, 5)]
-_STYLES = {"exponential": (select.BLUE, "o"), "linear": (select.RED, "s")}
+_STYLES = {"exponential": (select.BLUE, "o"), "linear": (select.RED, "s"), "certified": (select.GREEN, "D")}
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     """Draws the largest prune size over cut size of each SynFlow run; below 1 no run can collapse (Theorem 3).
+
+    Crosses are runs that have collapsed.
 
     Args:
       rows: SynFlow's of one network, at one compression.
@@ -42,9 +44,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     figure = Figure(figsize=(6.2, 4), layout="constrained")
     ax = figure.subplots()
     for name, (color, marker) in _STYLES.items():
-        runs = select.by(
-            [row for row in rows if row["schedule"] == name], lambda row: row["num_iterations"], "number of iterations"
-        )
+        runs = select.by([row for row in rows if row["schedule"] == name], _num_done, "number of iterations")
         if not runs:
             continue
         ratios = [ratio(row) for row in runs.values()]
@@ -60,7 +60,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
                 textcoords="offset points", va="top", fontsize=8)  # fmt: skip
     if any(row["collapsed"] for row in rows):
         ax.plot([], [], "x", color="black", markersize=9, label="collapsed")
-    numbers = sorted({row["num_iterations"] for row in rows})
+    numbers = sorted({_num_done(row) for row in rows if row["schedule"] != "certified"})
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(numbers, [str(number) for number in numbers])
@@ -74,6 +74,10 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     ax.legend(frameon=False, title="schedule", title_fontsize=9, fontsize=9)
     ax.set_title(f"{select.title(rows[0])}: SynFlow, compression {compressions[0]:,g}", fontsize=10)
     return figure
+
+
+def _num_done(row: Row) -> int:
+    return len(row["iterations"]["kept"])  # the certified schedule takes as many as it needs
 
 
 def ratio(row: Row) -> float:
