@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from synflow_jax import checkpoints, cli, config, figures, prune_run, report, storage, train_run, training
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help(), lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("grid."), lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "prune and train again what this folder already holds")
 

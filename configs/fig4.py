@@ -1,8 +1,13 @@
 """Fig. 4 of the paper: the average score of each layer of VGG-19 before pruning, ImageNet input, five rules.
 
-python prune.py --config=configs/fig4.py --workdir=runs/fig4
-python -m synflow_jax.figures fig4 --rows=runs/fig4
+    python prune.py --config=configs/fig4.py --workdir=runs/fig4
+    python -m synflow_jax.figures fig4 --rows=runs/fig4
 
+Expect the slopes random 0.00, magnitude 0.20, SNIP 0.55, GraSP 0.83, SynFlow 1.00 against 1 / layer size.
+Measured on two CPU cores that others used as well: four minutes, 6.3 GB; 90 MB of masks.
+Rows of configs/fig3.py in the same folder serve as well.
+Without ImageNet SNIP and GraSP score ten of scikit-learn's digits, enlarged, whose labels are the first ten classes;
+with it, --config.prune.dataset=imagenet scores one image of each class.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig

@@ -214,9 +214,9 @@ def _check_run(config: Config) -> None:
         raise ValueError(f"seed={config.seed} must not be negative.")
     if not 0 < prune.temperature < math.inf:
         raise ValueError(f"prune.temperature={prune.temperature} must be positive and finite.")
+    scored, drawn = data.spec(prune_dataset(config)), data.spec(config.dataset)
     if prune.pruner in DATA_DRIVEN:
         data.check_readable(prune_dataset(config), config.data.dir)
-        scored, drawn = data.spec(prune_dataset(config)), data.spec(config.dataset)
         if scored.num_classes > drawn.num_classes or scored.image_shape not in (None, drawn.image_shape):
             raise ValueError(
                 f"prune.dataset={prune.dataset!r} does not fit a network for dataset={config.dataset!r}: it must "

@@ -42,7 +42,8 @@ def run(
     """Prunes, as `prune_run.prune` does, and yields an outcome a run, in order.
 
     Args:
-      runs: from `config.expand`; its order lets neighbours share their network, and their scores.
+      runs: of one config, from `config.expand`: they differ in nothing but the fields of `Grid`, and their order lets
+        neighbours share a network, and scores.
       workdir: the folder of all of them.
       overwrite: run again what `workdir` holds.
       on_progress: as `pruning.prune` takes it, for every run anew.

@@ -107,7 +107,7 @@ def grid(
             number, prune = f"{len(outcomes):{width}}/{len(runs)}", outcome.settings.prune
             what = (
                 f"{outcome.settings.model} {prune.pruner:<9} compression {f'{prune.compression:,.6g}':<10} "
-                f"{prune.schedule} n={config.num_iterations(prune)} seed {outcome.settings.seed}"
+                f"{prune.schedule} n={num_iterations(outcome.settings) or 'open'} seed {outcome.settings.seed}"
             )
             output.print(f"{number}  {what}: {_outcome(outcome)}", soft_wrap=True)
             following = min(len(outcomes) + 1, len(runs))

@@ -7,6 +7,7 @@ mask; what they share is built and traced once; a run that fails stops no other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -18,10 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synflow_jax import config, models, prune_grid, prune_run, storage
+from synflow_jax import config, models, prune_grid, prune_run, pruning, scores, storage
 from synflow_jax.config import Config, Grid, PruneConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -85,7 +88,8 @@ def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
         },
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    settings = Config(model="conv", dataset="digits", prune=PruneConfig(pruner="snip", compression=10.0))
+    prune = PruneConfig(pruner="snip", compression=10.0, scaled=False)
+    settings = Config(model="conv", dataset="digits", prune=prune)
     assert config.run_id(settings) == f"conv-digits-snip-c10-s0-{digest}"
     # Neither what is recorded nor what is refused changes a mask.
     for free in ({"record_units": True}, {"beyond_maximum": True}, {"dataset": "digits"}):
@@ -108,6 +112,7 @@ BAD = {
     "truth for a number": ({"seed": (True,)}, "grid.seed holds True", "0,1"),
     "number for text": ({"pruner": (3,)}, "grid.pruner holds 3", "('snip','grasp')"),
     "compression": ({"compression": (10.0, 0.5), "seed": (0, 4)}, "compression=0.5", "seed=0, prune.compression=0.5"),
+    "dataset": ({"dataset": ("digits", "digit")}, "dataset='digit' is unknown", "grid's run of dataset='digit'"),
     "rule": ({"pruner": ("synflow", "snop")}, "prune.pruner='snop' is unknown", "grid's run of prune.pruner='snop'"),
 }
 
@@ -129,15 +134,35 @@ def test_a_dataset_that_does_not_fit_the_network() -> None:
 # Runs
 
 
+def test_scores_made_once_give_the_masks_of_the_loop() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (6, 9), "b": (9, 4)}
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+    apply_fn = lambda p, x: jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+    batch = (jnp.asarray(rng.normal(size=(8, 6)), jnp.float32), jnp.asarray(rng.integers(0, 4, 8)))
+    rule = scores.snip(scores.cross_entropy(apply_fn), [batch])
+    once = scores.fixed(pruning.first_scores(rule, params, score_dtype="float64"))
+    for compression in (1.5, 20):
+        prune = functools.partial(
+            pruning.prune, params=params, compression=compression, num_iterations=1, score_dtype="float64"
+        )
+        (mask, info), (wanted, wanted_info) = prune(once), prune(rule)
+        jax.tree.map(np.testing.assert_array_equal, mask, wanted)
+        assert info.score_total.dtype == jnp.float64
+        np.testing.assert_allclose(info.score_total, wanted_info.score_total, rtol=1e-12)
+        np.testing.assert_allclose(info.pruned_score, wanted_info.pruned_score, rtol=1e-12)
+
+
 def test_masks_are_those_of_runs_alone(tmp_path: pathlib.Path) -> None:
     runs = _runs(pruner=("grasp", "random", "synflow"), num_iterations=(1, 2), compression=(2, 30))
     for outcome in prune_grid.run(runs, tmp_path / "grid"):
         assert outcome.row is not None and not outcome.found, outcome.error
-        network = prune_run.build(outcome.settings)
-        alone = prune_run.prune(outcome.settings, network, tmp_path / "alone")
-        for key in ("run_id", "mask_sha256", "layers", "iterations", "log10_objective", "config"):
-            assert outcome.row[key] == alone[key]
-    assert len(storage.read_rows(tmp_path / "grid" / "rows.jsonl")) == len(runs) == 12
+        prune_run.prune(outcome.settings, prune_run.build(outcome.settings), tmp_path / "alone")
+    together, alone = (storage.read_rows(tmp_path / name / "rows.jsonl") for name in ("grid", "alone"))
+    assert len(together) == len(runs) == 12
+    for row in (*together, *alone):
+        del row["seconds"]
+    assert together == alone
 
 
 def test_networks_scores_and_programs_are_shared(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,9 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     }
     norm = LogNorm(min(row["compression"] for row in rows), max(row["compression"] for row in rows) * 1.3)
     colors = matplotlib.colormaps["viridis"]
-    floor = min(fraction for row in rows for fraction in _fractions(row) if fraction > 0) / 4
+    floor = min((fraction for row in rows for fraction in _fractions(row) if fraction > 0), default=1.0) / 4
     figure, axes = select.panels(len(by_rule), (3.3, 2.9))
-    for ax, (rule, runs) in zip(axes, by_rule.items(), strict=False):
+    for ax, runs in zip(axes, by_rule.values(), strict=False):
         _panel(ax, runs, lambda compression: colors(norm(compression)), floor)
         first = next(iter(runs.values()))
         broken = [compression for compression, row in runs.items() if row["collapsed"]]
@@ -52,11 +52,15 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
         late = "collapsed only beyond the maximum" if broken else "never collapsed"
         fate = f"collapsed from {_number(early[0])} on" if early else late
         ax.set_title(f"{select.rule_title(first)}\n{fate}", fontsize=9, color=select.RED if early else "black")
-        del rule
     spare = axes[len(by_rule)]
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=spare.inset_axes((0.06, 0.1, 0.07, 0.85)))
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=spare.inset_axes((0.1, 0.1, 0.07, 0.85)))
     bar.set_label("compression", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.yaxis.set_label_position("left")
+    compressions = sorted({row["compression"] for row in rows})
+    shown = compressions[:: -(-len(compressions) // 7)]
+    bar.set_ticks(shown, labels=[_number(compression) for compression in shown])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=7)
     spare.plot([], [], color=select.GREY, label="every layer has weights")
     spare.plot([], [], color=select.GREY, linestyle="--", label="a layer is empty")
     spare.plot([], [], "x", color=select.GREY, label="emptied first at\nthis compression")

@@ -67,12 +67,15 @@ def averages(row: Row) -> np.ndarray:
     totals = [layer.get("initial_magnitude") for layer in row["layers"]]
     if any(total is None for total in totals):
         raise ValueError(
-            f"row {row['run_id']} lacks initial_magnitude: signed scores have it in runs of one iteration alone, and "
-            "rows of earlier versions never. Run configs/fig4.py into a new folder."
+            f"row {row['run_id']} lacks initial_magnitude: signed scores have it in runs of one iteration alone "
+            "(--config.prune.num_iterations=1), and rows of earlier versions never. Run configs/fig4.py into a new "
+            "folder."
         )
     if min(totals) <= 0:
         raise ValueError(f"row {row['run_id']} has a layer whose scores are all 0; there is no logarithm of that.")
-    return np.array(totals) * inverse_sizes(row)
+    unit = row["iterations"].get("log2_unit", [0])[0]
+    scale = 2.0**unit if abs(unit) < 900 else 1.0  # beyond that no float holds them; the slope is the same
+    return np.array(totals) * inverse_sizes(row) * scale
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

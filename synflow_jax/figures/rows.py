@@ -11,7 +11,7 @@ from synflow_jax import storage
 Row = dict[str, Any]
 
 RULES = ("random", "magnitude", "snip", "grasp", "synflow")  # the order of the paper's panels
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind readers
+BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind readers
 
 
 def read(folder: pathlib.Path) -> list[Row]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from synflow_jax.figures import rows as select
 from synflow_jax.figures.rows import Row
@@ -15,18 +14,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TICKS = [factor * 10.0**power for power in range(-4, 4) for factor in (1, 2, 5)]
-_STYLES = {"exponential": (select.BLUE, "o"), "linear": (select.RED, "s")}
+_STYLES = {"exponential": (select.BLUE, "o"), "linear": (select.RED, "s"), "certified": (select.GREEN, "D")}
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     """Draws the largest prune size over cut size of each SynFlow run; below 1 no run can collapse (Theorem 3).
+
+    Crosses are runs that have collapsed.
 
     Args:
       rows: SynFlow's of one network, at one compression.
       folder: not used.
 
     Raises:
-      ValueError: the rows are of several networks or compressions, or of a network with branches, or lack the scores.
+      ValueError: the rows are of several networks or compressions, or lack the scores.
     """
     del folder
     from matplotlib.figure import Figure
@@ -43,9 +44,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     figure = Figure(figsize=(6.2, 4), layout="constrained")
     ax = figure.subplots()
     for name, (color, marker) in _STYLES.items():
-        runs = select.by(
-            [row for row in rows if row["schedule"] == name], lambda row: row["num_iterations"], "number of iterations"
-        )
+        runs = select.by([row for row in rows if row["schedule"] == name], _num_done, "number of iterations")
         if not runs:
             continue
         ratios = [ratio(row) for row in runs.values()]
@@ -61,7 +60,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
                 textcoords="offset points", va="top", fontsize=8)  # fmt: skip
     if any(row["collapsed"] for row in rows):
         ax.plot([], [], "x", color="black", markersize=9, label="collapsed")
-    numbers = sorted({row["num_iterations"] for row in rows})
+    numbers = sorted({_num_done(row) for row in rows if row["schedule"] != "certified"})
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(numbers, [str(number) for number in numbers])
@@ -77,21 +76,23 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     return figure
 
 
-def ratio(row: Row) -> float:
-    """The largest prune size over cut size of a run's iterations: the pruned score over the smallest layer's score.
+def _num_done(row: Row) -> int:
+    return len(row["iterations"]["kept"])  # the certified schedule takes as many as it needs
 
-    In a chain every layer is a cut. After a collapse all scores are 0; those iterations count for nothing.
+
+def ratio(row: Row) -> float:
+    """The largest prune size over cut size of a run's iterations (Theorem 3).
+
+    After a collapse no cut is left; those iterations count for nothing.
 
     Raises:
-      ValueError: the network has branches, or the row lacks the scores.
+      ValueError: the row lacks the scores.
     """
     iterations = row["iterations"]
-    if "pruned_score" not in iterations:
+    if "log10_cut" not in iterations or "pruned_score" not in iterations:
         raise ValueError(
-            f"row {row['run_id']} lacks iterations.pruned_score: it is of an earlier version. Run configs/schedule.py "
-            "into a new folder."
+            f"row {row['run_id']} lacks iterations.pruned_score or log10_cut: it is of an earlier version. Run "
+            "configs/schedule.py into a new folder."
         )
-    if round(row["total"] / row["max_compression"]) != len(row["layers"]):
-        raise ValueError(f"{row['model']} has branches: its layers are no cuts. Take a chain, such as a VGG.")
-    pruned, cut = np.array(iterations["pruned_score"], float), np.array(iterations["min_layer_score"], float)
-    return float(np.max(pruned[cut > 0] / cut[cut > 0]))
+    steps = zip(iterations["pruned_score"], iterations["log2_unit"], iterations["log10_cut"], strict=True)
+    return max(pruned * 10 ** (unit * math.log10(2) - cut) for pruned, unit, cut in steps if cut is not None)
