@@ -813,6 +813,10 @@ class _Tracer:
         for reason in dict.fromkeys(reason for _, reason in self.fixed):
             for j in np.flatnonzero(any_of([ids for ids, why in self.fixed if why == reason])):
                 reasons[j].append(reason)
+        strangers = [row for key, row in rows.items() if not any(key in role for role in self.roles)]
+        for j in np.unique(number[np.concatenate([np.zeros(0, int), *strangers])]):
+            if j >= 0:
+                reasons[j].append("a parameter that is neither kernel nor added nor multiplied")
         writers, sources, scales, readers = map(axes, (self.writers, self.sources, self.scales, self.readers))
         is_input, is_output = any_of(self.inputs), any_of(self.outputs)
         zero, is_open = ~any_of(self.nonzero), any_of(self.open)
@@ -831,8 +835,8 @@ class _Tracer:
 
 
 _STEPS = _names(
-    "broadcast_in_dim transpose squeeze reshape slice rev split unstack dynamic_slice gather pad concatenate"
-    " dot_general conv_general_dilated"
+    "broadcast_in_dim transpose squeeze reshape slice rev split unstack dynamic_slice gather pad concatenate "
+    "dot_general conv_general_dilated"
 )
 
 

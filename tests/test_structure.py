@@ -24,6 +24,7 @@ FLOORS = {
     "scores": 2,
     "units": 2,
     "pruning": 3,
+    "compaction": 3,
     "analysis": 4,
     "models": 4,
     "data": 4,

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from synflow_jax.models import layers
 from synflow_jax.models.mlp import MLP, ConvNet
 from synflow_jax.models.resnet import ResNet
+from synflow_jax.models.smaller import Compact as Compact
+from synflow_jax.models.smaller import compact as compact
 from synflow_jax.models.vgg import VGG, stage_widths
 from synflow_jax.scores import ApplyFn
 from synflow_jax.trees import Params, Tree, path_name

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from synflow_jax.models.layers import TORCH_DEFAULT, conv, torch_default_bias
+from synflow_jax.trees import Params
 
 
 class MLP(nn.Module):
@@ -25,6 +26,10 @@ class MLP(nn.Module):
             )
         return _head(self.num_classes, x)
 
+    def resized(self, params: Params) -> MLP:
+        """The network of the same layers whose parameters have these shapes."""
+        return self.clone(widths=_widths(params, "fc", len(self.widths)))
+
 
 class ConvNet(nn.Module):
     """3x3 convolutions with ReLU, without pooling, and a dense layer on all of their outputs."""
@@ -40,6 +45,14 @@ class ConvNet(nn.Module):
             bias_init = torch_default_bias(9 * x.shape[-1])
             x = nn.relu(conv(width, 3, bias=True, init=TORCH_DEFAULT, bias_init=bias_init, name=f"conv{i}")(x))
         return _head(self.num_classes, x.reshape(x.shape[0], -1))
+
+    def resized(self, params: Params) -> ConvNet:
+        """The network of the same layers whose parameters have these shapes."""
+        return self.clone(widths=_widths(params, "conv", len(self.widths)))
+
+
+def _widths(params: Params, name: str, num: int) -> tuple[int, ...]:
+    return tuple(params[f"{name}{i}"]["kernel"].shape[-1] for i in range(1, num + 1))
 
 
 def _head(num_classes: int, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from synflow_jax.models import layers
+from synflow_jax.trees import Params
 
 
 class ResNet(nn.Module):
@@ -24,6 +25,9 @@ class ResNet(nn.Module):
       stem_width: output channels of the first convolution.
       imagenet_stem: a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2, instead of a 3x3 convolution.
       kernel_init: of the convolutions.
+      conv_widths: the output channels of every convolution, per stage and block, where they are not those of `widths`:
+        of a network without its dead channels.
+      stem_shortcut: whether the first block has a shortcut convolution; None: where stem and block differ in width.
       torch_head: the head starts as a PyTorch layer does by default, instead of by `kernel_init` with bias 0.
     """
 
@@ -36,6 +40,8 @@ class ResNet(nn.Module):
     imagenet_stem: bool = False
     kernel_init: nn.initializers.Initializer = layers.KAIMING_FAN_OUT
     torch_head: bool = True
+    conv_widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    stem_shortcut: bool | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -45,16 +51,14 @@ class ResNet(nn.Module):
         x = nn.relu(layers.batch_norm(train, name="conv1_norm")(x))
         if self.imagenet_stem:
             x = layers.max_pool(x, 3, 2, padding=1)
-        for i, (num_blocks, width) in enumerate(zip(self.num_blocks, self.widths, strict=True)):
-            for j in range(1, num_blocks + 1):
+        for i, (stage, num_blocks) in enumerate(zip(self.all_widths(), self.num_blocks, strict=True)):
+            for j, widths in enumerate(stage, 1):
                 block = Block(
-                    width=width,
+                    widths=widths,
                     stride=2 if i > 0 and j == 1 else 1,
-                    bottleneck=self.bottleneck,
-                    bottleneck_multiplier=self.bottleneck_multiplier,
+                    shortcut=j == 1 and (i > 0 or self.has_stem_shortcut()),
                     kernel_init=self.kernel_init,
-                    # Padded with zeros, so that the names sort in the order of the network.
-                    name=f"conv{i + 2}_{j:0{len(str(num_blocks))}d}",
+                    name=block_name(i, j, num_blocks),
                 )
                 x = block(x, train=train)
         x = jnp.mean(x, axis=(1, 2))
@@ -64,32 +68,64 @@ class ResNet(nn.Module):
             init, bias_init = self.kernel_init, nn.initializers.zeros
         return nn.Dense(self.num_classes, kernel_init=init, bias_init=bias_init, name="head")(x)
 
+    def all_widths(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The output channels of every convolution, per stage and block."""
+        if self.conv_widths is not None:
+            return self.conv_widths
+        inner = lambda width: (width * self.bottleneck_multiplier,) * 2 if self.bottleneck else (width,)
+        blocks = [(*inner(width), 4 * width if self.bottleneck else width) for width in self.widths]
+        return tuple((block,) * num for block, num in zip(blocks, self.num_blocks, strict=True))
+
+    def has_stem_shortcut(self) -> bool:
+        """Whether the input of the first block passes a convolution: where its shape differs from the output's."""
+        return self.stem_width != self.all_widths()[0][0][-1] if self.stem_shortcut is None else self.stem_shortcut
+
+    def resized(self, params: Params) -> ResNet:
+        """The network of the same layers whose parameters have these shapes."""
+        num_convs = 3 if self.bottleneck else 2
+        width = lambda layer: layer["kernel"].shape[-1]
+        blocks = [[params[block_name(i, j, num)] for j in range(1, num + 1)] for i, num in enumerate(self.num_blocks)]
+        return self.clone(
+            stem_width=width(params["conv1"]),
+            conv_widths=tuple(
+                tuple(tuple(width(block[f"conv{k}"]) for k in range(1, num_convs + 1)) for block in stage)
+                for stage in blocks
+            ),
+            stem_shortcut=self.has_stem_shortcut(),
+        )
+
+
+def block_name(stage: int, block: int, num_blocks: int) -> str:
+    """The name of a block, from stage 0 and block 1; padded with zeros, so that names sort in the network's order."""
+    return f"conv{stage + 2}_{block:0{len(str(num_blocks))}d}"
+
 
 class Block(nn.Module):
-    """A residual block: relu(norm(conv(... x)) + shortcut(x)). See `ResNet` for the attributes."""
+    """A residual block: relu(norm(conv(... x)) + shortcut(x)), of 3x3 convolutions, or of 1x1, 3x3 and 1x1 ones.
 
-    width: int
+    Attributes:
+      widths: the output channels of its two or three convolutions.
+      stride: of the first 3x3 convolution, and of the shortcut.
+      shortcut: x passes a 1x1 convolution.
+      kernel_init: of the convolutions.
+    """
+
+    widths: tuple[int, ...]
     stride: int
-    bottleneck: bool
-    bottleneck_multiplier: int
+    shortcut: bool
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] -> the same, at 1 / stride of height and width."""
         conv = functools.partial(layers.conv, bias=False, init=self.kernel_init)
-        if self.bottleneck:
-            inner, out = self.width * self.bottleneck_multiplier, 4 * self.width
-            plan = [(inner, 1, 1), (inner, 3, self.stride), (out, 1, 1)]
-        else:
-            out = self.width
-            plan = [(out, 3, self.stride), (out, 3, 1)]
+        sizes, strides = ((1, 3, 1), (1, self.stride, 1)) if len(self.widths) == 3 else ((3, 3), (self.stride, 1))
         y = x
-        for i, (features, size, stride) in enumerate(plan, 1):
+        for i, (features, size, stride) in enumerate(zip(self.widths, sizes, strides, strict=True), 1):
             y = conv(features, size, stride=stride, name=f"conv{i}")(y)
             y = layers.batch_norm(train, name=f"conv{i}_norm")(y)
-            y = nn.relu(y) if i < len(plan) else y
-        if self.stride != 1 or x.shape[-1] != out:
-            x = conv(out, 1, stride=self.stride, name="shortcut")(x)
+            y = nn.relu(y) if i < len(self.widths) else y
+        if self.shortcut:
+            x = conv(self.widths[-1], 1, stride=self.stride, name="shortcut")(x)
             x = layers.batch_norm(train, name="shortcut_norm")(x)
         return nn.relu(x + y)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from synflow_jax.models import layers
+from synflow_jax.trees import Params
 
 # Convolutions in each of the five stages, by depth.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -46,6 +47,16 @@ class VGG(nn.Module):
             x = nn.relu(nn.Dense(width, kernel_init=self.dense_init, name=f"fc{i}")(x))
             x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=self.dense_init, name="head")(x)
+
+    def resized(self, params: Params) -> VGG:
+        """The network of the same layers whose parameters have these shapes."""
+        width = lambda name: params[name]["kernel"].shape[-1]
+        return self.clone(
+            widths=tuple(
+                tuple(width(f"conv{i}_{j}") for j in range(1, len(stage) + 1)) for i, stage in enumerate(self.widths, 1)
+            ),
+            hidden=tuple(width(f"fc{i}") for i in range(1, len(self.hidden) + 1)),
+        )
 
 
 def stage_widths(depth: int, width_multiplier: float = 1.0) -> tuple[tuple[int, ...], ...]:

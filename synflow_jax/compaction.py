@@ -1,0 +1,352 @@
+"""Floor 3. Pruned means smaller: which units a mask leaves without use, and trees of arrays without them.
+
+Two kinds of units can go, and the function stays exactly what it was:
+
+- No kept weight leads from the unit to an output, over units that stay. Nothing that it does is seen, and its gradient
+  is 0: it goes from any network, in evaluation and in training.
+- No kept weight leads to it from an input, and it puts out 0: all that is added to it (biases, running means) is 0,
+  and what follows keeps 0 at 0. It goes from training too where what follows has derivative 0 at 0, as `jax.nn.relu`
+  has, so that its bias stays 0. Any other unit without inputs puts out a constant and stays, masked.
+
+Units are those of `units.groups`: a channel of a residual stream is one unit in all of its layers, and stays if one
+branch needs it. Inputs, outputs and units of groups that are `fixed` stay. A group of which nothing is left keeps one
+unit, dead and masked, so that its layers remain.
+
+What is exact: the forward pass and every gradient, up to the rounding of shorter sums, batch normalisation by the
+statistics of a batch included, since a channel's statistics are its own. What is not the same: random numbers drawn in
+the shape of the activations (dropout), and an optimizer whose momentum moves a bias of 0 that has no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from synflow_jax import trees, units
+from synflow_jax.trees import Mask, Tree
+from synflow_jax.units import Group
+
+
+class Plan(NamedTuple):
+    """The map between a network and the smaller one.
+
+    Attributes:
+      kept: per name of a group, the units that stay, int ascending.
+      sizes: per name of a group, how many units it had.
+      positions: per name of a leaf, and for each of its axes, the positions that stay; None for all of them.
+      shapes: per name of a leaf, its shape in the full network.
+      structures: the structures of the variables, and of their collections, with the names of their leaves.
+    """
+
+    kept: dict[str, np.ndarray]
+    sizes: dict[str, int]
+    positions: dict[str, tuple[np.ndarray | None, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    structures: dict[Any, tuple[str, ...]]
+
+
+class Compacted(NamedTuple):
+    """Smaller variables, the mask of what is pruned in them still, and the map back."""
+
+    variables: Tree
+    mask: Mask
+    plan: Plan
+
+
+def compact_tree(
+    apply_fn: Callable[[Tree, jax.Array], Any],
+    variables: Tree,
+    mask: Mask,
+    input_shape: Sequence[int],
+    *,
+    train: bool = True,
+    dtype: Any = jnp.float32,
+) -> Compacted:
+    """The variables of any network without the units that a mask has left without use.
+
+    Its owner builds the smaller network: the new sizes are those of the arrays, or `{name: len(kept)}` of the plan's
+    groups. `models.compact` does that for the networks of this package.
+
+    Args:
+      apply_fn: `apply_fn(variables, x)`, in evaluation mode.
+      variables: all that belongs to units: parameters, and batch statistics beside them.
+      mask: bool arrays beside the prunable parameters and holes elsewhere, of `variables` or of its first collections:
+        `{"params": mask}` beside `{"params": ..., "batch_stats": ...}`.
+      input_shape: of one example.
+      train: the smaller network is to be trained. False also lets go of units that put out 0 now but would not stay so.
+      dtype: of the inputs.
+
+    Raises:
+      ValueError: no kept weight leads from the inputs to the outputs, or the mask does not fit.
+
+    >>> def apply_fn(params, x):
+    ...     for layer in params[:-1]:
+    ...         x = jax.nn.relu(x @ layer["w"] + layer["b"][None])
+    ...     return x @ params[-1]["w"]
+    >>> widths = [(4, 100), (100, 50), (50, 3)]
+    >>> params = [{"w": jnp.ones(shape), "b": jnp.zeros(shape[1])} for shape in widths]
+    >>> mask = [{"w": jnp.ones(shape, bool), "b": None} for shape in widths]
+    >>> mask[0]["w"] = mask[0]["w"].at[:, 10:].set(False)  # nothing leads to 90 units of the first layer
+    >>> mask[2]["w"] = mask[2]["w"].at[:30].set(False)  # and nothing away from 30 of the second
+    >>> small = compact_tree(apply_fn, params, mask, (4,))
+    >>> [layer["w"].shape for layer in small.variables]
+    [(4, 10), (10, 20), (20, 3)]
+    >>> x = jnp.ones((1, 4))
+    >>> bool(jnp.all(apply_fn(small.variables, x) == apply_fn(trees.apply_mask(params, mask), x)))
+    True
+    """
+    found = units.groups(apply_fn, variables, input_shape, dtype)
+    plan = make_plan(found, variables, mask, train=train)
+    return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan)
+
+
+def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask, *, train: bool = True) -> Plan:
+    """Which units stay. Arguments and errors as `compact_tree`; groups: `units.groups` of the network."""
+    leaves = dict(zip(trees.names(variables), map(np.asarray, jax.tree.leaves(variables)), strict=True))
+    masks = dict(zip(trees.names(mask), map(np.asarray, jax.tree.leaves(mask)), strict=True))
+    for name, leaf in masks.items():
+        if name not in leaves or leaf.shape != leaves[name].shape or leaf.dtype != bool:
+            raise ValueError(
+                f"mask has a leaf {name!r} of {leaf.dtype}{list(leaf.shape)}; it must be a bool array beside one of "
+                f"the variables, which are {list(leaves)}. Where they are collections, so is the mask: "
+                '{"params": mask}.'
+            )
+    graph = _Graph(groups, leaves, masks)
+    silent = graph.silent(leaves, train)
+    useful = graph.useful(silent)
+    kept, dead = {}, np.zeros(graph.num_units, bool)
+    for group, first in zip(groups, graph.firsts, strict=True):
+        rows = np.arange(first, first + group.size)
+        stays = useful[rows] | graph.fixed[rows]
+        stays[0] |= not stays.any()
+        kept[group.name] = np.flatnonzero(stays)
+        dead[rows] = ~stays
+    positions = {name: _positions(graph.units[name], dead) for name in leaves}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    return Plan(kept, {group.name: group.size for group in groups}, positions, shapes, _structures(variables))
+
+
+def shrink_tree(plan: Plan, tree: Tree) -> Tree:
+    """A tree without the units that go: variables, gradients, masks, scores, optimizer states.
+
+    Each part of the tree that has the structure of the variables, or of one of their collections, is made smaller;
+    holes stay holes. What lies outside of such parts (the count of an optimizer's steps) stays as it is.
+
+    Raises:
+      ValueError: no part of the tree has such a structure, or its shapes are not those of the full network.
+    """
+
+    def shrink(names: Sequence[str], part: Tree) -> Tree:
+        def take(name: str, leaf: Any) -> Any:
+            # On the host: a device would compile a program for every new shape.
+            array: Any = leaf if isinstance(leaf, jax.core.Tracer) else np.asarray(leaf)
+            for axis, rows in enumerate(plan.positions[name]):
+                if rows is not None:
+                    array = array.take(rows, axis=axis)
+            return array if isinstance(leaf, np.ndarray) else jnp.asarray(array)
+
+        return _map_named(take, names, part)
+
+    return _map_parts(plan, shrink, tree)
+
+
+def expand_tree(plan: Plan, small: Tree, full: Tree) -> Tree:
+    """The full tree with the values of the small one in their places.
+
+    Entries of units that went are those of `full`, what lies outside of the variables is that of `small`: with the
+    full network's optimizer state from before, training can go on in the full network.
+
+    Raises:
+      ValueError: the trees do not fit; see `shrink_tree`.
+    """
+
+    def put(name: str, leaf: Any, new: Any) -> Any:
+        stay = plan.positions[name]
+        places = [np.arange(n) if rows is None else rows for n, rows in zip(leaf.shape, stay, strict=True)]
+        shape = [len(rows) for rows in places]
+        if shape != list(jnp.shape(new)):
+            raise ValueError(
+                f"small has {list(jnp.shape(new))} at {name!r}; it must be {shape}, as in this plan's smaller network."
+            )
+        if isinstance(leaf, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+            return jnp.asarray(leaf).at[np.ix_(*places)].set(new)
+        array = np.array(leaf)
+        array[np.ix_(*places)] = new
+        return array if isinstance(new, np.ndarray) else jnp.asarray(array)
+
+    return _map_parts(plan, functools.partial(_map_named, put), full, small)
+
+
+# Units as one row of numbers, and the kernels between them
+
+
+class _Edges(NamedTuple):
+    """A kernel between units.
+
+    kept: bool [positions of its input axis, of its output axis]. reads, writes: the unit of each position, or -1.
+    """
+
+    kept: np.ndarray
+    reads: np.ndarray
+    writes: np.ndarray
+
+
+class _Graph:
+    """The units of all groups in a row. Positions that are no unit are number -1, which is always in use."""
+
+    def __init__(self, groups: Sequence[Group], leaves: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> None:
+        self.groups = groups
+        self.masks = masks
+        self.firsts = np.cumsum([0, *[group.size for group in groups]])[:-1].tolist()
+        self.num_units = sum(group.size for group in groups)
+        row = lambda flags: np.repeat(np.array(flags, bool), [group.size for group in groups])
+        self.inputs = row([group.is_input for group in groups])
+        self.outputs = row([group.is_output for group in groups])
+        self.fixed = row([group.is_input or group.is_output or bool(group.fixed) for group in groups])
+        self.units = {name: [np.full(n, -1) for n in leaf.shape] for name, leaf in leaves.items()}
+        readers: dict[str, set[int]] = {name: set() for name in leaves}
+        writers: dict[str, set[int]] = {name: set() for name in leaves}
+        for group, first in zip(groups, self.firsts, strict=True):
+            for axes in (group.writers, group.readers, group.sources, group.scales):
+                for name, axis, of_unit in axes:
+                    numbers = self.units[name][axis]
+                    numbers[of_unit >= 0] = first + of_unit[of_unit >= 0]
+            for name, axis, _ in group.writers:
+                writers[name].add(axis)
+            for name, axis, _ in group.readers:
+                readers[name].add(axis)
+        self.edges: list[_Edges] = []
+        self.fed = np.zeros(self.num_units, bool)  # by a kernel whose inputs are no units
+        self.led = np.zeros(self.num_units, bool)  # to outputs that are no units
+        for name, leaf in leaves.items():
+            kept = masks.get(name, np.ones(leaf.shape, bool))
+            numbers_of = self.units[name]
+            for read in sorted(readers[name]):
+                for write in sorted(writers[name] - {read}):
+                    table = _any_along(kept, (read, write))
+                    self.edges.append(_Edges(table, numbers_of[read], numbers_of[write]))
+                if not writers[name] - {read}:
+                    self.mark(self.led, numbers_of[read][_any_along(kept, (read,))])
+            for write in sorted(writers[name]):
+                if not readers[name] - {write}:
+                    self.mark(self.fed, numbers_of[write][_any_along(kept, (write,))])
+        self.check_paths()
+
+    @staticmethod
+    def mark(flags: np.ndarray, numbers: np.ndarray) -> None:
+        flags[numbers[numbers >= 0]] = True
+
+    def check_paths(self) -> None:
+        if self.outputs.any() and not (self.spread(self.inputs | self.fed) & self.outputs).any():
+            raise ValueError(
+                "no kept weight leads from the inputs to the outputs: the network has collapsed, and nothing of it "
+                "would be left. Prune less, or by more iterations."
+            )
+
+    def silent(self, leaves: dict[str, np.ndarray], train: bool) -> np.ndarray:
+        """bool [units]: whether it puts out 0, always."""
+        sound = np.repeat([g.zero_stays if train else g.zero for g in self.groups], [g.size for g in self.groups])
+        start = self.fixed | self.fed | ~sound.astype(bool)
+        for group, first in zip(self.groups, self.firsts, strict=True):
+            for name, axis, of_unit in group.sources:
+                leaf = np.where(self.masks[name], leaves[name], 0) if name in self.masks else leaves[name]
+                loud = _any_along(leaf != 0, (axis,)) & (of_unit >= 0)
+                start[first + of_unit[loud]] = True
+        return ~self.spread(start)
+
+    def useful(self, silent: np.ndarray) -> np.ndarray:
+        """bool [units]: whether a kept weight leads from it to an output, over units that are useful too."""
+        return self.spread((self.fixed | self.led) & ~silent, backward=True, allowed=~silent)
+
+    def spread(self, start: np.ndarray, backward: bool = False, allowed: np.ndarray | None = None) -> np.ndarray:
+        """All units that kept weights lead to from those of `start`, themselves included."""
+        reached = np.append(start, True)
+        allowed = np.append(np.ones(self.num_units, bool) if allowed is None else allowed, False)
+        edges = [(e.kept.T, e.writes, e.reads) for e in reversed(self.edges)] if backward else self.edges
+        grown = True
+        while grown:
+            grown = False
+            for kept, sources, targets in edges:
+                hit = targets[kept[reached[sources]].any(axis=0)]
+                new = hit[allowed[hit] & ~reached[hit]]
+                reached[new] = True
+                grown |= len(new) > 0
+        return reached[:-1]
+
+
+def _any_along(table: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Whether any entry is true, per position of `axes`, in their order."""
+    flat = np.asarray(table.any(axis=tuple(i for i in range(table.ndim) if i not in axes)))
+    return flat.transpose(np.argsort(np.argsort(axes)))
+
+
+def _positions(rows: Sequence[np.ndarray], dead: np.ndarray) -> tuple[np.ndarray | None, ...]:
+    dead = np.append(dead, False)
+    stay = [np.flatnonzero(~dead[numbers]) for numbers in rows]
+    return tuple(None if len(s) == len(numbers) else s for s, numbers in zip(stay, rows, strict=True))
+
+
+# Trees
+
+
+_is_hole = lambda leaf: leaf is None
+
+
+def _structure(tree: Tree) -> Any:
+    return jax.tree.structure(tree, is_leaf=_is_hole)
+
+
+def _structures(variables: Tree) -> dict[Any, tuple[str, ...]]:
+    """The structure of the variables and of each of their collections, with the names of the leaves."""
+    named = jax.tree_util.tree_map_with_path(lambda path, _: trees.path_name(path), variables)
+    found = {_structure(variables): tuple(jax.tree.leaves(named))}
+    if isinstance(named, dict):
+        for name, collection in named.items():
+            if not isinstance(collection, str) and jax.tree.leaves(collection):
+                found.setdefault(_structure(variables[name]), tuple(jax.tree.leaves(collection)))
+    return found
+
+
+def _map_named(function: Callable[..., Any], names: Sequence[str], part: Tree, *others: Tree) -> Tree:
+    leaves, structure = jax.tree.flatten(part, is_leaf=_is_hole)
+    rows = [jax.tree.leaves(other, is_leaf=_is_hole) for other in others]
+    new = [leaf if leaf is None else function(name, leaf, *rest)
+           for name, leaf, *rest in zip(names, leaves, *rows, strict=True)]  # fmt: skip
+    return jax.tree.unflatten(structure, new)
+
+
+def _map_parts(plan: Plan, function: Callable[..., Tree], tree: Tree, *others: Tree) -> Tree:
+    """`function(names, part, ...)` of the parts of the tree that have the structure of variables."""
+    found = []
+
+    def names_of(part: Tree) -> tuple[str, ...] | None:
+        names = plan.structures.get(_structure(part))
+        if names is None:
+            return None
+        leaves = jax.tree.leaves(part, is_leaf=_is_hole)
+        wrong = [(name, jnp.shape(leaf)) for name, leaf in zip(names, leaves, strict=True)
+                 if leaf is not None and jnp.shape(leaf) != plan.shapes[name]]  # fmt: skip
+        if wrong and len(leaves) > 1:
+            name, shape = wrong[0]
+            raise ValueError(f"the tree has {list(shape)} at {name!r}; it must be {list(plan.shapes[name])}.")
+        return None if wrong else names
+
+    def change(part: Tree, *rest: Tree) -> Tree:
+        names = names_of(part)
+        if names is None:
+            return rest[0] if rest else part
+        found.append(names)
+        return function(names, part, *rest)
+
+    result = jax.tree.map(change, tree, *others, is_leaf=lambda part: names_of(part) is not None)
+    if not found:
+        raise ValueError(
+            "no part of the tree has the structure of the variables that the plan was made for, or of one of their "
+            "collections: give their parameters, gradients, masks, or an optimizer state over them."
+        )
+    return result
