@@ -180,7 +180,7 @@ def load_certificate(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
             )
     try:
         certificate = json.loads(path.read_text())
-        with np.load(arrays_path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(arrays_path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"certificate {str(path)!r} cannot be read: {error}. {_HINT}") from error

@@ -144,3 +144,34 @@ def test_unwritable_folder_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"workdir='.*file/sub' cannot be written"):
         storage.check_writable(tmp_path / "file" / "sub")
+
+
+def _certificate(path: pathlib.Path) -> None:
+    removed_in = {"fc": {"kernel": np.array([[0, 1], [2, 2]], np.uint16), "bias": None}}
+    storage.save_certificate(path, {"run_id": "x", "iterations": [{"kept": 3}, {"kept": 1}]}, removed_in)
+
+
+def test_a_certificate_comes_back(tmp_path: pathlib.Path) -> None:
+    _certificate(tmp_path / "c.json")
+    certificate, removed_in = storage.load_certificate(tmp_path / "c.json")
+    assert certificate["run_id"] == "x" and [step["kept"] for step in certificate["iterations"]] == [3, 1]
+    assert list(removed_in) == ["fc/kernel"] and removed_in["fc/kernel"].tolist() == [[0, 1], [2, 2]]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.json", "c.npz"]
+
+
+def test_a_damaged_certificate_is_refused(tmp_path: pathlib.Path) -> None:
+    path, arrays = tmp_path / "c.json", tmp_path / "c.npz"
+    for damage, message in (
+        (lambda: path.write_text(path.read_text()[:-5]), "cannot be read"),
+        (lambda: path.write_text("[]"), "is no certificate"),
+        (lambda: path.write_text('{"format": "another"}'), "is no certificate"),
+        (lambda: arrays.write_bytes(arrays.read_bytes()[:50]), "cannot be read"),
+        (lambda: np.savez(arrays, **{"fc/kernel": np.zeros((2, 2), np.uint16)}), "does not belong to 'c.npz'"),
+    ):
+        _certificate(path)
+        damage()
+        with pytest.raises(ValueError, match=message):
+            storage.load_certificate(path)
+    arrays.unlink()
+    with pytest.raises(FileNotFoundError, match=r"c\.npz' does not exist"):
+        storage.load_certificate(path)
