@@ -5,11 +5,13 @@ The names here need nothing but JAX, NumPy and chex. `synflow_jax.models` has th
 """
 
 from synflow_jax.analysis import collapsed, log10_path_norm, max_compression, multiply_adds, shortest_path
+from synflow_jax.compaction import compact_tree, expand_tree, shrink_tree
 from synflow_jax.masking import count_kept, global_mask, kth_smallest, local_mask
 from synflow_jax.pruning import PruneInfo, check_finite, prune, prune_loop, python_loop
 from synflow_jax.schedules import prune_counts
 from synflow_jax.scores import cross_entropy, grasp, magnitude, path_norm, random, saliency, snip, synflow
 from synflow_jax.trees import apply_mask, names, prunable, sizes
+from synflow_jax.units import unit_scores
 
 __version__ = "0.1.0"
 
@@ -18,8 +20,10 @@ __all__ = [
     "apply_mask",
     "check_finite",
     "collapsed",
+    "compact_tree",
     "count_kept",
     "cross_entropy",
+    "expand_tree",
     "global_mask",
     "grasp",
     "kth_smallest",
@@ -38,7 +42,9 @@ __all__ = [
     "random",
     "saliency",
     "shortest_path",
+    "shrink_tree",
     "sizes",
     "snip",
     "synflow",
+    "unit_scores",
 ]
