@@ -142,6 +142,10 @@ def _sigmoid(p: Params, x: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(x @ p["w1"] + p["b1"][None]) @ p["w2"]
 
 
+def _scaled_sigmoid(p: Params, x: jax.Array) -> jax.Array:
+    return (jax.nn.sigmoid(x @ p["w1"]) * p["s"][None]) @ p["w2"]
+
+
 def _norm_after(p: Params, x: jax.Array) -> jax.Array:
     return (relu(x @ p["w1"]) * p["s"][None] + p["b"][None]) @ p["w2"]
 
@@ -217,6 +221,7 @@ ZOO: dict[str, tuple[Callable[..., jax.Array], dict[str, tuple[int, ...]], tuple
     "sorted": (_sorted, {"w1": (3, 5), "w2": (5, 2)}, (3,), set()),
     "constant_beside": (_constant_beside, {"w1": (3, 5), "w2": (5, 2)}, (3,), set()),
     "sigmoid": (_sigmoid, {"w1": (3, 5), "b1": (5,), "w2": (5, 2)}, (3,), {"w1"}),
+    "scaled_sigmoid": (_scaled_sigmoid, {"w1": (3, 5), "s": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "norm_after": (_norm_after, {"w1": (3, 5), "s": (5,), "b": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "straight_through": (_straight_through, {"w1": (3, 5), "b1": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "per_head": (_per_head, {"w1": (3, 2, 4), "w2": (2, 4, 5)}, (3,), {"w1:1", "w1:2"}),
@@ -272,13 +277,13 @@ def test_what_groups_promise_holds(name: str) -> None:
 
 def test_what_is_not_zero_or_does_not_stay_so_is_said() -> None:
     flags = {}
-    for name in ("mlp", "sigmoid", "norm_after", "straight_through", "attention", "gated"):
+    for name in ("mlp", "sigmoid", "norm_after", "straight_through", "attention", "gated", "scaled_sigmoid"):
         function, shapes, input_shape, _ = ZOO[name]
         group = _named(units.groups(function, _draw(shapes), input_shape))
         for g in group.values():
             flags[name, g.name] = g.zero, g.zero_stays
     assert flags["mlp", "w1"] == flags["mlp", "w2"] == (True, True)
-    assert flags["sigmoid", "w1"] == (False, False)
+    assert flags["sigmoid", "w1"] == flags["scaled_sigmoid", "w1"] == (False, False)
     assert flags["norm_after", "w1"] == flags["straight_through", "w1"] == flags["attention", "up"] == (True, False)
     assert flags["gated", "gate"] == (True, True)  # it has no source
 
