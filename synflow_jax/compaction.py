@@ -83,7 +83,7 @@ def compact_tree(
       fold: for inference alone. A unit that puts out a constant goes too if all that read it are dense layers or
         convolutions without padding that have a bias, or a norm with a running mean: these take the constant up. (On
         padding the constant would be missing at the borders of the map, so that such a unit stays.) Units that put out
-        0 now go even where training would change it.
+        0 now go even where training would change it. Biases are others then: such a network is not to be expanded.
       dtype: of the inputs.
 
     Raises:
@@ -186,8 +186,8 @@ def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequenc
     for group, first in zip(groups, graph.firsts, strict=True):
         for name, axis, of_unit in group.readers:
             uses = [r for r in reads if names[r.leaf] == name and r.read in (axis, NONE)]
-            unable = np.logical_or.reduce([~_can_take_up(graph, r, names, len(of_unit)) for r in uses])
-            steady[first + of_unit[(of_unit >= 0) & unable]] = False
+            able = [_can_take_up(graph, r, names, len(of_unit)) for r in uses] or [np.zeros(len(of_unit), bool)]
+            steady[first + of_unit[(of_unit >= 0) & ~np.logical_and.reduce(able)]] = False
     plan = _plan(graph, silent | steady, variables)
     leaves = dict(zip(names, map(np.array, jax.tree.leaves(variables)), strict=True))
     for read in reads:
