@@ -21,7 +21,7 @@ the shape of the activations (dropout), and an optimizer whose momentum moves a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +83,7 @@ def compact_tree(
       fold: for inference alone. A unit that puts out a constant goes too if all that read it are dense layers or
         convolutions without padding that have a bias, or a norm with a running mean: these take the constant up. (On
         padding the constant would be missing at the borders of the map, so that such a unit stays.) Units that put out
-        0 now go even where training would change it.
+        0 now go even where training would change it. Biases are others then: such a network is not to be expanded.
       dtype: of the inputs.
 
     Raises:
@@ -122,6 +122,37 @@ def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask) -> Plan:
     return _plan(graph, graph.silent(train=True), variables)
 
 
+def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndarray]) -> Plan:
+    """The plan that keeps these units: `Plan.kept` of another one, from a file for example.
+
+    Args:
+      groups: `units.groups` of the network.
+      variables: arrays, or their shapes.
+      kept: per name of a group, the units that stay.
+
+    Raises:
+      ValueError: the groups are others.
+    """
+    if set(kept) != {group.name for group in groups}:
+        raise ValueError(f"kept has the groups {sorted(kept)}; they must be {sorted(g.name for g in groups)}.")
+    shapes = {n: jnp.shape(leaf) for n, leaf in zip(trees.names(variables), jax.tree.leaves(variables), strict=True)}
+    stay = {name: [np.ones(size, bool) for size in shape] for name, shape in shapes.items()}
+    for group in groups:
+        gone = np.ones(group.size, bool)
+        gone[kept[group.name]] = False
+        for axes in (group.writers, group.sources, group.scales, group.readers):
+            for name, axis, of_unit in axes:
+                stay[name][axis] &= (of_unit < 0) | ~gone[of_unit]
+    positions = {
+        name: tuple(None if rows.all() else np.flatnonzero(rows) for rows in axes_rows)
+        for name, axes_rows in stay.items()
+    }
+    sizes = {group.name: group.size for group in groups}
+    return Plan(
+        {name: np.asarray(units) for name, units in kept.items()}, sizes, positions, shapes, _structures(variables)
+    )
+
+
 def _by_name(variables: Tree, mask: Mask) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     leaves = dict(zip(trees.names(variables), map(np.asarray, jax.tree.leaves(variables)), strict=True))
     masks = dict(zip(trees.names(mask), map(np.asarray, jax.tree.leaves(mask)), strict=True))
@@ -137,17 +168,12 @@ def _by_name(variables: Tree, mask: Mask) -> tuple[dict[str, np.ndarray], dict[s
 
 def _plan(graph: _Graph, needless: np.ndarray, variables: Tree) -> Plan:
     """needless: bool [units], those that can go whatever they lead to."""
-    useful = graph.useful(needless)
-    kept, dead = {}, np.zeros(graph.num_units, bool)
+    stays = graph.useful(needless) | graph.fixed
+    kept = {}
     for group, first in zip(graph.groups, graph.firsts, strict=True):
-        rows = np.arange(first, first + group.size)
-        stays = useful[rows] | graph.fixed[rows]
-        stays[0] |= not stays.any()
-        kept[group.name] = np.flatnonzero(stays)
-        dead[rows] = ~stays
-    positions = {name: _positions(numbers, dead) for name, numbers in graph.units.items()}
-    shapes = {name: leaf.shape for name, leaf in graph.leaves.items()}
-    return Plan(kept, {group.name: group.size for group in graph.groups}, positions, shapes, _structures(variables))
+        units_here = np.flatnonzero(stays[first : first + group.size])
+        kept[group.name] = units_here if len(units_here) else np.arange(min(1, group.size))
+    return plan_of(graph.groups, variables, kept)
 
 
 def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequence[Read]) -> tuple[Plan, Tree]:
@@ -160,8 +186,8 @@ def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequenc
     for group, first in zip(groups, graph.firsts, strict=True):
         for name, axis, of_unit in group.readers:
             uses = [r for r in reads if names[r.leaf] == name and r.read in (axis, NONE)]
-            unable = np.logical_or.reduce([~_can_take_up(graph, r, names, len(of_unit)) for r in uses])
-            steady[first + of_unit[(of_unit >= 0) & unable]] = False
+            able = [_can_take_up(graph, r, names, len(of_unit)) for r in uses] or [np.zeros(len(of_unit), bool)]
+            steady[first + of_unit[(of_unit >= 0) & ~np.logical_and.reduce(able)]] = False
     plan = _plan(graph, silent | steady, variables)
     leaves = dict(zip(names, map(np.array, jax.tree.leaves(variables)), strict=True))
     for read in reads:
@@ -359,12 +385,6 @@ def _any_along(table: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return flat.transpose(np.argsort(np.argsort(axes)))
 
 
-def _positions(rows: Sequence[np.ndarray], dead: np.ndarray) -> tuple[np.ndarray | None, ...]:
-    dead = np.append(dead, False)
-    stay = [np.flatnonzero(~dead[numbers]) for numbers in rows]
-    return tuple(None if len(s) == len(numbers) else s for s, numbers in zip(stay, rows, strict=True))
-
-
 # Trees
 
 
@@ -377,12 +397,12 @@ def _structure(tree: Tree) -> Any:
 
 def _structures(variables: Tree) -> dict[Any, tuple[str, ...]]:
     """The structure of the variables and of each of their collections, with the names of the leaves."""
-    named = jax.tree_util.tree_map_with_path(lambda path, _: trees.path_name(path), variables)
-    found = {_structure(variables): tuple(jax.tree.leaves(named))}
-    if isinstance(named, dict):
-        for name, collection in named.items():
-            if not isinstance(collection, str) and jax.tree.leaves(collection):
-                found.setdefault(_structure(variables[name]), tuple(jax.tree.leaves(collection)))
+    names = tuple(trees.names(variables))
+    found = {_structure(variables): names}
+    for collection in jax.tree.leaves(variables, is_leaf=lambda node: node is not variables):
+        own, names = names[: len(jax.tree.leaves(collection))], names[len(jax.tree.leaves(collection)) :]
+        if not jax.tree_util.all_leaves([collection]):
+            found.setdefault(_structure(collection), own)
     return found
 
 

@@ -310,6 +310,8 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="collections"):
         compaction.compact_tree(lambda p, x: model.apply(p, x), {"params": params}, mask, (3,))
     plan = models.compact(model, params, {}, mask, (3,)).plan
+    with pytest.raises(ValueError, match="kept has the groups"):
+        compaction.plan_of(units.groups(model.apply, {"params": params}, (3,)), {"params": params}, {})
     with pytest.raises(ValueError, match="no part of the tree"):
         compaction.shrink_tree(plan, {"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match="fc1/bias"):
@@ -343,6 +345,11 @@ def test_states_are_made_smaller_and_expanded() -> None:
     _assert_same(compaction.shrink_tree(small.plan, moved), smaller.params, 0)
     count = lambda tree: sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
     assert count(moved) == count(smaller.params)
+    # The units that stay say it all.
+    variables = {"params": params, "batch_stats": stats}
+    found = units.groups(lambda v, x: model.apply(v, x, train=False), variables, (16, 16, 3))
+    plan = compaction.plan_of(found, jax.eval_shape(lambda: variables), small.plan.kept)
+    _assert_same(compaction.shrink_tree(plan, state.params), small.params, 0)
     # Inside of a traced function too.
     traced = jax.jit(lambda tree: compaction.expand_tree(small.plan, compaction.shrink_tree(small.plan, tree), tree))
     _assert_same(traced(params), params, 0)

@@ -178,6 +178,17 @@ def _repeated(p: Params, x: jax.Array) -> jax.Array:
     return h @ p["w2"]
 
 
+def _vmapped_channels_first(p: Params, x: jax.Array) -> jax.Array:
+    def one(x: jax.Array) -> jax.Array:
+        numbers = ("NCHW", "OIHW", "NCHW")
+        for w, b in ((p["w1"], p["b1"]), (p["w2"], p["b2"])):
+            x = jax.lax.conv_general_dilated(x[None], w, (1, 1), "SAME", dimension_numbers=numbers)[0]
+            x = relu(x + b[:, None, None])
+        return p["w3"] @ jnp.ravel(x)
+
+    return jax.vmap(one)(x)
+
+
 def _position(p: Params, x: jax.Array) -> jax.Array:
     h = relu(x @ p["w1"] + p["where"][None])
     return h.reshape(len(x), -1) @ p["w2"]
@@ -228,6 +239,12 @@ ZOO: dict[str, tuple[Callable[..., jax.Array], dict[str, tuple[int, ...]], tuple
     "merged_heads": (_merged_heads, {"w1": (3, 2, 4), "w2": (8, 5)}, (3,), set()),
     "choice": (_choice, {"w1": (3, 5), "w2": (5, 2)}, (3,), {"w1"}),
     "repeated": (_repeated, {"w1": (3, 4), "w": (4, 4), "w2": (4, 2)}, (3,), {"w"}),
+    "vmapped_channels_first": (
+        _vmapped_channels_first,
+        {"w1": (5, 2, 3, 3), "b1": (5,), "w2": (4, 5, 3, 3), "b2": (4,), "w3": (3, 64)},
+        (2, 4, 4),
+        {"w1", "w2"},
+    ),
     "position": (_position, {"w1": (3, 5), "where": (4, 5), "w2": (20, 2)}, (4, 3), {"w1"}),
 }
 
