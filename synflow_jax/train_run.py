@@ -181,9 +181,7 @@ def restore_full(settings: Config, network: Network, mask: Mask, workdir: pathli
     """
     path = checkpoint_path(workdir, config.train_id(settings))
     plan = prepare(settings, network)
-    missing = ValueError(
-        f"{str(path)!r} holds no checkpoint of this run: train it first, by train.py."
-    )
+    missing = ValueError(f"{str(path)!r} holds no checkpoint of this run: train it first, by train.py.")
     if not path.is_dir():
         raise missing
     with checkpoints.open_folder(path, {}, settings.train.keep_checkpoints) as folder:
