@@ -50,17 +50,20 @@ def main(argv: Sequence[str]) -> None:
         assert found is not None
         mask, prune_row = found
         report.pruned(output, prune_row)
+        form = train_run.choose_form(settings, network, mask)
+        report.form(output, form)
         batch_size = settings.train.batch_size
         split = training.batch_sharding(batch_size) is not None
         report.recipe(output, settings.train.num_epochs, settings.train.drops)
         report.devices(output, batch_size, jax.local_device_count(), split=split)
         with cli.stop_signals() as should_stop, report.training(output, settings.train.num_epochs) as on_progress:
             row = train_run.train(
-                settings, network, mask, workdir, plan=plan, on_progress=on_progress, should_stop=should_stop
-            )
+                settings, network, mask, workdir,
+                plan=plan, form=form, on_progress=on_progress, should_stop=should_stop,
+            )  # fmt: skip
     curve = train_run.curve_path(workdir, row["run_id"])
     figures.save(figures.curve(row, train_run.read_curve(curve)), workdir / "curve.png")
-    report.trained(output, row)
+    report.trained(output, row, train_run.find_timing(workdir, row["run_id"]))
     report.train_files(output, workdir, row["run_id"])
 
 

@@ -88,20 +88,32 @@ def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
     )
 
 
+def latest_run(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """What the newest checkpoint says of its run, or None if there is none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    step = checkpoints.manager.latest_step()
+    if step is None:
+        return None
+    try:
+        return checkpoints.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+    except Exception as error:
+        raise _damaged(checkpoints.folder / str(step), error) from error
+
+
 def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | None:
     """The newest checkpoint as (step, tree of the structure, shapes and dtypes of `like`), or None if there is none.
 
     Raises:
       ValueError: it is damaged, or is that of another network or config; names the folder and what differs.
     """
-    step = checkpoints.manager.latest_step()
-    if step is None:
+    found_run = latest_run(checkpoints)
+    if found_run is None:
         return None
+    step = checkpoints.manager.latest_step()
     path = checkpoints.folder / str(step)
-    try:
-        found_run = checkpoints.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-    except Exception as error:
-        raise _damaged(path, error) from error
     differing = [key for key in {**found_run, **checkpoints.run} if found_run.get(key) != checkpoints.run.get(key)]
     if differing:
         key = differing[0]

@@ -80,6 +80,9 @@ class TrainConfig:
     # Any optax chain in place of the above: a function (steps per epoch) -> optax.GradientTransformation, set in the
     # config file.
     make_optimizer: Any = None
+    # True trains the smaller dense network that the mask leaves, False the full, masked one; None: the smaller one
+    # where it pays, see `forms.choose`. Both are the same function, and the choice is no part of what a run is.
+    compact: bool | None = None
     keep_checkpoints: int = 2
     checkpoint_every: int = 1  # epochs
 
@@ -313,7 +316,7 @@ def train_dict(config: Config) -> dict[str, Any]:
     """What decides on the trained network, as plain values; a function by its name and its source."""
     values = prune_dict(config)
     values["train"] = dataclasses.asdict(config.train)
-    for kept in ("keep_checkpoints", "checkpoint_every"):
+    for kept in ("compact", "keep_checkpoints", "checkpoint_every"):
         del values["train"][kept]
     make_optimizer = config.train.make_optimizer
     if make_optimizer is not None:

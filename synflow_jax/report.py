@@ -21,6 +21,7 @@ from synflow_jax.prune_run import Network
 from synflow_jax.pruning import PruneInfo
 
 if TYPE_CHECKING:  # what trains takes a second to import, and prune.py does without
+    from synflow_jax.forms import Form
     from synflow_jax.train_run import Progress
 
 
@@ -212,6 +213,12 @@ def pruned(output: rich.console.Console, result: Mapping[str, Any]) -> None:
     )
 
 
+def form(output: rich.console.Console, chosen: Form) -> None:
+    """Which network is trained, and why."""
+    what = "the smaller dense network" if chosen.compact else "the masked network"
+    output.print(f"training [bold]{what}[/bold]: {chosen.reason}", soft_wrap=True)
+
+
 def recipe(output: rich.console.Console, num_epochs: int, drops: Sequence[int]) -> None:
     """Drops of the learning rate that this run is too short for; nothing where there are none."""
     late = [epoch for epoch in drops if epoch >= num_epochs]
@@ -263,8 +270,9 @@ def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable
         yield update
 
 
-def trained(output: rich.console.Console, result: Mapping[str, Any]) -> None:
-    """The last and the best epoch of a training run."""
+def trained(output: rich.console.Console, result: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
+    """What was trained and what a step took, and the last and the best epoch of a training run."""
+    _sizes(output, result, timing)
     table = rich.table.Table(header_style="bold", box=rich.box.SIMPLE)
     for title in ("", "epoch", "train loss", "train top-1", "test loss", "test top-1", "test top-5"):
         table.add_column(title, justify="right")
@@ -281,6 +289,30 @@ def trained(output: rich.console.Console, result: Mapping[str, Any]) -> None:
         )
     output.print(table)
     output.print("The best epoch is chosen by the test accuracy, as in the paper; the last one is chosen by nothing.")
+
+
+def _sizes(output: rich.console.Console, result: Mapping[str, Any], timing: Mapping[str, Any] | None) -> None:
+    """Rows of before there were compact networks say nothing of sizes."""
+    if "size" not in result:
+        return
+    size = result["size"]
+    full = size["full"]
+    table = rich.table.Table(header_style="bold", box=rich.box.SIMPLE)
+    for title in ("network", "weights", "", "multiply-adds", ""):
+        table.add_column(title, justify="left" if title == "network" else "right")
+    names = {"full": "full", "kept": "full, without what is pruned", "compact": "smaller, dense"}
+    for key, name in names.items():
+        if size[key] is not None:
+            numbers = ((size[key][what], full[what]) for what in ("weights", "multiply_adds"))
+            trained = key == ("compact" if result["compact"] else "full")
+            table.add_row(
+                name + (" (trained, masked)" if trained else ""),
+                *(text for count, whole in numbers for text in (f"{count:,}", f"{100 * count / whole:.3g} %")),
+            )
+    output.print(table)
+    if timing is not None and timing.get("step_seconds"):
+        seconds, batch_size = timing["step_seconds"], result["config"]["train"]["batch_size"]
+        output.print(f"{1000 * seconds:.4g} ms a step of {batch_size} images, {batch_size / seconds:,.0f} images/s")
 
 
 def train_files(output: rich.console.Console, workdir: pathlib.Path, run_id: str) -> None:

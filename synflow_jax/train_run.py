@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from synflow_jax import checkpoints, config, data, storage, training, trees
+from synflow_jax import checkpoints, compaction, config, data, forms, storage, training, trees
 from synflow_jax.config import Config
 from synflow_jax.data import streaming
+from synflow_jax.forms import Form
 from synflow_jax.prune_run import Network
 from synflow_jax.training import Sums, TrainInfo, TrainState
 from synflow_jax.trees import Mask
@@ -32,6 +33,7 @@ _SECONDS_A_CALL = 5.0  # of one call of the compiled loop: between them progress
 _SECONDS_UNSAVED = 600.0  # after which a checkpoint is written within an epoch
 
 AdvanceFn = Callable[[TrainState, TrainInfo, int, int], tuple[TrainState, TrainInfo]]
+EvaluateFn = Callable[[TrainState], Sums]
 
 
 class Progress(NamedTuple):
@@ -47,11 +49,10 @@ class Progress(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run's compiled parts, with its data, and its length."""
+    """A run's optimizer, its length, and what trains and tests a network on its data: `bind(model)`."""
 
     optimizer: optax.GradientTransformation
-    advance: AdvanceFn
-    evaluate: Callable[[TrainState], Sums]
+    bind: Callable[[Any], tuple[AdvanceFn, EvaluateFn]]
     steps_per_epoch: int
     num_steps: int
 
@@ -72,6 +73,11 @@ def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     return next((row for row in storage.read_rows(workdir / "rows.jsonl") if row["run_id"] == wanted), None)
 
 
+def find_timing(workdir: pathlib.Path, run_id: str) -> dict[str, Any] | None:
+    """What a finished run took, as it was measured by the command that finished it."""
+    return next((row for row in storage.read_rows(workdir / "timing.jsonl") if row["run_id"] == run_id), None)
+
+
 def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
     """The curve of a run, an epoch a row."""
     with open(path, newline="") as file:
@@ -85,10 +91,11 @@ def train(
     workdir: pathlib.Path,
     *,
     plan: Plan | None = None,
+    form: Form | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Trains the masked network, writes checkpoints, curve and row into `workdir`, and returns the row.
+    """Trains the masked network, or its compact form; writes checkpoints, curve and row, and returns the row.
 
     Args:
       settings: checked by `config.check` and `config.check_train`.
@@ -96,6 +103,7 @@ def train(
       mask: of the network.
       workdir: the folder.
       plan: from `prepare`, which is called if it is not given.
+      form: from `choose_form`, likewise.
       on_progress: called on the host after every call of the compiled loop, and at the end of every epoch.
       should_stop: asked as often; True saves and raises `storage.Stopped`.
 
@@ -107,30 +115,119 @@ def train(
     """
     run_id = config.train_id(settings)
     plan = prepare(settings, network) if plan is None else plan
-    key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # the key itself draws the network, 1 prunes it
-    # Copies, since the loop reuses the memory of the state that it is given.
-    params, batch_stats, mask = jax.tree.map(jnp.copy, (network.params, network.batch_stats, mask))
-    state = training.init_state(params, batch_stats, mask, plan.optimizer, key)
+    form = choose_form(settings, network, mask) if form is None else form
+    state = _first_state(settings, plan, form)
     info = training.init_info(settings.train.num_epochs)
-    run = {"run_id": run_id, "config": config.train_dict(settings), "mask_sha256": _sha256(mask)}
+    run = _run(settings, mask, form)
     started = time.perf_counter()
     with checkpoints.open_folder(checkpoint_path(workdir, run_id), run, settings.train.keep_checkpoints) as folder:
+        _check_form(folder, form)
         restored = checkpoints.restore_latest(folder, (state, info))
         if restored is not None:
             state, info = restored[1]
         first = int(state.step)
-        state, info = _loop(settings, plan, state, info, folder, on_progress, should_stop, workdir)
-    row = _row(settings, state, info)
+        state, info, step_seconds = _loop(settings, plan, form, state, info, folder, on_progress, should_stop, workdir)
+    row = _row(settings, mask, form, state, info)
     seconds = time.perf_counter() - started
     storage.write_json(workdir / "config.json", row["config"])
     storage.write_row(workdir / "rows.jsonl", row)
     # Apart from the row, which is the same however often the run was stopped.
     storage.write_row(
         workdir / "timing.jsonl",
-        {"run_id": run_id, "seconds": seconds, "steps": plan.num_steps - first,
+        {"run_id": run_id, "seconds": seconds, "steps": plan.num_steps - first, "step_seconds": step_seconds,
          "images_per_second": (plan.num_steps - first) * settings.train.batch_size / seconds},
     )  # fmt: skip
     return row
+
+
+def choose_form(settings: Config, network: Network, mask: Mask) -> Form:
+    """Whether the masked network is trained or its compact form, by `train.compact`; see `forms.choose`.
+
+    Raises:
+      ValueError: train.compact is True, and the network has collapsed.
+    """
+    options = settings.train
+    return forms.choose(
+        network.model,
+        network.params,
+        network.batch_stats,
+        mask,
+        network.input_shape,
+        options.compact,
+        own_optimizer=options.make_optimizer is not None,
+    )
+
+
+def restore_full(settings: Config, network: Network, mask: Mask, workdir: pathlib.Path) -> TrainState:
+    """The last checkpoint of a run as the state of the full, masked network, whichever form was trained.
+
+    What the compact network trained lies in its places; the rest is as the full network was initialized (and its
+    momentum is 0), which no output sees. Training can go on from it.
+
+        network = prune_run.build(settings)
+        mask, _ = prune_run.find_mask(settings, network, workdir)
+        state = train_run.restore_full(settings, network, mask, workdir)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits = network.model.apply(variables, images)
+
+    Args:
+      settings: of the run.
+      network: from `prune_run.build`.
+      mask: of the full network, from `prune_run.find_mask`.
+      workdir: the folder of the run.
+
+    Raises:
+      ValueError: there is no checkpoint, or it is damaged or that of another run.
+    """
+    path = checkpoint_path(workdir, config.train_id(settings))
+    plan = prepare(settings, network)
+    missing = ValueError(f"{str(path)!r} holds no checkpoint of this run: train it first, by train.py.")
+    if not path.is_dir():
+        raise missing
+    with checkpoints.open_folder(path, {}, settings.train.keep_checkpoints) as folder:
+        found = checkpoints.latest_run(folder)
+    if found is None:
+        raise missing
+    masked = forms.choose(*network[:3], mask, network.input_shape, compact=False)
+    form = forms.choose(*network[:3], mask, network.input_shape, compact=True) if found.get("compact") else masked
+    with checkpoints.open_folder(path, _run(settings, mask, form), settings.train.keep_checkpoints) as folder:
+        like = _first_state(settings, plan, form), training.init_info(settings.train.num_epochs)
+        restored = checkpoints.restore_latest(folder, like)
+    assert restored is not None
+    state = restored[1][0]
+    if form.plan is None:
+        return state
+    return compaction.expand_tree(form.plan, state, _first_state(settings, plan, masked))
+
+
+def _first_state(settings: Config, plan: Plan, form: Form) -> TrainState:
+    key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # the key itself draws the network, 1 prunes it
+    # Copies, since the loop reuses the memory of the state that it is given.
+    params, batch_stats, mask = jax.tree.map(jnp.copy, (form.params, form.batch_stats, form.mask))
+    return training.init_state(params, batch_stats, mask, plan.optimizer, key)
+
+
+def _run(settings: Config, mask: Mask, form: Form) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "run_id": config.train_id(settings),
+        "config": config.train_dict(settings),
+        "mask_sha256": _sha256(mask),
+        "compact": form.compact,
+        "size": form.size,
+    }
+
+
+def _check_form(folder: checkpoints.Checkpoints, form: Form) -> None:
+    found = checkpoints.latest_run(folder)
+    if found is None or bool(found.get("compact")) == form.compact:
+        return
+    kind = {True: "the compact network", False: "the full, masked network"}
+    raise ValueError(
+        f"checkpoint {str(folder.folder)!r} holds {kind[not form.compact]}, and this command trains "
+        f"{kind[form.compact]} ({form.reason}). To go on from it give --config.train.compact={not form.compact}; "
+        "--overwrite begins anew, and so does another --workdir."
+    )
 
 
 def prepare(settings: Config, network: Network) -> Plan:
@@ -153,29 +250,31 @@ def prepare(settings: Config, network: Network) -> Plan:
     except ValueError as error:
         raise ValueError(f"train.{error}") from error
     optimizer = _optimizer(options, per_epoch)
-    step = training.make_step(network.model, optimizer, label_smoothing=options.label_smoothing, compute_dtype=dtype)
     sharding = training.batch_sharding(options.batch_size)
     num_steps = per_epoch * options.num_epochs
-    if arrays is None:
-        advance, evaluate = _streamed(settings, network, step, sharding)
-    else:
-        epoch = training.make_epoch(
-            step, dataset, num_examples, options.batch_size, augment=options.augment, sharding=sharding
+    if arrays is not None:
+        arrays = jax.device_put(tuple(arrays), _replicated(sharding))
+
+    def bind(model: Any) -> tuple[AdvanceFn, EvaluateFn]:
+        step = training.make_step(model, optimizer, label_smoothing=options.label_smoothing, compute_dtype=dtype)
+        if arrays is None:
+            return _streamed(settings, network.input_shape, model, step, sharding)
+        train_images, train_labels, test_images, test_labels = arrays
+        epoch = jax.jit(
+            training.make_epoch(
+                step, dataset, num_examples, options.batch_size, augment=options.augment, sharding=sharding
+            ),
+            donate_argnums=(0, 1),
         )
-        jitted_epoch = jax.jit(epoch, donate_argnums=(0, 1))
-        jitted_evaluate = jax.jit(
-            training.make_evaluate(network.model, dataset, options.batch_size, compute_dtype=dtype, sharding=sharding)
+        evaluate = jax.jit(
+            training.make_evaluate(model, dataset, options.batch_size, compute_dtype=dtype, sharding=sharding)
         )
-        put = functools.partial(jax.device_put, device=_replicated(sharding))
-        train_images, train_labels, test_images, test_labels = put(tuple(arrays))
+        return (
+            lambda state, info, start, stop: epoch(state, info, train_images, train_labels, start, stop),
+            lambda state: evaluate(state, test_images, test_labels),
+        )
 
-        def advance(state: TrainState, info: TrainInfo, start: int, stop: int) -> tuple[TrainState, TrainInfo]:
-            return jitted_epoch(state, info, train_images, train_labels, start, stop)
-
-        def evaluate(state: TrainState) -> Sums:
-            return jitted_evaluate(state, test_images, test_labels)
-
-    return Plan(optimizer, advance, evaluate, per_epoch, num_steps)
+    return Plan(optimizer, bind, per_epoch, num_steps)
 
 
 def _replicated(sharding: jax.sharding.NamedSharding | None) -> Any:
@@ -199,12 +298,13 @@ def _optimizer(options: config.TrainConfig, per_epoch: int) -> optax.GradientTra
 
 def _streamed(
     settings: Config,
-    network: Network,
+    shape: tuple[int, int, int],
+    model: Any,
     step: training.StepFn,
     sharding: jax.sharding.NamedSharding | None,
-) -> tuple[AdvanceFn, Callable[[TrainState], Sums]]:
-    """As the parts of a `Plan`, with batches that are read while the network trains."""
-    options, dataset, shape = settings.train, data.spec(settings.dataset), network.input_shape
+) -> tuple[AdvanceFn, EvaluateFn]:
+    """As `Plan.bind`, with batches that are read while the network trains."""
+    options, dataset = settings.train, data.spec(settings.dataset)
     where = (settings.dataset, shape, settings.data.dir)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -229,7 +329,7 @@ def _streamed(
         return state, info
 
     evaluate_batch = jax.jit(
-        training.make_evaluate_batch(network.model, dataset, compute_dtype=jnp.dtype(options.compute_dtype))
+        training.make_evaluate_batch(model, dataset, compute_dtype=jnp.dtype(options.compute_dtype))
     )
 
     def evaluate(state: TrainState) -> Sums:
@@ -259,16 +359,20 @@ def _on_device(batches: Iterator[Any], sharding: jax.sharding.NamedSharding | No
 def _loop(
     settings: Config,
     plan: Plan,
+    form: Form,
     state: TrainState,
     info: TrainInfo,
     folder: checkpoints.Checkpoints,
     on_progress: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool],
     workdir: pathlib.Path,
-) -> tuple[TrainState, TrainInfo]:
+) -> tuple[TrainState, TrainInfo, float | None]:
+    """Trains to the end; returns also the seconds of a step, or None where too few were taken to tell."""
+    advance, evaluate = plan.bind(form.model)
     step, stride, saved_at, rate = int(state.step), 0, time.perf_counter(), 0.0
     begun = step  # the first call compiles, and says nothing of the speed
     batch_size = settings.train.batch_size
+    measured_steps, measured_seconds = 0, 0.0
 
     def report(finished: Mapping[str, float] | None = None) -> None:
         if on_progress is not None:
@@ -284,13 +388,14 @@ def _loop(
         end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
         stop = min(step + stride, end_of_epoch)
         before = time.perf_counter()
-        state, info = plan.advance(state, info, step, stop)
+        state, info = advance(state, info, step, stop)
         bad_step = int(info.bad_step)  # waits for the device
         seconds = time.perf_counter() - before
         if bad_step >= 0:
             raise FloatingPointError(_not_finite(bad_step, plan, settings, folder))
         if stride and step > begun:
             rate = (stop - step) * batch_size / seconds
+            measured_steps, measured_seconds = measured_steps + stop - step, measured_seconds + seconds
         if stop == step:
             stride = 1
         else:
@@ -299,7 +404,7 @@ def _loop(
         finished = None
         if step == end_of_epoch:
             epoch = step // plan.steps_per_epoch - 1
-            info = training.finish_epoch(info, epoch, plan.evaluate(state))
+            info = training.finish_epoch(info, epoch, evaluate(state))
             finished = {name: float(values[epoch]) for name, values in info.curve.items()}
             if not np.isfinite(finished["test_loss"]):
                 raise FloatingPointError(_not_finite(step - 1, plan, settings, folder))
@@ -315,7 +420,7 @@ def _loop(
                 f"stopped after step {step} of {plan.num_steps}, and saved. The same command, without --overwrite, "
                 "goes on from there."
             )
-    return state, info
+    return state, info, measured_seconds / measured_steps if measured_steps else None
 
 
 def _not_finite(step: int, plan: Plan, settings: Config, folder: checkpoints.Checkpoints) -> str:
@@ -339,11 +444,11 @@ def _write_curve(path: pathlib.Path, info: TrainInfo) -> None:
     storage.write_bytes(path, text.getvalue().encode())
 
 
-def _row(settings: Config, state: TrainState, info: TrainInfo) -> dict[str, Any]:
+def _row(settings: Config, mask: Mask, form: Form, state: TrainState, info: TrainInfo) -> dict[str, Any]:
     curve = {name: np.asarray(info.curve[name], np.float64) for name in training.CURVE}
     at = lambda epoch: {"epoch": epoch + 1, **{name: float(values[epoch]) for name, values in curve.items()}}
     run_id = config.train_id(settings)
-    kept = [int(np.count_nonzero(np.asarray(leaf))) for leaf in jax.tree.leaves(state.mask)]
+    kept = [int(np.count_nonzero(np.asarray(leaf))) for leaf in jax.tree.leaves(mask)]
     return {
         "run_id": run_id,
         "prune_run_id": config.run_id(settings),
@@ -353,8 +458,10 @@ def _row(settings: Config, state: TrainState, info: TrainInfo) -> dict[str, Any]
         "compression": settings.prune.compression,
         "seed": settings.seed,
         "width_multiplier": settings.width_multiplier,
-        "total": sum(trees.sizes(state.mask)),
+        "total": sum(trees.sizes(mask)),
         "kept": sum(kept),
+        "compact": form.compact,
+        "size": form.size,
         "num_epochs": settings.train.num_epochs,
         "num_steps": int(state.step),
         "last": at(settings.train.num_epochs - 1),
