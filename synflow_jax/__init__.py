@@ -5,6 +5,7 @@ The names here need nothing but JAX, NumPy and chex. `synflow_jax.models` has th
 """
 
 from synflow_jax.analysis import (
+    Conservation,
     collapsed,
     conservation,
     critical_compression,
@@ -25,6 +26,7 @@ from synflow_jax.units import unit_scores
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conservation",
     "PruneInfo",
     "apply_mask",
     "check_finite",
