@@ -173,6 +173,7 @@ _BEGIN = -1  # what makes the inputs
 _END = 2**31  # the step that takes in the outputs
 _TOLERANCE = 1e-4
 _IN_FLOAT64 = 900
+_BESIDE_A_CONSTANT = "with an array that has no such units"  # why `units` holds units that meet batch statistics
 # Steps whose result is a sum, or a choice, of entries of their operands: what is not data in them is a source of flow.
 _ADDITIVE = frozenset(
     ("add", "sub", "add_any", "max", "min", "clamp", "concatenate", "select_n", "pad", "dynamic_update_slice")
@@ -449,9 +450,14 @@ def _broken(program: _Program, flows: Sequence[np.ndarray], scale: float) -> dic
 
 
 def _by_unit(groups: Sequence[units.Group], found: trees.Scores) -> dict[str, UnitResidual]:
-    hidden = [group for group in groups if not (group.is_input or group.is_output or group.fixed)]
+    hidden = [group for group in groups if not group.is_input]
+    reasons = [[r for r in group.fixed.split(", ") if r and not r.endswith(_BESIDE_A_CONSTANT)] for group in hidden]
+    if not any(reasons):  # else what a unit is added to may be the mixture of others
+        apart = hidden
+    else:
+        apart = [group for group in hidden if not group.fixed]
     residuals = {}
-    for name, (incoming, outgoing) in units.unit_scores(hidden, found).items():
+    for name, (incoming, outgoing) in units.unit_scores([g for g in apart if not g.is_output], found).items():
         largest = max(np.abs(incoming).max(initial=0), np.abs(outgoing).max(initial=0))
         difference = np.abs(incoming - outgoing).max(initial=0)
         residuals[name] = UnitResidual(incoming, outgoing, float(difference / largest) if largest > 0 else 0.0)
