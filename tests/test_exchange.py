@@ -52,7 +52,6 @@ FORMS = (
     ("cifar_resnet20", 0.25, (32, 32, 3)),
     ("tiny_resnet18", 0.05, (64, 64, 3)),
     ("imagenet_resnet50", 0.03, (64, 64, 3)),
-    ("tiny_wide_resnet18", 0.04, (64, 64, 3)),
 )
 FORM_NAMES = [form[0] for form in FORMS]
 
@@ -106,6 +105,7 @@ def _assert_same(got: Any, wanted: Any) -> None:
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
 
 
+@functools.cache
 def _compact(name: str) -> Bundle:
     """Every third unit of each hidden layer gone."""
     network = _bundle(name)
@@ -201,9 +201,9 @@ def test_variables_that_do_not_fit_are_not_written(tmp_path: pathlib.Path) -> No
 def test_the_program_runs_without_this_package(tmp_path: pathlib.Path) -> None:
     """In a process that cannot import it, for two batch sizes, with the logits of ours to 1e-6."""
     inputs, expected = {}, {}
-    for i, network in enumerate((_bundle("tiny_vgg11_bn"), _compact("cifar_resnet20"))):
+    for i, (network, batches) in enumerate(((_compact("tiny_vgg11_bn"), (1,)), (_bundle("conv"), (1, 4)))):
         (tmp_path / f"{i}.jax").write_bytes(exchange.to_jax(*network))
-        for batch in (1, 4):
+        for batch in batches:
             x = _images(network, batch)
             inputs[f"{i}_{batch}"], expected[f"{i}_{batch}"] = x, _logits(network, x)
     np.savez(tmp_path / "in.npz", **inputs)
@@ -256,7 +256,7 @@ def test_reading_undoes_writing(name: str, seed: int, density: float) -> None:
     assert all(bool(leaf.all()) for leaf in jax.tree.leaves(by_name.mask))
 
 
-@pytest.mark.parametrize("name", ["cifar_vgg13_bn", "tiny_vgg11_bn", "cifar_resnet20", "imagenet_resnet50", "conv"])
+@pytest.mark.parametrize("name", ["cifar_vgg13_bn", "tiny_vgg11_bn", "cifar_resnet20", "conv"])
 def test_a_compact_network_passes_through_pytorch(name: str) -> None:
     network = _compact(name)
     read = exchange.from_torch(exchange.to_torch(*network), name, network.input_shape)
