@@ -62,7 +62,8 @@ def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
 def _verify(path: str, output: Console) -> None:
     cli.use_compilation_cache()
     with report.verification(output) as on_progress:
-        found = certificates.verify(path, on_progress)
+        init = None if _CONFIG.value is None else cli.check_config(_CONFIG.value).init
+        found = certificates.verify(path, on_progress, init=init)
     report.verdict(output, found)
 
 

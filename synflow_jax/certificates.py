@@ -32,18 +32,28 @@ class Verdict(NamedTuple):
     largest_fraction: float
 
 
-def verify(path: str | os.PathLike[str], on_progress: Callable[[int, int], None] | None = None) -> Verdict:
+def verify(
+    path: str | os.PathLike[str],
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    init: str | None = None,
+) -> Verdict:
     """Looks at every iteration of a certificate's run, independently of what the run itself has computed.
 
     Args:
       path: of the JSON file; see `storage.load_certificate`.
       on_progress: called as `on_progress(num_done, num_iterations)`.
+      init: the file of weights, where the run began from one.
 
     Raises:
       ValueError: it does not hold, or its files are not what they should be; says what is wrong and in which iteration.
     """
     certificate, removed_in = storage.load_certificate(path)
     settings = config.from_dict(certificate["config"])
+    if init is not None and settings.init is not None:
+        recorded, settings.init = settings.init, init
+        if config.init_digest(settings) != recorded:
+            raise ValueError(f"init={init!r} is not the file that the run of certificate {str(path)!r} began from.")
     network = prune_run.build(settings)
     names, sizes = trees.names(network.mask), trees.sizes(network.mask)
     found = {name: int(leaf.size) for name, leaf in removed_in.items()}

@@ -136,6 +136,26 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
     return step, _unflatten(flat, like)
 
 
+def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The newest checkpoint of a folder as it lies there: its arrays by name, and what the run is.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(open_folder(folder, {}, 1)) if folder.is_dir() else None
+        step = None if found is None else found.manager.latest_step()
+        if found is None or step is None:
+            raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}. train.py writes them.")
+        items = ocp.args.Composite(tree=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
+        try:
+            restored = found.manager.restore(step, args=items)
+        except Exception as error:
+            raise _damaged(folder / str(step), error) from error
+    return {name: np.asarray(leaf) for name, leaf in restored["tree"].items()}, restored["run"]
+
+
 def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
     first_line = (str(error).splitlines() or [repr(error)])[0]
     return ValueError(

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import numbers
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from synflow_jax import data, models, schedules
 PRUNERS = ("synflow", "snip", "grasp", "magnitude", "random")
 DATA_DRIVEN = ("snip", "grasp")
 NON_NEGATIVE = ("synflow", "snip", "magnitude")  # rules whose scores are never below 0
+_DIGEST = "sha256:"  # what the digest of a file begins with
 
 
 @dataclasses.dataclass
@@ -114,6 +116,9 @@ class Config:
     dataset: str = "cifar100"
     width_multiplier: float = 1.0
     seed: int = 0
+    # A file of weights in place of random ones, to prune a network that is trained: PyTorch's as .safetensors or .npz,
+    # or one of export.py. The run's name has its content, not its path.
+    init: str | None = None
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -213,6 +218,7 @@ def _check_run(config: Config) -> None:
         _check_certified(prune)
     schedule = "exponential" if certified else prune.schedule
     schedules.prune_counts([1], prune.compression, num_iterations(prune), schedule)
+    init_digest(config)
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must not be negative.")
     if not 0 < prune.temperature < math.inf:
@@ -244,6 +250,31 @@ def _check_certified(prune: PruneConfig) -> None:
 def prune_dataset(config: Config) -> str:
     """The data set that snip and grasp score."""
     return config.dataset if config.prune.dataset is None else config.prune.dataset
+
+
+def init_digest(config: Config) -> str | None:
+    """What a run's name says of the file that its network begins from: "sha256:..." of its bytes.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    path = config.init
+    if path is None or (path.startswith(_DIGEST) and not os.path.exists(path)):
+        return path  # from the config of a row, which does not know the path
+    try:
+        status = os.stat(path)
+        return _file_digest(path, status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise ValueError(
+            f"init={path!r} cannot be read: {error.strerror}. Name a file of weights, or leave it out."
+        ) from error
+
+
+@functools.lru_cache(8)
+def _file_digest(path: str, mtime_ns: int, size: int) -> str:
+    del mtime_ns, size  # of another content
+    with open(path, "rb") as file:
+        return _DIGEST + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_one(config: Config) -> None:
@@ -294,6 +325,9 @@ def prune_dict(config: Config) -> dict[str, Any]:
         del values["prune"]["cut_fraction"]
     for name in ("train", "data", "grid"):
         del values[name]
+    values["init"] = init_digest(config)
+    if values["init"] is None:
+        del values["init"]
     return values
 
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from synflow_jax import analysis, config, data, models, pruning, scores, storage, trees, units
+from synflow_jax import analysis, config, data, exchange, models, pruning, scores, storage, trees, units
 from synflow_jax.config import Config
 from synflow_jax.trees import Mask, Params
 
@@ -42,15 +42,14 @@ class Rule(NamedTuple):
 
 
 def build(settings: Config) -> Network:
-    """The network of a config, initialized by its seed.
+    """The network of a config, initialized by its seed, or from the file that it names.
 
     Raises:
-      ValueError: a value of the config is out of its range; the compression is above the network's maximum.
+      ValueError: a value of the config is out of its range; the compression is above the network's maximum; the file
+        does not fit the network.
     """
     config.check(settings)
-    dataset = data.spec(settings.dataset)
-    model = models.create(settings.model, dataset.num_classes, width_multiplier=settings.width_multiplier)
-    input_shape = dataset.image_shape or models.default_input_shape(settings.model)
+    model, input_shape = architecture(settings)
     prune = settings.prune
     init = lambda key: models.init(model, input_shape, key)
     patterns = [p for p in (prune.exclude, f"^{models.HEAD}/" if prune.dense_classifier else "") if p]
@@ -60,13 +59,33 @@ def build(settings: Config) -> Network:
         raise ValueError(f"model={settings.model!r} does not take {settings.dataset}'s images: {error}") from error
     # The choice is made on shapes, so that a bad one costs no time.
     trees.prunable(shapes, **_kinds(settings), exclude="|".join(patterns) or None)
-    params, batch_stats = init(jax.random.key(settings.seed))
+    params, batch_stats = init(jax.random.key(settings.seed)) if settings.init is None else _read(settings)
     mask = trees.prunable(params, **_kinds(settings), exclude="|".join(patterns) or None)
     max_compression = analysis.max_compression(models.synflow_fn(model, batch_stats), input_shape, mask, params)
     _free_memory()
     network = Network(model, params, batch_stats, mask, input_shape, max_compression)
     check_compression(settings, network)
     return network
+
+
+def architecture(settings: Config) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The model of a config, and the shape of one of its inputs."""
+    dataset = data.spec(settings.dataset)
+    model = models.create(settings.model, dataset.num_classes, width_multiplier=settings.width_multiplier)
+    return model, dataset.image_shape or models.default_input_shape(settings.model)
+
+
+def _read(settings: Config) -> tuple[Params, trees.Tree]:
+    assert settings.init is not None
+    if not pathlib.Path(settings.init).exists():
+        raise ValueError(
+            f"init={settings.init!r} is what a run knows of the weights that it began from, not where they are: name "
+            "the file, --config=CONFIG --config.init=FILE."
+        )
+    try:
+        return exchange.read_variables(settings.init, *architecture(settings))
+    except ValueError as error:
+        raise ValueError(f"init={settings.init!r} cannot be used: {error}") from error
 
 
 def check_compression(settings: Config, network: Network) -> None:

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import rich.console
 import rich.markup
 import rich.progress
@@ -16,6 +18,7 @@ import rich.table
 from synflow_jax import config, schedules, trees
 from synflow_jax.certificates import Verdict
 from synflow_jax.config import Config
+from synflow_jax.exchange import Bundle
 from synflow_jax.prune_grid import Outcome
 from synflow_jax.prune_run import Network
 from synflow_jax.pruning import PruneInfo
@@ -325,6 +328,14 @@ def train_files(output: rich.console.Console, workdir: pathlib.Path, run_id: str
         (f"checkpoints/{run_id}", "parameters and state"),
         ("rows.jsonl", "one row a run"),
     )
+
+
+def exported(output: rich.console.Console, name: str, folder: pathlib.Path, network: Bundle, names: list[str]) -> None:
+    """What was exported, in one line, and where it lies."""
+    kept, total = (sum(int(f(leaf)) for leaf in jax.tree.leaves(network.mask)) for f in (jnp.sum, jnp.size))
+    output.print(f"[bold]{name}[/bold]: {kept:,} of {total:,} weights kept")
+    kinds = {"torch.safetensors": "PyTorch's state dict", "jax": "a program of jax.export, for any batch size"}
+    _files(output, folder, *[(n, kinds.get(n.removeprefix(f"{name}."), "the network; exchange.load")) for n in names])
 
 
 def files(output: rich.console.Console, workdir: pathlib.Path, result: Mapping[str, Any]) -> None:

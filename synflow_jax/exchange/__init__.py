@@ -1,0 +1,15 @@
+"""Floor 5. Networks as files for others: self-describing safetensors, a program of `jax.export`, PyTorch's names.
+
+Every function takes a network as (model, params, batch_stats, mask, input_shape), full or compact: a `Bundle` is those
+five, and reading gives one.
+"""
+
+from synflow_jax.exchange.bundle import Bundle as Bundle
+from synflow_jax.exchange.bundle import load as load
+from synflow_jax.exchange.bundle import save as save
+from synflow_jax.exchange.program import to_jax as to_jax
+from synflow_jax.exchange.pytorch import from_torch as from_torch
+from synflow_jax.exchange.pytorch import read_variables as read_variables
+from synflow_jax.exchange.pytorch import save_torch as save_torch
+from synflow_jax.exchange.pytorch import to_torch as to_torch
+from synflow_jax.exchange.pytorch import torch_names as torch_names
