@@ -140,7 +140,7 @@ def test_a_killed_run_ends_in_the_same_bits(runs: Runs, pruned: Pruned, tmp_path
     # The other form is refused, and told how to go on.
     process = _command(f"--workdir={workdir}", "--config.train.compact=False")
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1 and stderr.count("\n") == 1, stderr
+    assert process.returncode == 2 and stderr.count("\n") == 1, stderr
     assert "holds the compact network" in stderr and "--config.train.compact=True" in stderr
     process = _command(*flags)
     stdout, stderr = process.communicate(timeout=120)
