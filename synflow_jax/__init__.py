@@ -14,11 +14,13 @@ from synflow_jax.analysis import (
     multiply_adds,
     shortest_path,
 )
+from synflow_jax.compaction import compact_tree, expand_tree, shrink_tree
 from synflow_jax.masking import count_kept, global_mask, kth_smallest, local_mask
 from synflow_jax.pruning import PruneInfo, check_finite, prune, prune_loop, python_loop
 from synflow_jax.schedules import prune_counts
 from synflow_jax.scores import cross_entropy, grasp, magnitude, path_norm, random, saliency, snip, synflow
 from synflow_jax.trees import apply_mask, names, prunable, sizes
+from synflow_jax.units import unit_scores
 
 __version__ = "0.1.0"
 
@@ -27,11 +29,13 @@ __all__ = [
     "apply_mask",
     "check_finite",
     "collapsed",
+    "compact_tree",
     "conservation",
     "count_kept",
     "critical_compression",
     "cross_entropy",
     "effective_mask",
+    "expand_tree",
     "global_mask",
     "grasp",
     "kth_smallest",
@@ -50,7 +54,9 @@ __all__ = [
     "random",
     "saliency",
     "shortest_path",
+    "shrink_tree",
     "sizes",
     "snip",
     "synflow",
+    "unit_scores",
 ]

@@ -6,7 +6,8 @@ Two kinds of units can go, and the function stays exactly what it was:
   is 0: it goes from any network, in evaluation and in training.
 - No kept weight leads to it from an input, and it puts out 0: all that is added to it (biases, running means) is 0,
   and what follows keeps 0 at 0. It goes from training too where what follows has derivative 0 at 0, as `jax.nn.relu`
-  has, so that its bias stays 0. Any other unit without inputs puts out a constant and stays, masked.
+  has, so that its bias stays 0. Any other unit without inputs puts out a constant and stays, masked; for inference
+  alone (`fold`) the constant can become part of the next layer's bias, where that is exact.
 
 Units are those of `units.groups`: a channel of a residual stream is one unit in all of its layers, and stays if one
 branch needs it. Inputs, outputs and units of groups that are `fixed` stay. A group of which nothing is left keeps one
@@ -20,14 +21,15 @@ the shape of the activations (dropout), and an optimizer whose momentum moves a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import trees, units
+from synflow_jax import tracing, trees, units
+from synflow_jax.tracing import NONE, Read
 from synflow_jax.trees import Mask, Tree
 from synflow_jax.units import Group
 
@@ -64,7 +66,7 @@ def compact_tree(
     mask: Mask,
     input_shape: Sequence[int],
     *,
-    train: bool = True,
+    fold: bool = False,
     dtype: Any = jnp.float32,
 ) -> Compacted:
     """The variables of any network without the units that a mask has left without use.
@@ -78,11 +80,15 @@ def compact_tree(
       mask: bool arrays beside the prunable parameters and holes elsewhere, of `variables` or of its first collections:
         `{"params": mask}` beside `{"params": ..., "batch_stats": ...}`.
       input_shape: of one example.
-      train: the smaller network is to be trained. False also lets go of units that put out 0 now but would not stay so.
+      fold: for inference alone. A unit that puts out a constant goes too if all that read it are dense layers or
+        convolutions without padding that have a bias, or a norm with a running mean: these take the constant up. (On
+        padding the constant would be missing at the borders of the map, so that such a unit stays.) Units that put out
+        0 now go even where training would change it. Biases are others then: such a network is not to be expanded.
       dtype: of the inputs.
 
     Raises:
-      ValueError: no kept weight leads from the inputs to the outputs, or the mask does not fit.
+      ValueError: no kept weight leads from the inputs to the outputs, or the mask does not fit. (A weight that only
+        ever lies on padding counts as one that leads on.)
 
     >>> def apply_fn(params, x):
     ...     for layer in params[:-1]:
@@ -101,12 +107,53 @@ def compact_tree(
     True
     """
     found = units.groups(apply_fn, variables, input_shape, dtype)
-    plan = make_plan(found, variables, mask, train=train)
+    if fold:
+        masked = _masked(variables, mask)
+        reads = tracing.trace(apply_fn, masked, input_shape, dtype, evaluate=True).reads
+        plan, variables = _folded(found, variables, mask, reads)
+    else:
+        plan = make_plan(found, variables, mask)
     return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan)
 
 
-def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask, *, train: bool = True) -> Plan:
-    """Which units stay. Arguments and errors as `compact_tree`; groups: `units.groups` of the network."""
+def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask) -> Plan:
+    """Which units stay, in training too. Arguments and errors as `compact_tree`; groups: `units.groups` of it."""
+    graph = _Graph(groups, *_by_name(variables, mask))
+    return _plan(graph, graph.silent(train=True), variables)
+
+
+def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndarray]) -> Plan:
+    """The plan that keeps these units: `Plan.kept` of another one, from a file for example.
+
+    Args:
+      groups: `units.groups` of the network.
+      variables: arrays, or their shapes.
+      kept: per name of a group, the units that stay.
+
+    Raises:
+      ValueError: the groups are others.
+    """
+    if set(kept) != {group.name for group in groups}:
+        raise ValueError(f"kept has the groups {sorted(kept)}; they must be {sorted(g.name for g in groups)}.")
+    shapes = {n: jnp.shape(leaf) for n, leaf in zip(trees.names(variables), jax.tree.leaves(variables), strict=True)}
+    stay = {name: [np.ones(size, bool) for size in shape] for name, shape in shapes.items()}
+    for group in groups:
+        gone = np.ones(group.size, bool)
+        gone[kept[group.name]] = False
+        for axes in (group.writers, group.sources, group.scales, group.readers):
+            for name, axis, of_unit in axes:
+                stay[name][axis] &= (of_unit < 0) | ~gone[of_unit]
+    positions = {
+        name: tuple(None if rows.all() else np.flatnonzero(rows) for rows in axes_rows)
+        for name, axes_rows in stay.items()
+    }
+    sizes = {group.name: group.size for group in groups}
+    return Plan(
+        {name: np.asarray(units) for name, units in kept.items()}, sizes, positions, shapes, _structures(variables)
+    )
+
+
+def _by_name(variables: Tree, mask: Mask) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     leaves = dict(zip(trees.names(variables), map(np.asarray, jax.tree.leaves(variables)), strict=True))
     masks = dict(zip(trees.names(mask), map(np.asarray, jax.tree.leaves(mask)), strict=True))
     for name, leaf in masks.items():
@@ -116,19 +163,62 @@ def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask, *, train: bo
                 f"the variables, which are {list(leaves)}. Where they are collections, so is the mask: "
                 '{"params": mask}.'
             )
-    graph = _Graph(groups, leaves, masks)
-    silent = graph.silent(leaves, train)
-    useful = graph.useful(silent)
-    kept, dead = {}, np.zeros(graph.num_units, bool)
+    return leaves, masks
+
+
+def _plan(graph: _Graph, needless: np.ndarray, variables: Tree) -> Plan:
+    """needless: bool [units], those that can go whatever they lead to."""
+    stays = graph.useful(needless) | graph.fixed
+    kept = {}
+    for group, first in zip(graph.groups, graph.firsts, strict=True):
+        units_here = np.flatnonzero(stays[first : first + group.size])
+        kept[group.name] = units_here if len(units_here) else np.arange(min(1, group.size))
+    return plan_of(graph.groups, variables, kept)
+
+
+def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequence[Read]) -> tuple[Plan, Tree]:
+    """The plan without the units whose constants the biases after them take up, and the variables with these biases."""
+    names = trees.names(variables)
+    graph = _Graph(groups, *_by_name(variables, mask))
+    silent = graph.silent(train=False)
+    constant = graph.constant() & ~silent
+    steady = constant.copy()
     for group, first in zip(groups, graph.firsts, strict=True):
-        rows = np.arange(first, first + group.size)
-        stays = useful[rows] | graph.fixed[rows]
-        stays[0] |= not stays.any()
-        kept[group.name] = np.flatnonzero(stays)
-        dead[rows] = ~stays
-    positions = {name: _positions(graph.units[name], dead) for name in leaves}
-    shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    return Plan(kept, {group.name: group.size for group in groups}, positions, shapes, _structures(variables))
+        for name, axis, of_unit in group.readers:
+            uses = [r for r in reads if names[r.leaf] == name and r.read in (axis, NONE)]
+            able = [_can_take_up(graph, r, names, len(of_unit)) for r in uses] or [np.zeros(len(of_unit), bool)]
+            steady[first + of_unit[(of_unit >= 0) & ~np.logical_and.reduce(able)]] = False
+    plan = _plan(graph, silent | steady, variables)
+    leaves = dict(zip(names, map(np.array, jax.tree.leaves(variables)), strict=True))
+    for read in reads:
+        name = names[read.leaf]
+        stay = plan.positions[name][read.read]
+        if read.bias is None or read.values is None or stay is None:
+            continue
+        gone = np.append(steady, False)[graph.units[name][read.read]]
+        gone[stay] = False
+        kernel = np.moveaxis(graph.effective(name), (read.read, read.write), (0, 1))
+        kernel = kernel.reshape(*kernel.shape[:2], -1).sum(-1)
+        leaves[names[read.bias]] += read.sign * (np.where(gone, read.values, 0) @ kernel)
+    order = jax.tree.structure(variables)
+    return plan, jax.tree.unflatten(order, [jnp.asarray(leaves[name]) for name in names])
+
+
+def _can_take_up(graph: _Graph, read: Read, names: Sequence[str], size: int) -> np.ndarray:
+    """bool [size]: whether the bias after a kernel can take up what enters at each position of its input axis."""
+    if read.bias is None or read.values is None or graph.leaves[names[read.bias]].ndim != 1:
+        return np.zeros(size, bool)
+    kept = graph.kept(names[read.leaf])
+    pruned = ~graph.kept(names[read.bias])
+    return np.asarray(read.steady) & ~(_any_along(kept, (read.read, read.write)) & pruned[None]).any(axis=1)
+
+
+def _masked(variables: Tree, mask: Mask) -> Tree:
+    leaves, masks = _by_name(variables, mask)
+    new = [
+        np.where(masks[name], leaf, 0).astype(leaf.dtype) if name in masks else leaf for name, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(variables), new)
 
 
 def shrink_tree(plan: Plan, tree: Tree) -> Tree:
@@ -201,6 +291,7 @@ class _Graph:
 
     def __init__(self, groups: Sequence[Group], leaves: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> None:
         self.groups = groups
+        self.leaves = leaves
         self.masks = masks
         self.firsts = np.cumsum([0, *[group.size for group in groups]])[:-1].tolist()
         self.num_units = sum(group.size for group in groups)
@@ -223,8 +314,8 @@ class _Graph:
         self.edges: list[_Edges] = []
         self.fed = np.zeros(self.num_units, bool)  # by a kernel whose inputs are no units
         self.led = np.zeros(self.num_units, bool)  # to outputs that are no units
-        for name, leaf in leaves.items():
-            kept = masks.get(name, np.ones(leaf.shape, bool))
+        for name in leaves:
+            kept = self.kept(name)
             numbers_of = self.units[name]
             for read in sorted(readers[name]):
                 for write in sorted(writers[name] - {read}):
@@ -248,14 +339,23 @@ class _Graph:
                 "would be left. Prune less, or by more iterations."
             )
 
-    def silent(self, leaves: dict[str, np.ndarray], train: bool) -> np.ndarray:
+    def kept(self, name: str) -> np.ndarray:
+        return self.masks.get(name, np.ones(self.leaves[name].shape, bool))
+
+    def effective(self, name: str) -> np.ndarray:
+        return np.where(self.kept(name), self.leaves[name], 0)
+
+    def constant(self) -> np.ndarray:
+        """bool [units]: whether nothing that varies leads to it."""
+        return ~self.spread(self.fixed | self.fed)
+
+    def silent(self, train: bool) -> np.ndarray:
         """bool [units]: whether it puts out 0, always."""
         sound = np.repeat([g.zero_stays if train else g.zero for g in self.groups], [g.size for g in self.groups])
         start = self.fixed | self.fed | ~sound.astype(bool)
         for group, first in zip(self.groups, self.firsts, strict=True):
             for name, axis, of_unit in group.sources:
-                leaf = np.where(self.masks[name], leaves[name], 0) if name in self.masks else leaves[name]
-                loud = _any_along(leaf != 0, (axis,)) & (of_unit >= 0)
+                loud = _any_along(self.effective(name) != 0, (axis,)) & (of_unit >= 0)
                 start[first + of_unit[loud]] = True
         return ~self.spread(start)
 
@@ -285,12 +385,6 @@ def _any_along(table: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return flat.transpose(np.argsort(np.argsort(axes)))
 
 
-def _positions(rows: Sequence[np.ndarray], dead: np.ndarray) -> tuple[np.ndarray | None, ...]:
-    dead = np.append(dead, False)
-    stay = [np.flatnonzero(~dead[numbers]) for numbers in rows]
-    return tuple(None if len(s) == len(numbers) else s for s, numbers in zip(stay, rows, strict=True))
-
-
 # Trees
 
 
@@ -303,12 +397,12 @@ def _structure(tree: Tree) -> Any:
 
 def _structures(variables: Tree) -> dict[Any, tuple[str, ...]]:
     """The structure of the variables and of each of their collections, with the names of the leaves."""
-    named = jax.tree_util.tree_map_with_path(lambda path, _: trees.path_name(path), variables)
-    found = {_structure(variables): tuple(jax.tree.leaves(named))}
-    if isinstance(named, dict):
-        for name, collection in named.items():
-            if not isinstance(collection, str) and jax.tree.leaves(collection):
-                found.setdefault(_structure(variables[name]), tuple(jax.tree.leaves(collection)))
+    names = tuple(trees.names(variables))
+    found = {_structure(variables): names}
+    for collection in jax.tree.leaves(variables, is_leaf=lambda node: node is not variables):
+        own, names = names[: len(jax.tree.leaves(collection))], names[len(jax.tree.leaves(collection)) :]
+        if not jax.tree_util.all_leaves([collection]):
+            found.setdefault(_structure(collection), own)
     return found
 
 

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from synflow_jax.jaxprs import CALLS, scan_counts
+
 # The exponent of a value, statically: which of the exponents found so far it is a sum of, and how often each counts.
 Exponent = frozenset[tuple[int, int]]
 _PLAIN: Exponent = frozenset()
@@ -47,10 +49,6 @@ _ALIGN = frozenset(
 _COMPARE = frozenset(["eq", "ne", "lt", "le", "gt", "ge"])
 _INVARIANT = frozenset(["sign", "is_finite", "argmax", "argmin"])
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
-CALLS = {  # primitive: the parameter that holds its jaxpr
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "checkpoint": "jaxpr",
-    "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
 
 
 class Scaled(NamedTuple):
@@ -207,16 +205,6 @@ def _look_into(jaxpr: Any, exponents: Sequence[Exponent | None]) -> _Plan | None
         found |= {v: (e, depth) for v, e in zip(eqn.outvars, plan.exponents, strict=True)}
     outs = [read(atom) for atom in jaxpr.outvars]
     return _Plan([e for e, _ in outs], num_products=max([depth for _, depth in outs], default=0))
-
-
-def scan_counts(eqn: Any, inner: Any) -> tuple[int, int]:
-    """The numbers of constants and of carried values of a scan, by shapes: what is scanned has an axis more outside.
-
-    (The parameters that say so have other names in every second version of JAX.)
-    """
-    same = lambda outside, inside: sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
-    num_carry = same(eqn.outvars, inner.outvars)
-    return same(eqn.invars, inner.invars) - num_carry, num_carry
 
 
 class _Interpreter:

@@ -171,6 +171,67 @@ def test_a_running_mean_keeps_a_unit_alive() -> None:
     assert models.compact(model, params, stats, mask, (4, 4, 1)).plan.kept["params/conv1_1"].tolist() == [1, 2, 3]
 
 
+def _without_inputs(mask: Mask, layers: tuple[str, ...]) -> Mask:
+    """Nothing enters every other unit of some layers."""
+    flat = {name: dict(layer) if "kernel" in layer else layer for name, layer in mask.items()}
+    for layer in layers:
+        owner = flat
+        for part in layer.split("/"):
+            owner = owner[part]
+        owner["kernel"] = owner["kernel"].at[..., ::2].set(False)
+    return flat
+
+
+FOLDED = {
+    "fc": (lambda: MLP(3, (6, 6)), (5,), ("fc1", "fc2"), {"fc1": 3, "fc2": 3}),
+    # On padding the constants of conv1 are missing; the head, after a flattening, takes up those of conv2.
+    "conv": (lambda: ConvNet(3, (6, 6)), (4, 4, 2), ("conv1", "conv2"), {"conv1": 6, "conv2": 3}),
+    # A running mean takes up what a 1x1 convolution reads; 3x3 convolutions are padded.
+    "bottleneck": (
+        lambda: ResNet(3, (1,), (4,), bottleneck=True, stem_width=4),
+        (4, 4, 2),
+        ("conv2_1/conv1", "conv2_1/conv2"),
+        {"conv2_1/conv1": 4, "conv2_1/conv2": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_constants_are_folded_where_that_is_exact(name: str) -> None:
+    make, input_shape, layers, sizes = FOLDED[name]
+    model = make()
+    params, stats = models.init(model, input_shape, jax.random.key(0))
+    params, stats = _trained(params, 1), _trained(stats, 2)  # no bias is 0 now
+    mask = _without_inputs(trees.prunable(params), layers)
+    x = jax.random.normal(jax.random.key(1), (4, *input_shape))
+    whole = models.compact(model, params, stats, mask, input_shape)
+    assert all(len(kept) == whole.plan.sizes[n] for n, kept in whole.plan.kept.items())  # their biases may be trained
+    small = models.compact(model, params, stats, mask, input_shape, fold=True)
+    assert {layer: len(small.plan.kept[f"params/{layer}"]) for layer in sizes} == sizes
+    _assert_same(_both_modes(model)(params, stats, mask, x)[0], _both_modes(small.model)(*small[1:4], x)[0])
+    # A bias that is pruned takes up nothing.
+    if name == "fc":
+        mask["fc2"]["bias"] = jnp.arange(6) < 3
+        small = models.compact(model, params, stats, mask, input_shape, fold=True)
+        assert len(small.plan.kept["params/fc1"]) == 6
+        _assert_same(_both_modes(model)(params, stats, mask, x)[0], _both_modes(small.model)(*small[1:4], x)[0])
+
+
+def test_a_bias_of_two_layers_takes_up_nothing() -> None:
+    def shared(p: Params, x: jax.Array) -> jax.Array:
+        h = jax.nn.relu(x @ p["a"] + p["b"][None])
+        h = jax.nn.relu(h @ p["c"] + p["b"][None])
+        return h @ p["d"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (4,), "c": (4, 4), "d": (4, 2)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    mask = {name: jnp.ones(shape, bool) if len(shape) == 2 else None for name, shape in shapes.items()}
+    mask["a"] = mask["a"].at[:, 0].set(False)
+    small = compaction.compact_tree(shared, params, mask, (3,), fold=True)
+    assert len(small.plan.kept["a"]) == 4
+
+
 def test_death_spreads_both_ways() -> None:
     model = MLP(2, (4, 4, 4, 4))
     params, _ = models.init(model, (3,), jax.random.key(0))
@@ -249,6 +310,8 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="collections"):
         compaction.compact_tree(lambda p, x: model.apply(p, x), {"params": params}, mask, (3,))
     plan = models.compact(model, params, {}, mask, (3,)).plan
+    with pytest.raises(ValueError, match="kept has the groups"):
+        compaction.plan_of(units.groups(model.apply, {"params": params}, (3,)), {"params": params}, {})
     with pytest.raises(ValueError, match="no part of the tree"):
         compaction.shrink_tree(plan, {"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match="fc1/bias"):
@@ -282,6 +345,11 @@ def test_states_are_made_smaller_and_expanded() -> None:
     _assert_same(compaction.shrink_tree(small.plan, moved), smaller.params, 0)
     count = lambda tree: sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
     assert count(moved) == count(smaller.params)
+    # The units that stay say it all.
+    variables = {"params": params, "batch_stats": stats}
+    found = units.groups(lambda v, x: model.apply(v, x, train=False), variables, (16, 16, 3))
+    plan = compaction.plan_of(found, jax.eval_shape(lambda: variables), small.plan.kept)
+    _assert_same(compaction.shrink_tree(plan, state.params), small.params, 0)
     # Inside of a traced function too.
     traced = jax.jit(lambda tree: compaction.expand_tree(small.plan, compaction.shrink_tree(small.plan, tree), tree))
     _assert_same(traced(params), params, 0)
@@ -345,7 +413,12 @@ def _plain(xp: Any, p: Params, x: Any) -> Any:
     return relu(both @ p["last"] + p["b3"][None]) @ p["head"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def _masked(small: compaction.Compacted) -> Params:
+    where = {name: True if mask is None else mask for name, mask in small.mask.items()}
+    return {name: np.where(where[name], np.asarray(leaf), 0) for name, leaf in small.variables.items()}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_masks_of_plain_networks(data: st.DataObject) -> None:
     widths = [data.draw(st.integers(1, 4)) for _ in range(5)]
@@ -374,10 +447,11 @@ def test_random_masks_of_plain_networks(data: st.DataObject) -> None:
             compaction.compact_tree(apply_fn, params, mask, (3,))
         return
     small = compaction.compact_tree(apply_fn, params, mask, (3,))
-    masked_small = {
-        n: np.where(small.mask[n], v, 0) if small.mask[n] is not None else v for n, v in small.variables.items()
-    }
-    np.testing.assert_allclose(_plain(np, masked_small, x), _plain(np, masked, x), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(_plain(np, _masked(small), x), _plain(np, masked, x), rtol=1e-10, atol=1e-12)
+    if data.draw(st.integers(0, 2)) == 0:  # it compiles a program to know the constants, which are float32
+        folded = compaction.compact_tree(apply_fn, params, mask, (3,), fold=True)
+        assert all(len(kept) <= len(small.plan.kept[name]) for name, kept in folded.plan.kept.items())
+        np.testing.assert_allclose(_plain(np, _masked(folded), x), _plain(np, masked, x), rtol=1e-4, atol=1e-4)
     back = compaction.expand_tree(small.plan, small.variables, params)
     for name, leaf in params.items():
         np.testing.assert_array_equal(back[name], leaf)

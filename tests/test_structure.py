@@ -18,9 +18,11 @@ PACKAGE = ROOT / "synflow_jax"
 
 FLOORS = {
     "trees": 0,
+    "jaxprs": 0,
     "masking": 1,
     "schedules": 1,
     "scaling": 1,
+    "tracing": 1,
     "scores": 2,
     "units": 2,
     "pruning": 3,

@@ -142,6 +142,10 @@ def _sigmoid(p: Params, x: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(x @ p["w1"] + p["b1"][None]) @ p["w2"]
 
 
+def _scaled_sigmoid(p: Params, x: jax.Array) -> jax.Array:
+    return (jax.nn.sigmoid(x @ p["w1"]) * p["s"][None]) @ p["w2"]
+
+
 def _norm_after(p: Params, x: jax.Array) -> jax.Array:
     return (relu(x @ p["w1"]) * p["s"][None] + p["b"][None]) @ p["w2"]
 
@@ -172,6 +176,17 @@ def _choice(p: Params, x: jax.Array) -> jax.Array:
 def _repeated(p: Params, x: jax.Array) -> jax.Array:
     h = jax.lax.fori_loop(0, 3, lambda i, h: relu(h @ p["w"] + x @ p["w1"]), jnp.zeros((x.shape[0], 4)))
     return h @ p["w2"]
+
+
+def _vmapped_channels_first(p: Params, x: jax.Array) -> jax.Array:
+    def one(x: jax.Array) -> jax.Array:
+        numbers = ("NCHW", "OIHW", "NCHW")
+        for w, b in ((p["w1"], p["b1"]), (p["w2"], p["b2"])):
+            x = jax.lax.conv_general_dilated(x[None], w, (1, 1), "SAME", dimension_numbers=numbers)[0]
+            x = relu(x + b[:, None, None])
+        return p["w3"] @ jnp.ravel(x)
+
+    return jax.vmap(one)(x)
 
 
 def _position(p: Params, x: jax.Array) -> jax.Array:
@@ -217,12 +232,19 @@ ZOO: dict[str, tuple[Callable[..., jax.Array], dict[str, tuple[int, ...]], tuple
     "sorted": (_sorted, {"w1": (3, 5), "w2": (5, 2)}, (3,), set()),
     "constant_beside": (_constant_beside, {"w1": (3, 5), "w2": (5, 2)}, (3,), set()),
     "sigmoid": (_sigmoid, {"w1": (3, 5), "b1": (5,), "w2": (5, 2)}, (3,), {"w1"}),
+    "scaled_sigmoid": (_scaled_sigmoid, {"w1": (3, 5), "s": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "norm_after": (_norm_after, {"w1": (3, 5), "s": (5,), "b": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "straight_through": (_straight_through, {"w1": (3, 5), "b1": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "per_head": (_per_head, {"w1": (3, 2, 4), "w2": (2, 4, 5)}, (3,), {"w1:1", "w1:2"}),
     "merged_heads": (_merged_heads, {"w1": (3, 2, 4), "w2": (8, 5)}, (3,), set()),
     "choice": (_choice, {"w1": (3, 5), "w2": (5, 2)}, (3,), {"w1"}),
     "repeated": (_repeated, {"w1": (3, 4), "w": (4, 4), "w2": (4, 2)}, (3,), {"w"}),
+    "vmapped_channels_first": (
+        _vmapped_channels_first,
+        {"w1": (5, 2, 3, 3), "b1": (5,), "w2": (4, 5, 3, 3), "b2": (4,), "w3": (3, 64)},
+        (2, 4, 4),
+        {"w1", "w2"},
+    ),
     "position": (_position, {"w1": (3, 5), "where": (4, 5), "w2": (20, 2)}, (4, 3), {"w1"}),
 }
 
@@ -272,13 +294,13 @@ def test_what_groups_promise_holds(name: str) -> None:
 
 def test_what_is_not_zero_or_does_not_stay_so_is_said() -> None:
     flags = {}
-    for name in ("mlp", "sigmoid", "norm_after", "straight_through", "attention", "gated"):
+    for name in ("mlp", "sigmoid", "norm_after", "straight_through", "attention", "gated", "scaled_sigmoid"):
         function, shapes, input_shape, _ = ZOO[name]
         group = _named(units.groups(function, _draw(shapes), input_shape))
         for g in group.values():
             flags[name, g.name] = g.zero, g.zero_stays
     assert flags["mlp", "w1"] == flags["mlp", "w2"] == (True, True)
-    assert flags["sigmoid", "w1"] == (False, False)
+    assert flags["sigmoid", "w1"] == flags["scaled_sigmoid", "w1"] == (False, False)
     assert flags["norm_after", "w1"] == flags["straight_through", "w1"] == flags["attention", "up"] == (True, False)
     assert flags["gated", "gate"] == (True, True)  # it has no source
 

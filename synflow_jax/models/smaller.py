@@ -33,7 +33,7 @@ def compact(
     mask: Mask,
     input_shape: tuple[int, ...],
     *,
-    train: bool = True,
+    fold: bool = False,
 ) -> Compact:
     """The same function as a smaller dense network, without the units that the mask has left without use.
 
@@ -47,7 +47,7 @@ def compact(
       params, batch_stats: of the network; weights that the mask has pruned count as 0.
       mask: bool arrays beside the prunable parameters, holes elsewhere.
       input_shape: of one example.
-      train: the smaller network is to be trained; see `compaction.compact_tree`.
+      fold: for inference alone, constants become part of biases; see `compaction.compact_tree`.
 
     Raises:
       ValueError: the network has collapsed, the mask does not fit, or the module cannot be resized.
@@ -74,7 +74,7 @@ def compact(
         variables,
         {"params": mask},
         input_shape,
-        train=train,
+        fold=fold,
     )
     return Compact(
         model.resized(small["params"]), small["params"], small.get("batch_stats", {}), small_mask["params"], plan
