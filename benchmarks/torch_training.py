@@ -2,7 +2,9 @@
 
     python benchmarks/torch_training.py --model=vgg16 --steps=4
 
-Prints one line of JSON: the seconds of each step after a first one that is not counted. The images are on the device
+Prints one line of JSON: the seconds of each step after a first one that is not counted, and of inference. With
+--compression each convolution and linear layer multiplies its weights by a random mask of that density, as simulated
+sparsity does: where the zeros lie is nothing to a dense product. The images are on the device
 as float32, normalised and augmented already, which spares PyTorch what our step does besides. Needs torch and nothing
 else, and uses its default number of threads.
 """
@@ -16,7 +18,9 @@ import time
 
 import torch
 from measure import peak_mb
+from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch_synflow import VGG16_STAGES, vgg
 
 STAGES = {
@@ -25,10 +29,26 @@ STAGES = {
 }
 
 
-def run(name: str, steps: int, batch_size: int) -> dict[str, object]:
+class Masked(nn.Module):
+    """A weight times a mask that stays as it is."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The masked weight."""
+        return weight * self.mask
+
+
+def run(name: str, steps: int, batch_size: int, compression: float | None) -> dict[str, object]:
     """Trains, and returns what each step took."""
     torch.manual_seed(0)
     model = vgg(STAGES[name], 100)
+    for module in list(model.modules()):
+        if compression is not None and isinstance(module, nn.Conv2d | nn.Linear):
+            mask = (torch.rand_like(module.weight) < 1 / compression).float()
+            parametrize.register_parametrization(module, "weight", Masked(mask))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 100, (batch_size,))
     seconds = []
@@ -39,10 +59,19 @@ def run(name: str, steps: int, batch_size: int) -> dict[str, object]:
         loss.backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
+    peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
+    model.eval()
+    inference_seconds = []
+    for _ in range(2 * steps + 1):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(images)
+        inference_seconds.append(time.perf_counter() - start)
     return {
         "model": name,
         "seconds": seconds[1:],
-        "peak_mb": peak_mb(resource.getrusage(resource.RUSAGE_SELF)),
+        "inference_seconds": inference_seconds[1:],
+        "peak_mb": peak,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -54,8 +83,9 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(STAGES), default="vgg16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--compression", type=float, help="train masked weights; plain ones by default")
     args = parser.parse_args()
-    print(json.dumps(run(args.model, args.steps, args.batch_size)))
+    print(json.dumps(run(args.model, args.steps, args.batch_size, args.compression)))
 
 
 if __name__ == "__main__":

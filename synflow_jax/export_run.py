@@ -81,8 +81,8 @@ def _trained(settings: Config, folder: pathlib.Path) -> Bundle:
 
 
 def compact(network: Bundle, *, trained: bool) -> Bundle:
-    """The network without what the mask has left without use; of a trained one, also without what is constantly 0."""
-    return Bundle(*models.compact(*network, train=not trained)[:4], network.input_shape)
+    """The network without what the mask has left without use; of a trained one, constants are folded into biases."""
+    return Bundle(*models.compact(*network, fold=trained)[:4], network.input_shape)
 
 
 def write(

@@ -16,7 +16,8 @@ from synflow_jax import analysis, models, trees
 from synflow_jax.compaction import Plan
 from synflow_jax.trees import Mask, Params, Tree
 
-# A step's time follows the multiply-adds; see `choose`.
+# VGG-16 at batch 128 on two CPU cores: with 64 % of the multiply-adds a step takes 77 % of the masked one's processor
+# time, with 20 % 30 %. Between 90 % and 100 % there is less to win than planning and another program cost a short run.
 PAYS_BELOW = 0.9
 
 

@@ -42,7 +42,7 @@ from synflow_jax.trees import Mask
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_EPOCHS, STEPS_PER_EPOCH, BATCH = 10, 20, 71
 FLAGS = (
-    "--config=configs/digits.py", "--config.model=fc", "--config.prune.compression=20",
+    "--config=configs/digits.py", "--config.width_multiplier=0.5", "--config.prune.compression=100",
     "--config.prune.num_iterations=10", f"--config.train.num_epochs={NUM_EPOCHS}", f"--config.train.batch_size={BATCH}",
     "--config.train.learning_rate=0.02", "--config.train.drops=(8,)",
 )  # fmt: skip
@@ -52,7 +52,7 @@ def _settings(compact: bool | None, **changes: Any) -> Config:
     """As `FLAGS` have it."""
     train = TrainConfig(num_epochs=NUM_EPOCHS, batch_size=BATCH, learning_rate=0.02, drops=(8,), compact=compact)
     return Config(
-        model="fc", dataset="digits", prune=PruneConfig(compression=20.0, num_iterations=10),
+        model="conv", dataset="digits", width_multiplier=0.5, prune=PruneConfig(compression=100.0, num_iterations=10),
         train=dataclasses.replace(train, **changes),
     )  # fmt: skip
 
@@ -100,14 +100,16 @@ def test_rows_say_what_was_trained(runs: Runs, pruned: Pruned) -> None:
     small = models.compact(network.model, network.params, network.batch_stats, mask, network.input_shape)
     (_, masked), (folder, row) = runs[False], runs[True]
     assert (masked["compact"], row["compact"]) == (False, True)
-    kernel_sizes = lambda params: sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    kernel_sizes = lambda params: sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
     assert row["size"]["full"]["weights"] == kernel_sizes(network.params) == row["total"]
     assert row["size"]["kept"]["weights"] == row["kept"] == masked["kept"]
     assert row["size"]["compact"]["weights"] == kernel_sizes(small.params) < row["total"]
-    # Every weight of a dense layer works once.
-    assert all(row["size"][name]["multiply_adds"] == row["size"][name]["weights"] for name in ("full", "compact"))
-    widths = [small.params[name]["kernel"].shape[1] for name in sorted(small.params)]
-    assert list(row["size"]["widths"].values()) == widths and list(masked["size"]["widths"].values())[:5] == [100] * 5
+    # A weight of a convolution works once at each of the 28x28 places, one of the head once.
+    for name, params in (("full", network.params), ("compact", small.params)):
+        head = params["head"]["kernel"].size
+        assert row["size"][name]["multiply_adds"] == 28 * 28 * (kernel_sizes(params) - head) + head
+    widths = [small.params[name]["kernel"].shape[-1] for name in ("conv1", "conv2", "head")]
+    assert list(row["size"]["widths"].values()) == widths and list(masked["size"]["widths"].values()) == [16, 16, 10]
     # What a run is does not depend on the form; what it took is no part of its row.
     assert row["run_id"] == masked["run_id"] == config.train_id(_settings(None)) and row["config"] == masked["config"]
     timing = train_run.find_timing(folder, row["run_id"])
@@ -138,7 +140,7 @@ def test_a_killed_run_ends_in_the_same_bits(runs: Runs, pruned: Pruned, tmp_path
     # The other form is refused, and told how to go on.
     process = _command(f"--workdir={workdir}", "--config.train.compact=False")
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1 and stderr.count("\n") == 1, stderr
+    assert process.returncode == 2 and stderr.count("\n") == 1, stderr
     assert "holds the compact network" in stderr and "--config.train.compact=True" in stderr
     process = _command(*flags)
     stdout, stderr = process.communicate(timeout=120)

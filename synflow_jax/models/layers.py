@@ -82,17 +82,24 @@ def _convolution_as_matrices(
     padding: Sequence[tuple[int, int]],
     precision: Any,
 ) -> jax.Array:
-    kernel_height, kernel_width, _, features = kernel.shape
+    kernel_height, kernel_width, channels, features = kernel.shape
     fill = jnp.zeros((), inputs.dtype)
-    # A row of the kernel at a time: what lies under one row takes a third of the memory of whole 3x3 patches.
+
+    def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        flat = jnp.dot(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
+        return flat.reshape(*x.shape[:-1], matrix.shape[-1])
+
+    if strides[0] != 1 or kernel_height * kernel_width * channels <= features:
+        patches = jnp.concatenate(_windows(inputs, (kernel_height, kernel_width), strides, padding, fill), axis=-1)
+        return product(patches, kernel.reshape(-1, features))
+    # What lies under one row of the kernel is gathered, a third of the memory of whole 3x3 patches; one product gives
+    # what each row of the kernel adds, and the sums are taken where the outputs lie.
     rows = jnp.concatenate(_windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill), axis=-1)
-    shifted = _windows(rows, (kernel_height, 1), (strides[0], 1), (padding[0], (0, 0)), fill)
-    batch, height, width, depth = shifted[0].shape
-    products = [
-        jnp.dot(x.reshape(batch * height * width, depth), k.reshape(depth, features), precision=precision)
-        for x, k in zip(shifted, kernel, strict=True)
-    ]
-    return functools.reduce(jnp.add, products).reshape(batch, height, width, features)
+    parts = product(rows, kernel.transpose(1, 2, 0, 3).reshape(-1, kernel_height * features))
+    parts = jax.lax.pad(parts, fill, [(0, 0, 0), (*padding[0], 0), (0, 0, 0), (0, 0, 0)])
+    height = parts.shape[1] - kernel_height + 1
+    shifted = [parts[:, i : i + height, :, i * features : (i + 1) * features] for i in range(kernel_height)]
+    return functools.reduce(jnp.add, shifted)
 
 
 def _windows(
