@@ -215,6 +215,19 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def read_all_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a folder, whichever process wrote them: of rows.jsonl and, by name, of every rows-*.jsonl.
+
+    One row a `run_id`, at the place where it came first; where several files hold one, that of the last file.
+
+    Raises:
+      ValueError: as `read_rows`.
+    """
+    folder = pathlib.Path(workdir)
+    paths = [folder / "rows.jsonl", *sorted(folder.glob("rows-*.jsonl"))]
+    return list({row["run_id"]: row for path in paths for row in read_rows(path)}.values())
+
+
 def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Adds a row, in place of an older one of the same `run_id`."""
     with _locked(path):

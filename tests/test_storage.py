@@ -92,6 +92,20 @@ def test_rows_are_replaced_by_id_and_kept_in_order(tmp_path: pathlib.Path) -> No
     assert storage.read_rows(path)[0]["log10_objective"] is None
 
 
+def test_rows_of_several_processes_are_one_list(tmp_path: pathlib.Path) -> None:
+    assert storage.read_all_rows(tmp_path) == []
+    for name, run_id, kept in (
+        ("rows-1.jsonl", "c", 3), ("rows.jsonl", "a", 1), ("rows.jsonl", "b", 1), ("rows-0.jsonl", "b", 2),
+        ("rowsother.jsonl", "d", 1),
+    ):  # fmt: skip
+        storage.write_row(tmp_path / name, {"run_id": run_id, "kept": kept})
+    found = storage.read_all_rows(tmp_path)
+    assert [(row["run_id"], row["kept"]) for row in found] == [("a", 1), ("b", 2), ("c", 3)]
+    (tmp_path / "rows-2.jsonl").write_text('{"run_id": "e"\n')
+    with pytest.raises(ValueError, match=r"rows-2.jsonl', line 1"):
+        storage.read_all_rows(tmp_path)
+
+
 @pytest.mark.parametrize("line", ['{"run_id": "a", "ke', "[]", '{"kept": 3}', ""])
 def test_damaged_row_is_named(tmp_path: pathlib.Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
