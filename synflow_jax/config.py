@@ -15,14 +15,19 @@ import numbers
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from synflow_jax import data, models, schedules
 
-PRUNERS = ("synflow", "snip", "grasp", "magnitude", "random")
+IMP = "imp"
+LAYERWISE = ("uniform", "erk")  # random within layers whose densities the rule decides
+PRUNERS = ("synflow", "snip", "grasp", "magnitude", "random", *LAYERWISE, IMP)
 DATA_DRIVEN = ("snip", "grasp")
-NON_NEGATIVE = ("synflow", "snip", "magnitude")  # rules whose scores are never below 0
+NON_NEGATIVE = ("synflow", "snip", "magnitude", IMP)  # rules whose scores are never below 0
+EVALUATING = ("synflow", "snip", "grasp")  # rules that evaluate the network, in one mode or the other
+ABLATIONS = ("none", "shuffle", "reinitialize", "invert")
+_IMP_LEVEL = 0.8  # what a level of IMP keeps where their number is not given: Frankle & Carbin 2019
 _DIGEST = "sha256:"  # what the digest of a file begins with
 
 
@@ -37,16 +42,21 @@ class DataConfig:
 class PruneConfig:
     """How to prune. See `synflow_jax.pruning.prune`."""
 
+    # "uniform" and "erk" are random within layers: with the same density in each, or with those of Erdos-Renyi-Kernel.
+    # "imp" trains, prunes the smallest weights and rewinds, num_iterations times: train.py alone runs it.
     pruner: str = "synflow"
     compression: float = 100.0  # total / kept; 1 prunes nothing
-    num_iterations: int | None = None  # None: as in the paper, 100 for synflow and 1 for the others
+    # None: as in the paper, 100 for synflow and 1 for the others; for imp as many as prune a fifth of the weights each.
+    num_iterations: int | None = None
     schedule: str = "exponential"  # or "linear", or "certified": no iteration can disconnect the network
     cut_fraction: float = 0.5  # certified: of the smallest cut's total score, what one iteration may prune
     scope: str = "global"
     # "float32" as in the published runs; "float64" takes twice as long and is free of rounding; None: see `prune`.
     score_dtype: str | None = "float32"
     scaled: bool = True  # synflow carries a power of two beside every value: float32 at any depth
-    nested: bool = True  # a pruned weight stays pruned
+    # A pruned weight stays pruned. False ranks all weights afresh in each iteration by what their return would change:
+    # with snip and several iterations that is FORCE, and nested=True Iterative SNIP (de Jorge et al. 2021).
+    nested: bool = True
     kernels: bool = True  # what may be pruned
     biases: bool = False
     norms: bool = False
@@ -58,6 +68,11 @@ class PruneConfig:
     # What snip and grasp score in place of `dataset`, which then says only what the network looks like: "digits" are
     # enlarged to any input, and their labels are the first ten classes.
     dataset: str | None = None
+    # "shuffle": the mask shuffled within each layer, which is random at the rule's densities; "reinitialize": the mask
+    # of one initialization on weights that are drawn anew; "invert": the largest scores are pruned first.
+    ablation: str = "none"
+    mode: str = "eval"  # or "train": the network is scored with the statistics of the batch, for synflow of its input
+    rewind_step: int = 0  # imp rewinds to the state after so many steps of its first level; 0: to initialization
     # These two decide on no mask, and are no part of what a run is.
     beyond_maximum: bool = False  # prunes above the maximal compression too, where no network can be left
     record_units: bool = False  # writes every hidden unit's incoming and outgoing score before anything is pruned
@@ -102,7 +117,10 @@ class Grid:
     width_multiplier: tuple[float, ...] = ()
     seed: tuple[int, ...] = ()
     pruner: tuple[str, ...] = ()
+    mode: tuple[str, ...] = ()
+    ablation: tuple[str, ...] = ()
     num_iterations: tuple[int, ...] = ()
+    nested: tuple[bool, ...] = ()
     scope: tuple[str, ...] = ()
     schedule: tuple[str, ...] = ()
     compression: tuple[float, ...] = ()
@@ -123,10 +141,13 @@ class Config:
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     grid: Grid = dataclasses.field(default_factory=Grid)
+    # More grids (a tuple of `Grid`, set in the config file), where one product would be too large: the runs are those
+    # of each of them in turn, every one with the values of `grid` where it has none of its own.
+    grids: Any = ()
 
 
 def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
-    """The values of the grid's fields that have some, by the key of the config that each replaces.
+    """The values of the grid's fields that have some, by the key of the config that each replaces; of all `grids`.
 
     >>> grid_values(Config(grid=Grid(pruner=("snip", "grasp"), seed=(0, 1))))
     {'seed': (0, 1), 'prune.pruner': ('snip', 'grasp')}
@@ -134,10 +155,22 @@ def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
     Raises:
       ValueError: a value is of another type than its field.
     """
+    products = [_product(config, grid) for grid in config.grids or (config.grid,)]
+    keys = [key for key in _grid_keys(config) if any(key in values for values in products)]
+    return {key: tuple(dict.fromkeys(v for values in products for v in values.get(key, ()))) for key in keys}
+
+
+def _grid_keys(config: Config) -> dict[str, Any]:
+    """The keys of the config that a grid sets, in the order of `Grid`, and the fields that set them."""
+    fields = dataclasses.fields(Grid)
+    return {field.name if hasattr(config, field.name) else f"prune.{field.name}": field for field in fields}
+
+
+def _product(config: Config, grid: Grid) -> dict[str, tuple[Any, ...]]:
+    """As `grid_values`, of one grid, with the values of the config's own where it has none."""
     found = {}
-    for field in dataclasses.fields(Grid):
-        key = field.name if hasattr(config, field.name) else f"prune.{field.name}"
-        values = getattr(config.grid, field.name)
+    for key, field in _grid_keys(config).items():
+        values = getattr(grid, field.name) or getattr(config.grid, field.name)
         if values:
             found[key] = tuple(_typed(field.name, value, typing.get_args(field.type)[0]) for value in values)
     return found
@@ -145,9 +178,9 @@ def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
 
 def _typed(name: str, value: Any, kind: type) -> Any:
     """The value as the config's own field would hold it: 10 and 10.0 must be one run."""
-    wanted = {int: numbers.Integral, float: numbers.Real, str: str}[kind]
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        example = {int: "0,1", float: "10,100", str: "\"('snip','grasp')\""}[kind]
+    wanted = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}[kind]
+    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
+        example = {int: "0,1", float: "10,100", str: "\"('snip','grasp')\"", bool: "True,False"}[kind]
         raise ValueError(f"grid.{name} holds {value!r}, which is no {kind.__name__}. Values are given as {example}.")
     return kind(value)
 
@@ -158,20 +191,24 @@ def expand(config: Config) -> list[Config]:
     >>> runs = expand(Config(grid=Grid(seed=(0, 1), compression=(10.0, 100.0))))
     >>> [(run.seed, run.prune.compression) for run in runs]
     [(0, 10.0), (0, 100.0), (1, 10.0), (1, 100.0)]
+    >>> runs = expand(Config(grid=Grid(seed=(0,)), grids=(Grid(pruner=("snip", "grasp")), Grid(schedule=("linear",)))))
+    >>> [(run.seed, run.prune.pruner, run.prune.schedule) for run in runs]
+    [(0, 'snip', 'exponential'), (0, 'grasp', 'exponential'), (0, 'synflow', 'linear')]
 
     Raises:
       ValueError: a value is of another type than its field.
     """
-    grid = grid_values(config)
     runs = []
-    for values in itertools.product(*grid.values()):
-        run = copy.deepcopy(config)
-        run.grid = Grid()
-        for key, value in zip(grid, values, strict=True):
-            parent, _, name = key.rpartition(".")
-            setattr(_get(run, parent), name, value)
-        if run not in runs:
-            runs.append(run)
+    for grid in config.grids or (config.grid,):
+        product = _product(config, grid)
+        for values in itertools.product(*product.values()):
+            run = copy.deepcopy(config)
+            run.grid, run.grids = Grid(), ()
+            for key, value in zip(product, values, strict=True):
+                parent, _, name = key.rpartition(".")
+                setattr(_get(run, parent), name, value)
+            if run not in runs:
+                runs.append(run)
     return runs
 
 
@@ -186,9 +223,16 @@ def num_iterations(config: PruneConfig) -> int:
     """
     if config.num_iterations is None and config.schedule == schedules.CERTIFIED:
         return schedules.MAX_CERTIFIED
+    if config.num_iterations is None and config.pruner == IMP and 1 < config.compression < math.inf:
+        return math.ceil(math.log(config.compression) / -math.log(_IMP_LEVEL))
     if config.num_iterations is None:
         return 100 if config.pruner == "synflow" and config.compression != 1 else 1
     return config.num_iterations
+
+
+def scope(config: PruneConfig) -> str:
+    """The scope, which the layerwise rules decide themselves."""
+    return "local" if config.pruner in LAYERWISE else config.scope
 
 
 def check(config: Config) -> None:
@@ -213,6 +257,7 @@ def _check_run(config: Config) -> None:
     if prune.score_dtype not in (None, "float32", "float64"):
         raise ValueError(f"prune.score_dtype={prune.score_dtype!r} is unknown. Choose 'float32' or 'float64'.")
     models.create(config.model, data.spec(config.dataset).num_classes, width_multiplier=config.width_multiplier)
+    _check_ablation(prune)
     certified = prune.schedule == schedules.CERTIFIED
     if certified:
         _check_certified(prune)
@@ -225,18 +270,18 @@ def _check_run(config: Config) -> None:
         raise ValueError(f"prune.temperature={prune.temperature} must be positive and finite.")
     scored, drawn = data.spec(prune_dataset(config)), data.spec(config.dataset)
     if prune.pruner in DATA_DRIVEN:
-        data.check_readable(prune_dataset(config), config.data.dir)
         if scored.num_classes > drawn.num_classes or scored.image_shape not in (None, drawn.image_shape):
             raise ValueError(
                 f"prune.dataset={prune.dataset!r} does not fit a network for dataset={config.dataset!r}: it must "
                 "have no more classes, and images of the same shape or such as are enlarged to any. Choose 'digits'."
             )
+        data.check_readable(prune_dataset(config), config.data.dir)
 
 
 def _check_certified(prune: PruneConfig) -> None:
     for name, value, wanted in (
         ("pruner", prune.pruner, "synflow"), ("scope", prune.scope, "global"), ("nested", prune.nested, True),
-        ("biases", prune.biases, False), ("norms", prune.norms, False),
+        ("biases", prune.biases, False), ("norms", prune.norms, False), ("mode", prune.mode, "eval"),
     ):  # fmt: skip
         if value != wanted:
             raise ValueError(
@@ -245,6 +290,35 @@ def _check_certified(prune: PruneConfig) -> None:
             )
     if not 0 < prune.cut_fraction < 1:
         raise ValueError(f"prune.cut_fraction={prune.cut_fraction} must be above 0 and below 1: a fraction of a cut.")
+
+
+def _check_ablation(prune: PruneConfig) -> None:
+    if prune.ablation not in ABLATIONS:
+        raise ValueError(f"prune.ablation={prune.ablation!r} is unknown. Choose one of {', '.join(ABLATIONS)}.")
+    if prune.mode not in ("eval", "train"):
+        raise ValueError(f"prune.mode={prune.mode!r} is unknown. Choose 'eval' or 'train'.")
+    if prune.ablation in ("shuffle", "invert") and prune.schedule == schedules.CERTIFIED:
+        raise ValueError(
+            f"prune.ablation={prune.ablation!r} does not go with schedule='certified', whose certificate would be of "
+            "another mask. Choose 'exponential' or 'linear'."
+        )
+    if prune.pruner in LAYERWISE and num_iterations(prune) != 1:
+        raise ValueError(
+            f"prune.num_iterations={prune.num_iterations} does not go with {prune.pruner!r}, which draws its mask at "
+            "once: leave it out, or set 1."
+        )
+    if prune.rewind_step < 0 or (prune.rewind_step and prune.pruner != IMP):
+        raise ValueError(
+            f"prune.rewind_step={prune.rewind_step} must not be negative, and is 0 for every rule but 'imp': "
+            "set that, or prune.pruner='imp'."
+        )
+    if prune.pruner == IMP and not prune.nested:
+        raise ValueError("prune.nested=False does not go with 'imp', which trains no pruned weight: leave it out.")
+    if prune.rewind_step and prune.ablation == "reinitialize":
+        raise ValueError(
+            f"prune.rewind_step={prune.rewind_step} does not go with ablation='reinitialize': weights drawn anew have "
+            "no earlier state to go back to. Set one of them to its default."
+        )
 
 
 def prune_dataset(config: Config) -> str:
@@ -314,7 +388,7 @@ def check_train(config: Config) -> None:
 
 
 def prune_dict(config: Config) -> dict[str, Any]:
-    """What decides on the mask, as plain values, with the number of iterations filled in."""
+    """What decides on the mask, as plain values, with the number of iterations filled in; for imp also the recipe."""
     values = dataclasses.asdict(config)
     values["prune"]["num_iterations"] = num_iterations(config.prune)
     for name in ("beyond_maximum", "record_units"):
@@ -323,8 +397,16 @@ def prune_dict(config: Config) -> dict[str, Any]:
         del values["prune"]["dataset"]  # it decides on nothing
     if config.prune.schedule != schedules.CERTIFIED:
         del values["prune"]["cut_fraction"]
-    for name in ("train", "data", "grid"):
+    if config.prune.pruner not in EVALUATING:
+        values["prune"]["mode"] = PruneConfig.mode  # it decides on nothing
+    values["prune"]["scope"] = scope(config.prune)
+    for name in ("ablation", "mode", "rewind_step"):  # of later versions: at their defaults no earlier name changes
+        if values["prune"][name] == getattr(PruneConfig, name):
+            del values["prune"][name]
+    for name in ("train", "data", "grid", "grids"):
         del values[name]
+    if config.prune.pruner == IMP:
+        values["train"] = _recipe(config.train)
     values["init"] = init_digest(config)
     if values["init"] is None:
         del values["init"]
@@ -340,21 +422,25 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ValueError: a key is no key of the config.
     """
+    tuples: Callable[[Any], Any] = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
     try:
-        return Config(**{**values, "prune": PruneConfig(**values["prune"])})
+        parts = {"prune": PruneConfig(**values["prune"]), "train": TrainConfig(**tuples(values.get("train", {})))}
+        return Config(**{**values, **parts})
     except (TypeError, KeyError) as error:
         raise ValueError(f"this is no config of prune.py: {error}.") from error
 
 
 def train_dict(config: Config) -> dict[str, Any]:
     """What decides on the trained network, as plain values; a function by its name and its source."""
-    values = prune_dict(config)
-    values["train"] = dataclasses.asdict(config.train)
+    return {**prune_dict(config), "train": _recipe(config.train)}
+
+
+def _recipe(train: TrainConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(train)
     for kept in ("compact", "keep_checkpoints", "checkpoint_every"):
-        del values["train"][kept]
-    make_optimizer = config.train.make_optimizer
-    if make_optimizer is not None:
-        values["train"]["make_optimizer"] = f"{make_optimizer.__name__} {_source_hash(make_optimizer)}"
+        del values[kept]
+    if callable(train.make_optimizer):  # else it is None, or what a row says of it
+        values["make_optimizer"] = f"{train.make_optimizer.__name__} {_source_hash(train.make_optimizer)}"
     return values
 
 

@@ -50,7 +50,7 @@ def read(row: Mapping[str, Any], workdir: pathlib.Path, init: str | None = None)
     Raises:
       FileNotFoundError, ValueError: what belongs to the row is missing or damaged.
     """
-    settings = config.from_dict({name: value for name, value in row["config"].items() if name != "train"})
+    settings = config.from_dict(row["config"])
     if "prune_run_id" in row:
         return _trained(settings, train_run.checkpoint_path(workdir, row["run_id"]))
     settings.init = init if settings.init is not None and init is not None else settings.init

@@ -100,4 +100,5 @@ def _network_key(settings: Config) -> tuple[Any, ...]:
 
 
 def _rule_key(settings: Config) -> tuple[Any, ...]:
-    return settings.prune.pruner, config.num_iterations(settings.prune) == 1
+    prune = settings.prune
+    return prune.pruner, prune.mode, prune.ablation == "invert", config.num_iterations(prune) == 1

@@ -55,7 +55,8 @@ def test_runs_are_the_product_in_the_order_of_the_fields() -> None:
 
 def test_every_field_of_a_grid_sets_a_value_of_the_config() -> None:
     values = {"model": "conv", "dataset": "mnist", "width_multiplier": 0.5, "seed": 7, "pruner": "random",
-              "num_iterations": 9, "scope": "local", "schedule": "linear", "compression": 3.0}  # fmt: skip
+              "mode": "train", "ablation": "shuffle", "nested": False, "num_iterations": 9, "scope": "local",
+              "schedule": "linear", "compression": 3.0}  # fmt: skip
     assert set(values) == {field.name for field in dataclasses.fields(Grid)}
     for name, value in values.items():
         (run,) = _runs(**{name: (value,)})
@@ -70,6 +71,20 @@ def test_a_run_of_a_grid_is_the_run_asked_for_alone() -> None:
     assert run == alone
     assert config.run_id(run) == config.run_id(alone) and config.train_id(run) == config.train_id(alone)
     assert config.expand(SMALL) == [SMALL] and SMALL.grid == Grid()
+
+
+def test_several_grids_are_run_in_turn_each_with_the_values_of_the_common_one() -> None:
+    grids = (Grid(pruner=("snip", "synflow"), nested=(True, False)), Grid(seed=(5,), mode=("eval", "train")))
+    settings = _with(SMALL, grid=Grid(seed=(0, 1), compression=(3,)), grids=grids)
+    first = [("snip", "eval", True), ("snip", "eval", False), ("synflow", "eval", True), ("synflow", "eval", False)]
+    wanted = [(seed, *values) for seed in (0, 1) for values in first]
+    wanted += [(5, "synflow", "eval", True), (5, "synflow", "train", True)]
+    runs = config.expand(settings)
+    found = [(run.seed, run.prune.pruner, run.prune.mode, run.prune.nested) for run in runs]
+    assert found == wanted and all(run.prune.compression == 3 and run.grids == () for run in runs)
+    assert config.grid_values(settings)["seed"] == (0, 1, 5)
+    # A run that two grids hold is one run.
+    assert config.expand(_with(SMALL, grids=(Grid(seed=(0,)), Grid(seed=(0, 1))))) == _runs(seed=(0, 1))
 
 
 def test_duplicates_are_one_run() -> None:
@@ -110,6 +125,7 @@ BAD = {
     "text for a number": ({"seed": ("a",)}, "grid.seed holds 'a'", "0,1"),
     "fraction for a number": ({"num_iterations": (1.5,)}, "grid.num_iterations holds 1.5", "0,1"),
     "truth for a number": ({"seed": (True,)}, "grid.seed holds True", "0,1"),
+    "number for truth": ({"nested": (1,)}, "grid.nested holds 1", "True,False"),
     "number for text": ({"pruner": (3,)}, "grid.pruner holds 3", "('snip','grasp')"),
     "compression": ({"compression": (10.0, 0.5), "seed": (0, 4)}, "compression=0.5", "seed=0, prune.compression=0.5"),
     "dataset": ({"dataset": ("digits", "digit")}, "dataset='digit' is unknown", "grid's run of dataset='digit'"),
