@@ -18,10 +18,21 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from synflow_jax import config, storage
+from synflow_jax import config, hosts, storage
 from synflow_jax.config import Config
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show the whole traceback of an error instead of one message")
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices",
+    None,
+    "as how many devices the processor appears, to try what runs on several",
+    lower_bound=1,
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes run one job")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this job", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this one is, from 0", lower_bound=0)
+_CLUSTER = flags.DEFINE_bool("cluster", False, "read the three above from SLURM or the TPU pod that this runs on")
+_JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "seconds in which all processes must have come", lower_bound=0)
 
 _STOPPED = 143  # the status of a process that SIGTERM ended: the run is not complete, and must not look so
 
@@ -41,6 +52,8 @@ def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
         try:
             if len(argv) > 1 and not words:
                 raise ValueError(f"{argv[1]!r} is no flag. Flags begin with --, values follow an =.")
+            if _CPU_DEVICES.value is not None:
+                jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
             main(argv)
         except _EXPECTED as error:
             if _TRACEBACK.value:
@@ -79,6 +92,20 @@ def check_config(value: Any) -> Config:
                 f"--config.grid.{name} instead."
             )
     return value
+
+
+def join_hosts() -> hosts.Hosts:
+    """Joins the processes that the flags name, before JAX is used; `hosts.ALONE` where they name none.
+
+    Raises: as `hosts.join`.
+    """
+    return hosts.join(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        cluster=_CLUSTER.value,
+        timeout_s=_JOIN_TIMEOUT.value,
+    )
 
 
 def use_compilation_cache() -> None:

@@ -619,7 +619,7 @@ class _Tracer:
         params = eqn.params
         strides = params["strides"] or (1,) * len(params["start_indices"])
         index = [slice(*b) for b in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
-        return [_indexed(values[0], index, eqn.outvars[0].aval.shape)]
+        return [self.part(_indexed(values[0], index, eqn.outvars[0].aval.shape))]
 
     def rev(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         turned = eqn.params["dimensions"]
@@ -628,7 +628,23 @@ class _Tracer:
 
     def split(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         sizes = [variable.aval.shape[eqn.params["axis"]] for variable in eqn.outvars]
-        return _parts(values[0], eqn.params["axis"], sizes)
+        return [self.part(value) for value in _parts(values[0], eqn.params["axis"], sizes)]
+
+    def part(self, value: _Value) -> _Value:
+        """A part of a value without the units that are one unit throughout it, where others lie along the same axes.
+
+        Such are the rows of a kernel that were multiplied at once, [in, 3 * out], when the result of one is cut out.
+        They are not followed any further: they stay, and their axis is not that of a layer.
+        """
+        one = lambda f: bool((f.ids == f.ids.flat[0]).all()) if f.ids.size else False
+        among = lambda f: any(g.support == f.support and not one(g) for g in value.fields)
+        gone = [f for f in value.fields if value.kind == _ACTIVATIONS and one(f) and among(f)]
+        self.fix(gone, "one unit throughout a part")
+        self.leave(gone)
+        for key, row in self.rows.items():
+            if any(f.ids.flat[0] in row for f in gone):
+                self.writers.pop(key, None)
+        return value._replace(fields=tuple(f for f in value.fields if all(f is not g for g in gone)))
 
     def unstack(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         axis = eqn.params["axis"]

@@ -116,7 +116,7 @@ def _compact(name: str) -> Bundle:
 
     params, batch_stats = jax.tree_util.tree_map_with_path(drop, (network.params, network.batch_stats))
     mask = jax.tree_util.tree_map_with_path(drop, jax.tree.map(jnp.ones_like, network.mask))
-    small = models.compact(network.model, params, batch_stats, mask, network.input_shape, train=False)
+    small = models.compact(network.model, params, batch_stats, mask, network.input_shape, fold=True)
     assert sum(trees.sizes(small.params)) < sum(trees.sizes(network.params))
     return Bundle(*small[:4], network.input_shape)
 

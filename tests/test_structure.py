@@ -31,6 +31,7 @@ FLOORS = {
     "models": 4,
     "data": 4,
     "storage": 4,
+    "hosts": 4,
     "checkpoints": 4,
     "training": 5,
     "forms": 5,

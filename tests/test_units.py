@@ -189,6 +189,13 @@ def _vmapped_channels_first(p: Params, x: jax.Array) -> jax.Array:
     return jax.vmap(one)(x)
 
 
+def _rows_at_once(p: Params, x: jax.Array) -> jax.Array:
+    """One product for both rows of a kernel [2, in, out], whose results are then added and multiplied."""
+    both = x @ p["w1"].transpose(1, 0, 2).reshape(3, 10)
+    a, b = jnp.split(both, 2, axis=-1)
+    return (relu(both[:, :5] + both[:, 5:]) * relu(a - 2 * b)) @ p["w2"]
+
+
 def _position(p: Params, x: jax.Array) -> jax.Array:
     h = relu(x @ p["w1"] + p["where"][None])
     return h.reshape(len(x), -1) @ p["w2"]
@@ -245,6 +252,7 @@ ZOO: dict[str, tuple[Callable[..., jax.Array], dict[str, tuple[int, ...]], tuple
         (2, 4, 4),
         {"w1", "w2"},
     ),
+    "rows_at_once": (_rows_at_once, {"w1": (2, 3, 5), "w2": (5, 2)}, (3,), {"w1"}),
     "position": (_position, {"w1": (3, 5), "where": (4, 5), "w2": (20, 2)}, (4, 3), {"w1"}),
 }
 
