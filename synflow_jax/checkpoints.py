@@ -88,6 +88,14 @@ def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
     )
 
 
+def latest_step(folder: pathlib.Path) -> int | None:
+    """The step of the newest checkpoint of a folder, or None if there is none."""
+    if not folder.is_dir():
+        return None
+    with open_folder(folder, {}, 1) as found:
+        return found.manager.latest_step()
+
+
 def latest_run(checkpoints: Checkpoints) -> dict[str, Any] | None:
     """What the newest checkpoint says of its run, or None if there is none.
 

@@ -105,6 +105,14 @@ class TrainConfig:
 
 
 @dataclasses.dataclass
+class SweepConfig:
+    """How train.py lays the runs of a grid on devices. No part of what a run is."""
+
+    runs_per_device: int = 1  # masked runs of one network that a device trains at a time; halved where memory is short
+    batching: str = "map"  # of the runs of a device: one after another in one program, or "vmap", side by side
+
+
+@dataclasses.dataclass
 class Grid:
     """Many runs in one config: every combination of these values. () stands for the config's own value.
 
@@ -140,6 +148,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
     grid: Grid = dataclasses.field(default_factory=Grid)
     # More grids (a tuple of `Grid`, set in the config file), where one product would be too large: the runs are those
     # of each of them in turn, every one with the values of `grid` where it has none of its own.
@@ -156,11 +165,11 @@ def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
       ValueError: a value is of another type than its field.
     """
     products = [_product(config, grid) for grid in config.grids or (config.grid,)]
-    keys = [key for key in _grid_keys(config) if any(key in values for values in products)]
+    keys = [key for key in grid_keys(config) if any(key in values for values in products)]
     return {key: tuple(dict.fromkeys(v for values in products for v in values.get(key, ()))) for key in keys}
 
 
-def _grid_keys(config: Config) -> dict[str, Any]:
+def grid_keys(config: Config) -> dict[str, Any]:
     """The keys of the config that a grid sets, in the order of `Grid`, and the fields that set them."""
     fields = dataclasses.fields(Grid)
     return {field.name if hasattr(config, field.name) else f"prune.{field.name}": field for field in fields}
@@ -169,7 +178,7 @@ def _grid_keys(config: Config) -> dict[str, Any]:
 def _product(config: Config, grid: Grid) -> dict[str, tuple[Any, ...]]:
     """As `grid_values`, of one grid, with the values of the config's own where it has none."""
     found = {}
-    for key, field in _grid_keys(config).items():
+    for key, field in grid_keys(config).items():
         values = getattr(grid, field.name) or getattr(config.grid, field.name)
         if values:
             found[key] = tuple(_typed(field.name, value, typing.get_args(field.type)[0]) for value in values)
@@ -356,8 +365,8 @@ def check_one(config: Config) -> None:
     grid = grid_values(config)
     if grid:
         raise ValueError(
-            f"config.grid={grid} asks for {len(expand(config))} runs, and train.py trains one. prune.py runs a grid; "
-            f"here set {', '.join(f'--config.{key}' for key in grid)}, and take a config without a grid."
+            f"config.grid={grid} names {len(expand(config))} runs, and this takes one: set "
+            f"{', '.join(f'--config.{key}' for key in grid)}, and take a config without a grid."
         )
 
 
@@ -384,6 +393,10 @@ def check_train(config: Config) -> None:
             f"train.make_optimizer={train.make_optimizer!r} must be a function (steps per epoch) -> optax chain, set "
             "in the config file."
         )
+    if config.sweep.runs_per_device < 1:
+        raise ValueError(f"sweep.runs_per_device={config.sweep.runs_per_device} must be at least 1.")
+    if config.sweep.batching not in ("map", "vmap"):
+        raise ValueError(f"sweep.batching={config.sweep.batching!r} is unknown. Choose 'map' or 'vmap'.")
     data.check_readable(config.dataset, config.data.dir)
 
 
@@ -403,7 +416,7 @@ def prune_dict(config: Config) -> dict[str, Any]:
     for name in ("ablation", "mode", "rewind_step"):  # of later versions: at their defaults no earlier name changes
         if values["prune"][name] == getattr(PruneConfig, name):
             del values["prune"][name]
-    for name in ("train", "data", "grid", "grids"):
+    for name in ("train", "data", "sweep", "grid", "grids"):
         del values[name]
     if config.prune.pruner == IMP:
         values["train"] = _recipe(config.train)

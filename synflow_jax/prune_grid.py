@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from synflow_jax import config, prune_run, pruning, storage
 from synflow_jax.config import Config
 from synflow_jax.prune_run import Network, Rule
@@ -53,17 +55,18 @@ def run(
     """
     failed: list[dict[str, Any]] = []
     failed_path(workdir).unlink(missing_ok=True)
-    for outcome in _outcomes(runs, workdir, overwrite, on_progress):
+    for outcome in outcomes(runs, workdir, overwrite, on_progress):
         if outcome.error is not None:
             failed.append({"run_id": config.run_id(outcome.settings), "error": outcome.error})
             storage.write_json(failed_path(workdir), failed)
         yield outcome
 
 
-def _outcomes(
+def outcomes(
     runs: Sequence[Config], workdir: pathlib.Path, overwrite: bool, on_progress: pruning.ProgressFn | None
 ) -> Iterator[Outcome]:
-    for same_network in _groups(runs, _network_key):
+    """As `run`, without a list of what failed."""
+    for same_network in _groups(runs, network_key):
         # Called when the first run needs it: where all rows are there, nothing is drawn and nothing scored.
         network = functools.cache(functools.partial(prune_run.build, _unbounded(same_network[0])))
         for same_rule in _groups(same_network, _rule_key):
@@ -76,7 +79,7 @@ def _outcomes(
                         continue
                     prune_run.check_compression(settings, network())  # before the scores are made
                     row = prune_run.prune(settings, network(), workdir, on_progress, rule())
-                except (ValueError, FloatingPointError) as error:
+                except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
                     yield Outcome(settings, error=str(error))
                 else:
                     yield Outcome(settings, row)
@@ -95,7 +98,8 @@ def _unbounded(settings: Config) -> Config:
     return dataclasses.replace(settings, prune=dataclasses.replace(settings.prune, beyond_maximum=True))
 
 
-def _network_key(settings: Config) -> tuple[Any, ...]:
+def network_key(settings: Config) -> tuple[Any, ...]:
+    """Runs of equal keys prune one network."""
     return settings.model, settings.dataset, settings.width_multiplier, settings.seed
 
 

@@ -153,7 +153,7 @@ def _key(settings: Config) -> jax.Array:
 def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     """The row of an earlier run of the same config in `workdir`, if its files are still there and the mask is whole."""
     wanted = config.run_id(settings)
-    for row in storage.read_rows(workdir / "rows.jsonl"):
+    for row in storage.read_all_rows(workdir):
         complete = not settings.prune.record_units or units_path(workdir, wanted).exists()
         if row["run_id"] == wanted and mask_path(workdir, wanted).exists() and complete:
             try:
@@ -241,13 +241,13 @@ def prune(
         storage.write_json(units_path(workdir, run_id), _unit_scores(network, initial))
         row["units"] = f"units/{run_id}.json"
     row["seconds"] = time.perf_counter() - started
-    storage.write_json(workdir / "config.json", row["config"])
+    storage.write_json(storage.own(workdir / "config.json"), row["config"])
     row["mask_sha256"] = storage.save_mask(mask_path(workdir, run_id), mask, row["config"])
     if info.removed_in is not None:
         certificate = _certificate(row, info)
         storage.save_certificate(certificate_path(workdir, run_id), certificate, info.removed_in)
         row["certificate"] = f"certificates/{run_id}.json"
-    storage.write_row(workdir / "rows.jsonl", row)
+    storage.write_row(storage.own(workdir / "rows.jsonl"), row)
     return row
 
 

@@ -1,16 +1,19 @@
-"""Floor 9. What a run prints: the network before it, a progress bar, a table of the layers after it."""
+"""Floor 10. What a run prints: the network before it, a progress bar, a table of the layers after it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import rich.console
+import rich.live
 import rich.markup
 import rich.progress
 import rich.table
@@ -204,6 +207,120 @@ def verdict(output: rich.console.Console, result: Verdict) -> None:
         f"{result.largest_fraction:.6f} of what the smallest cut held (float64); {result.kept:,} weights are left, and "
         "a path through them",
         soft_wrap=True,
+    )
+
+
+class Cells:
+    """The table of a sweep while it fills: a line for all that a grid varies but compression and seed."""
+
+    def __init__(self, runs: Sequence[Config]) -> None:
+        self.varying = [key for key in config.grid_keys(runs[0]) if len({_value(run, key) for run in runs}) > 1]
+        self.lines = [key for key in self.varying if key not in ("seed", "prune.compression")]
+        self.runs = {config.train_id(run): run for run in runs}
+        self.fraction = dict.fromkeys(self.runs, 0.0)
+        self.outcomes: dict[str, Outcome] = {}
+        self.earlier = 0  # of the outcomes, those that were there before
+        self.started = time.monotonic()
+
+    def __rich__(self) -> rich.console.RenderableType:
+        """The table, and how long it will take."""
+        line = lambda run: tuple(str(_value(run, key)) for key in self.lines)
+        compressions = sorted({run.prune.compression for run in self.runs.values()})
+        table = rich.table.Table(header_style="bold", box=rich.box.SIMPLE)
+        for key in self.lines:
+            table.add_column(key.removeprefix("prune."), no_wrap=True)
+        for compression in compressions:
+            table.add_column(f"{compression:,.4g}", justify="right", no_wrap=True)
+        for label in dict.fromkeys(map(line, self.runs.values())):
+            cells = (
+                [i for i, run in self.runs.items() if line(run) == label and run.prune.compression == compression]
+                for compression in compressions
+            )
+            table.add_row(*label, *map(self._cell, cells))
+        return rich.console.Group(table, self._state())
+
+    def _cell(self, run_ids: Sequence[str]) -> str:
+        if not run_ids:
+            return ""
+        found = [self.outcomes[run_id] for run_id in run_ids if run_id in self.outcomes]
+        rows = [outcome.row for outcome in found if outcome.row is not None]
+        text = ""
+        if rows:
+            text = f"{100 * sum(row['last']['test_top1'] for row in rows) / len(rows):.1f}"
+        if len(rows) < len(found):
+            text += f" [bold red]{len(found) - len(rows)} failed[/bold red]"
+        if len(found) < len(run_ids):
+            done = sum(self.fraction[run_id] for run_id in run_ids if run_id not in self.outcomes) + len(found)
+            text += f" [dim]{100 * done / len(run_ids):.0f} %[/dim]" if done else " [dim]-[/dim]"
+        return text.strip()
+
+    def _state(self) -> str:
+        done = (
+            len(self.outcomes)
+            - self.earlier
+            + sum(fraction for run_id, fraction in self.fraction.items() if run_id not in self.outcomes)
+        )
+        passed, to_do = time.monotonic() - self.started, len(self.runs) - self.earlier
+        left = f"about {_clock(passed * (to_do - done) / done)} left" if done and done < to_do else ""
+        failed = sum(outcome.row is None for outcome in self.outcomes.values())
+        parts = (
+            f"{len(self.outcomes)} of {len(self.runs)} runs finished",
+            f"{self.earlier} of them from an earlier time" if self.earlier else "",
+            f"[bold red]{failed} failed[/bold red]" if failed else "",
+            f"{_clock(passed)} passed",
+            left,
+        )
+        return "top-1 in %, mean over seeds; " + ", ".join(part for part in parts if part)
+
+
+def _value(run: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), run)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+@contextlib.contextmanager
+def sweep(
+    output: rich.console.Console, runs: Sequence[Config]
+) -> Iterator[tuple[Callable[[Config, str, float], None], Callable[[Outcome], None]]]:
+    """A table that fills, and a line a run. Yields `sweep.run`'s `on_progress`, and what takes its outcomes."""
+    cells = Cells(runs)
+    with rich.live.Live(cells, console=output, refresh_per_second=1, transient=False):
+
+        def update(settings: Config, what: str, fraction: float) -> None:
+            del what
+            cells.fraction[config.train_id(settings)] = fraction
+
+        def show(outcome: Outcome) -> None:
+            cells.outcomes[config.train_id(outcome.settings)] = outcome
+            cells.earlier += outcome.found
+            if not outcome.found:
+                named = " ".join(
+                    f"{key.removeprefix('prune.')}={_value(outcome.settings, key)}" for key in cells.varying
+                )
+                output.print(f"{named}: {_trained(outcome)}", soft_wrap=True)
+
+        yield update, show
+
+
+def _trained(outcome: Outcome) -> str:
+    if outcome.row is None:
+        return f"[bold red]failed:[/bold red] {rich.markup.escape(str(outcome.error))}"
+    row = outcome.row
+    return f"{row['kept']:,} of {row['total']:,} weights, test top-1 {100 * row['last']['test_top1']:.2f} %"
+
+
+def sweep_files(output: rich.console.Console, workdir: pathlib.Path) -> None:
+    """Where everything lies."""
+    _files(
+        output,
+        workdir,
+        ("rows.jsonl", "two rows a run, of its pruning and its training (rows-*.jsonl of several processes)"),
+        ("masks/", "a mask a run"),
+        ("curves/", "loss and accuracy of every epoch"),
+        ("checkpoints/", "parameters and state"),
     )
 
 

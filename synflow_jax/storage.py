@@ -228,6 +228,11 @@ def read_all_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return list({row["run_id"]: row for path in paths for row in read_rows(path)}.values())
 
 
+def own(path: pathlib.Path) -> pathlib.Path:
+    """The file of this process in place of one that several would write: rows.jsonl, or of several rows-0003.jsonl."""
+    return path if jax.process_count() == 1 else path.with_stem(f"{path.stem}-{jax.process_index():04d}")
+
+
 def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Adds a row, in place of an older one of the same `run_id`."""
     with _locked(path):

@@ -30,7 +30,7 @@ from synflow_jax.training import Sums, TrainInfo, TrainState
 from synflow_jax.trees import Mask
 
 _SECONDS_A_CALL = 5.0  # of one call of the compiled loop: between them progress is shown and signals are heard
-_SECONDS_UNSAVED = 600.0  # after which a checkpoint is written within an epoch
+SECONDS_UNSAVED = 600.0  # after which a checkpoint is written within an epoch
 
 AdvanceFn = Callable[[TrainState, TrainInfo, int, int], tuple[TrainState, TrainInfo]]
 EvaluateFn = Callable[[TrainState], Sums]
@@ -49,12 +49,16 @@ class Progress(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run's optimizer, its length, and what trains and tests a network on its data: `bind(model)`."""
+    """A run's optimizer, its length, its data, and what trains and tests a network on it: `bind(model)`.
+
+    arrays: the data as `bind` has it on the device; None where it is streamed.
+    """
 
     optimizer: optax.GradientTransformation
     bind: Callable[[Any], tuple[AdvanceFn, EvaluateFn]]
     steps_per_epoch: int
     num_steps: int
+    arrays: data.Arrays | None
 
 
 def curve_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
@@ -70,7 +74,7 @@ def checkpoint_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
 def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     """The row of an earlier, finished run of the same config in `workdir`."""
     wanted = config.train_id(settings)
-    return next((row for row in storage.read_rows(workdir / "rows.jsonl") if row["run_id"] == wanted), None)
+    return next((row for row in storage.read_all_rows(workdir) if row["run_id"] == wanted), None)
 
 
 def find_timing(workdir: pathlib.Path, run_id: str) -> dict[str, Any] | None:
@@ -114,26 +118,26 @@ def train(
       storage.Stopped: see `should_stop`.
     """
     run_id = config.train_id(settings)
-    plan = prepare(settings, network) if plan is None else plan
+    plan = prepare(settings, network.input_shape) if plan is None else plan
     form = choose_form(settings, network, mask) if form is None else form
-    state = _first_state(settings, plan, form)
+    state = first_state(settings, plan, form)
     info = training.init_info(settings.train.num_epochs)
-    run = _run(settings, mask, form)
+    run = describe(settings, mask, form)
     started = time.perf_counter()
     with checkpoints.open_folder(checkpoint_path(workdir, run_id), run, settings.train.keep_checkpoints) as folder:
-        _check_form(folder, form)
+        check_form(folder, form)
         restored = checkpoints.restore_latest(folder, (state, info))
         if restored is not None:
             state, info = restored[1]
         first = int(state.step)
         state, info, step_seconds = _loop(settings, plan, form, state, info, folder, on_progress, should_stop, workdir)
-    row = _row(settings, mask, form, state, info)
+    row = make_row(settings, mask, form, state, info)
     seconds = time.perf_counter() - started
-    storage.write_json(workdir / "config.json", row["config"])
-    storage.write_row(workdir / "rows.jsonl", row)
+    storage.write_json(storage.own(workdir / "config.json"), row["config"])
+    storage.write_row(storage.own(workdir / "rows.jsonl"), row)
     # Apart from the row, which is the same however often the run was stopped.
     storage.write_row(
-        workdir / "timing.jsonl",
+        storage.own(workdir / "timing.jsonl"),
         {"run_id": run_id, "seconds": seconds, "steps": plan.num_steps - first, "step_seconds": step_seconds,
          "images_per_second": (plan.num_steps - first) * settings.train.batch_size / seconds},
     )  # fmt: skip
@@ -180,7 +184,7 @@ def restore_full(settings: Config, network: Network, mask: Mask, workdir: pathli
       ValueError: there is no checkpoint, or it is damaged or that of another run.
     """
     path = checkpoint_path(workdir, config.train_id(settings))
-    plan = prepare(settings, network)
+    plan = prepare(settings, network.input_shape)
     missing = ValueError(f"{str(path)!r} holds no checkpoint of this run: train it first, by train.py.")
     if not path.is_dir():
         raise missing
@@ -190,24 +194,25 @@ def restore_full(settings: Config, network: Network, mask: Mask, workdir: pathli
         raise missing
     masked = forms.choose(*network[:3], mask, network.input_shape, compact=False)
     form = forms.choose(*network[:3], mask, network.input_shape, compact=True) if found.get("compact") else masked
-    with checkpoints.open_folder(path, _run(settings, mask, form), settings.train.keep_checkpoints) as folder:
-        like = _first_state(settings, plan, form), training.init_info(settings.train.num_epochs)
+    with checkpoints.open_folder(path, describe(settings, mask, form), settings.train.keep_checkpoints) as folder:
+        like = first_state(settings, plan, form), training.init_info(settings.train.num_epochs)
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None
     state = restored[1][0]
     if form.plan is None:
         return state
-    return compaction.expand_tree(form.plan, state, _first_state(settings, plan, masked))
+    return compaction.expand_tree(form.plan, state, first_state(settings, plan, masked))
 
 
-def _first_state(settings: Config, plan: Plan, form: Form) -> TrainState:
+def first_state(settings: Config, plan: Plan, form: Form) -> TrainState:
+    """The state of a run before its first step."""
     key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # the key itself draws the network, 1 prunes it
     # Copies, since the loop reuses the memory of the state that it is given.
     params, batch_stats, mask = jax.tree.map(jnp.copy, (form.params, form.batch_stats, form.mask))
     return training.init_state(params, batch_stats, mask, plan.optimizer, key)
 
 
-def _run(settings: Config, mask: Mask, form: Form) -> dict[str, Any]:
+def describe(settings: Config, mask: Mask, form: Form) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "run_id": config.train_id(settings),
@@ -218,7 +223,8 @@ def _run(settings: Config, mask: Mask, form: Form) -> dict[str, Any]:
     }
 
 
-def _check_form(folder: checkpoints.Checkpoints, form: Form) -> None:
+def check_form(folder: checkpoints.Checkpoints, form: Form) -> None:
+    """Raises ValueError where the checkpoints of a run are of its other form."""
     found = checkpoints.latest_run(folder)
     if found is None or bool(found.get("compact")) == form.compact:
         return
@@ -230,8 +236,13 @@ def _check_form(folder: checkpoints.Checkpoints, form: Form) -> None:
     )
 
 
-def prepare(settings: Config, network: Network) -> Plan:
+def prepare(settings: Config, input_shape: tuple[int, int, int], *, split: bool = True) -> Plan:
     """Reads the data, and builds what trains on it: before the pruning, so that what is wrong is found first.
+
+    Args:
+      settings: checked by `config.check_train`.
+      input_shape: of one image.
+      split: whether each batch is split over the devices of this host, where it can be.
 
     Raises:
       ValueError: the data cannot be used, or a batch is larger than the training split.
@@ -243,22 +254,22 @@ def prepare(settings: Config, network: Network) -> Plan:
         arrays = None
         num_examples = streaming.num_examples(settings.dataset, "train", settings.data.dir)
     else:
-        arrays = data.load(settings.dataset, network.input_shape, settings.data.dir)
+        arrays = data.load(settings.dataset, input_shape, settings.data.dir)
         num_examples = len(arrays.train_labels)
     try:
         per_epoch = training.steps_per_epoch(num_examples, options.batch_size)
     except ValueError as error:
         raise ValueError(f"train.{error}") from error
     optimizer = _optimizer(options, per_epoch)
-    sharding = training.batch_sharding(options.batch_size)
+    sharding = training.batch_sharding(options.batch_size) if split else None
     num_steps = per_epoch * options.num_epochs
     if arrays is not None:
-        arrays = jax.device_put(tuple(arrays), _replicated(sharding))
+        arrays = data.Arrays(*jax.device_put(tuple(arrays), _replicated(sharding)))
 
     def bind(model: Any) -> tuple[AdvanceFn, EvaluateFn]:
         step = training.make_step(model, optimizer, label_smoothing=options.label_smoothing, compute_dtype=dtype)
         if arrays is None:
-            return _streamed(settings, network.input_shape, model, step, sharding)
+            return _streamed(settings, input_shape, model, step, sharding)
         train_images, train_labels, test_images, test_labels = arrays
         epoch = jax.jit(
             training.make_epoch(
@@ -274,7 +285,7 @@ def prepare(settings: Config, network: Network) -> Plan:
             lambda state: evaluate(state, test_images, test_labels),
         )
 
-    return Plan(optimizer, bind, per_epoch, num_steps)
+    return Plan(optimizer, bind, per_epoch, num_steps, arrays)
 
 
 def _replicated(sharding: jax.sharding.NamedSharding | None) -> Any:
@@ -392,14 +403,11 @@ def _loop(
         bad_step = int(info.bad_step)  # waits for the device
         seconds = time.perf_counter() - before
         if bad_step >= 0:
-            raise FloatingPointError(_not_finite(bad_step, plan, settings, folder))
+            raise FloatingPointError(not_finite(bad_step, plan, settings, folder))
         if stride and step > begun:
             rate = (stop - step) * batch_size / seconds
             measured_steps, measured_seconds = measured_steps + stop - step, measured_seconds + seconds
-        if stop == step:
-            stride = 1
-        else:
-            stride = max(1, min(4 * stride, round(_SECONDS_A_CALL * (stop - step) / max(seconds, 1e-6))))
+        stride = next_stride(stride, stop - step, seconds)
         step = stop
         finished = None
         if step == end_of_epoch:
@@ -407,12 +415,12 @@ def _loop(
             info = training.finish_epoch(info, epoch, evaluate(state))
             finished = {name: float(values[epoch]) for name, values in info.curve.items()}
             if not np.isfinite(finished["test_loss"]):
-                raise FloatingPointError(_not_finite(step - 1, plan, settings, folder))
-            _write_curve(curve_path(workdir, config.train_id(settings)), info)
+                raise FloatingPointError(not_finite(step - 1, plan, settings, folder))
+            write_curve(curve_path(workdir, config.train_id(settings)), info)
             if (epoch + 1) % settings.train.checkpoint_every == 0 or step == plan.num_steps:
                 saved_at = save()
         report(finished)
-        if time.perf_counter() - saved_at > _SECONDS_UNSAVED:
+        if time.perf_counter() - saved_at > SECONDS_UNSAVED:
             saved_at = save()
         if should_stop() and step < plan.num_steps:
             save(wait=True)
@@ -423,7 +431,16 @@ def _loop(
     return state, info, measured_seconds / measured_steps if measured_steps else None
 
 
-def _not_finite(step: int, plan: Plan, settings: Config, folder: checkpoints.Checkpoints) -> str:
+def next_stride(stride: int, num_steps: int, seconds: float) -> int:
+    """How many steps the next call of the compiled loop takes, after one of `num_steps` took so long.
+
+    0 steps compile; then one, and four times as many until a call takes a few seconds.
+    """
+    return 1 if num_steps == 0 else max(1, min(4 * stride, round(_SECONDS_A_CALL * num_steps / max(seconds, 1e-6))))
+
+
+def not_finite(step: int, plan: Plan, settings: Config, folder: checkpoints.Checkpoints) -> str:
+    """What to tell of a loss that is not finite at a step, from 0."""
     last = folder.manager.latest_step()
     kept = "No checkpoint was written yet" if last is None else f"The checkpoint after step {last} stays"
     return (
@@ -433,7 +450,8 @@ def _not_finite(step: int, plan: Plan, settings: Config, folder: checkpoints.Che
     )
 
 
-def _write_curve(path: pathlib.Path, info: TrainInfo) -> None:
+def write_curve(path: pathlib.Path, info: TrainInfo) -> None:
+    """Writes the curve up to where it is known, an epoch a row; see `read_curve`."""
     curve = {name: np.asarray(values) for name, values in info.curve.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -444,7 +462,8 @@ def _write_curve(path: pathlib.Path, info: TrainInfo) -> None:
     storage.write_bytes(path, text.getvalue().encode())
 
 
-def _row(settings: Config, mask: Mask, form: Form, state: TrainState, info: TrainInfo) -> dict[str, Any]:
+def make_row(settings: Config, mask: Mask, form: Form, state: TrainState, info: TrainInfo) -> dict[str, Any]:
+    """What is said of a finished run; it is the same however often the run was stopped."""
     curve = {name: np.asarray(info.curve[name], np.float64) for name in training.CURVE}
     at = lambda epoch: {"epoch": epoch + 1, **{name: float(values[epoch]) for name, values in curve.items()}}
     run_id = config.train_id(settings)

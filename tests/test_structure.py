@@ -44,7 +44,8 @@ FLOORS = {
     "train_run": 8,
     "export_run": 9,
     "figures": 9,
-    "report": 9,
+    "sweep": 10,
+    "report": 10,
 }
 # Packages beside the standard library, and the one floor or file that may import them.
 ALLOWED = {
