@@ -7,6 +7,7 @@ of another network or config is told from a damaged one.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import shutil
@@ -37,11 +38,17 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
       run: what the run is, as plain values.
       keep: how many checkpoints stay.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = _alone(folder)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, multiprocessing_options=alone)
     manager = ocp.CheckpointManager(
         folder.absolute(),
         options=options,
-        item_handlers={"tree": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+        item_handlers={
+            # OCDBT would look for the parts of other processes.
+            "tree": ocp.StandardCheckpointHandler(multiprocessing_options=alone, use_ocdbt=jax.process_count() == 1),
+            "run": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        },
     )
     as_read = json.loads(json.dumps(run))  # tuples as lists: what a stored one will be compared with
     try:
@@ -50,6 +57,17 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
     finally:
         with contextlib.suppress(Exception):  # what went wrong in writing has been raised above
             manager.close()
+
+
+def _alone(folder: pathlib.Path) -> ocp.options.MultiprocessingOptions:
+    """Of several processes, the one that calls: orbax would wait for all of them, and each has runs of its own."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    prefix = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # several folders may be open at a time
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{prefix}-{index}"
+    )
 
 
 def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False) -> None:
@@ -90,10 +108,7 @@ def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
 
 def latest_step(folder: pathlib.Path) -> int | None:
     """The step of the newest checkpoint of a folder, or None if there is none."""
-    if not folder.is_dir():
-        return None
-    with open_folder(folder, {}, 1) as found:
-        return found.manager.latest_step()
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
 
 def latest_run(checkpoints: Checkpoints) -> dict[str, Any] | None:
