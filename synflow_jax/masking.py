@@ -3,7 +3,9 @@
 The k-th smallest is the value at which a count reaches k. `_search` closes a bracket around it: a sorted
 sample of the scores places the first pivots, interpolation between the counts the next ones, and bisection over
 the bits of the float ends every case that they do not, so that the result is exact for any input. Eight counts
-are enough for 15 M scores. Counts are sums: they add up over leaves, and over devices.
+are enough for 15 M scores. Counts are sums: they add up over leaves, and over devices. So where each device of an axis
+(`axis_name`, of a shard_map or pmap) holds its own part of every leaf, nothing but counts and the sample is exchanged,
+and the mask is the same to the last bit: any value with exactly k scores up to it separates the same scores.
 """
 
 from __future__ import annotations
@@ -73,18 +75,24 @@ def _sum_in_two_steps(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(x.reshape(-1, 512), axis=0, dtype=x.dtype), dtype=x.dtype)
 
 
-def count_kept(mask: Mask) -> jax.Array:
-    """The number of kept weights of each prunable leaf, int32 [num_leaves]."""
-    return jnp.stack([sum_of(lambda m: m, m) for m in jax.tree.leaves(mask)])
+def sum_over(value: jax.Array, axis_name: str | None) -> jax.Array:
+    """The sum of the devices' values over an axis; the value itself where there is none."""
+    return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
-def kth_smallest(scores: Scores, k: chex.Numeric) -> jax.Array:
+def count_kept(mask: Mask, axis_name: str | None = None) -> jax.Array:
+    """The number of kept weights of each prunable leaf, int32 [num_leaves]; over all devices of an axis."""
+    return sum_over(jnp.stack([sum_of(lambda m: m, m) for m in jax.tree.leaves(mask)]), axis_name)
+
+
+def kth_smallest(scores: Scores, k: chex.Numeric, axis_name: str | None = None) -> jax.Array:
     """The k-th smallest of all the scores of a tree, exactly; k counts from 1.
 
     Args:
       scores: a tree of float arrays (holes are skipped), of fewer than 2^31 elements, without NaN.
         Infinities and ties are welcome.
       k: int []; may be traced. Below 1 the result is -inf, above the number of scores it is +inf.
+      axis_name: the axis over whose devices the scores are spread, if any.
 
     Returns:
       A scalar of the scores' dtype (float32 for bfloat16 and float16).
@@ -94,13 +102,19 @@ def kth_smallest(scores: Scores, k: chex.Numeric) -> jax.Array:
     """
     leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf.size]
     k = jnp.asarray(k, jnp.int32)
-    (upper,) = separators(scores, k[None])
+    (upper,) = separators(scores, k[None], axis_name)
     below = [jnp.max(jnp.where(s <= upper, s.astype(upper.dtype), -jnp.inf)) for s in leaves]
     inside = jnp.max(jnp.stack(below)) if below else upper
-    return jnp.where(k > sum(s.size for s in leaves), jnp.inf, inside).astype(upper.dtype)
+    inside = inside if axis_name is None else jax.lax.pmax(inside, axis_name)
+    num_scores = sum(s.size for s in leaves) * _num_devices(axis_name)
+    return jnp.where(k > num_scores, jnp.inf, inside).astype(upper.dtype)
 
 
-def separators(scores: Scores, k: chex.Array) -> jax.Array:
+def _num_devices(axis_name: str | None) -> int:
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+
+def separators(scores: Scores, k: chex.Array, axis_name: str | None = None) -> jax.Array:
     """Values v such that `score > v` holds for the same scores as `score > kth_smallest(scores, k)`.
 
     A value may lie between the k-th and the next score, which spares the search its last passes.
@@ -108,6 +122,7 @@ def separators(scores: Scores, k: chex.Array) -> jax.Array:
     Args:
       scores: a tree of float arrays.
       k: int32 [1] for one value for the whole tree; [num_leaves] for one for each leaf by itself.
+      axis_name: the axis over whose devices the scores are spread, if any; each holds as many of every leaf.
 
     Returns:
       Float [1] or [num_leaves]; all brackets close in the same passes over the scores.
@@ -116,7 +131,7 @@ def separators(scores: Scores, k: chex.Array) -> jax.Array:
     chex.assert_shape(k, ({1, len(leaves)},))
     per_leaf = k.shape[0] > 1
     dtype = jnp.result_type(jnp.float32, *leaves)
-    sizes = np.array([leaf.size for leaf in leaves])
+    sizes = np.array([leaf.size for leaf in leaves]) * _num_devices(axis_name)
     if sizes.sum() >= 2**31:
         raise ValueError(f"scores have {sizes.sum()} elements; counts are int32, so at most 2^31 - 1 can be ranked.")
 
@@ -127,10 +142,13 @@ def separators(scores: Scores, k: chex.Array) -> jax.Array:
                 for leaf, value in zip(leaves, jnp.broadcast_to(values, len(leaves)), strict=True)
             ]
         )
-        return counts if per_leaf else jnp.sum(counts, keepdims=True, dtype=jnp.int32)
+        return sum_over(counts if per_leaf else jnp.sum(counts, keepdims=True, dtype=jnp.int32), axis_name)
 
-    samples = [leaf.reshape(-1).astype(dtype)[:: _stride(leaf.size if per_leaf else sizes.sum())] for leaf in leaves]
+    strides = [_stride(size if per_leaf else sizes.sum()) for size in sizes]
+    samples = [leaf.reshape(-1).astype(dtype)[::stride] for leaf, stride in zip(leaves, strides, strict=True)]
     samples = samples if per_leaf else [jnp.concatenate(samples)]
+    if axis_name is not None:  # every device must look at the same pivots
+        samples = [jax.lax.all_gather(sample, axis_name, tiled=True) for sample in samples]
     num_scores = jnp.asarray(sizes if per_leaf else sizes.sum(keepdims=True), jnp.int32)
     return _search(count_at_most, k, num_scores, [jnp.sort(sample) for sample in samples])
 
@@ -226,7 +244,7 @@ def _from_key(key: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(key >= sign, key ^ sign, ~key), dtype)
 
 
-def global_mask(scores: Scores, k: chex.Numeric) -> Mask:
+def global_mask(scores: Scores, k: chex.Numeric, axis_name: str | None = None) -> Mask:
     """Prunes the k smallest scores of the whole tree: keeps what lies strictly above the k-th smallest.
 
     Ties with the k-th smallest go, so more than k may be pruned; nothing goes for k < 1.
@@ -234,24 +252,26 @@ def global_mask(scores: Scores, k: chex.Numeric) -> Mask:
     Args:
       scores: tree of float arrays. A score of -inf goes before any other.
       k: int [], may be traced.
+      axis_name: the axis over whose devices the scores are spread, if any.
 
     >>> global_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 5.0])}, 2)
     {'a': Array([ True, False], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
-    (value,) = separators(scores, jnp.asarray(k, jnp.int32)[None])
+    (value,) = separators(scores, jnp.asarray(k, jnp.int32)[None], axis_name)
     return jax.tree.map(lambda s: (s > value) | (k < 1), scores)
 
 
-def local_mask(scores: Scores, k: chex.Array) -> Mask:
+def local_mask(scores: Scores, k: chex.Array, axis_name: str | None = None) -> Mask:
     """Prunes the `k[j]` smallest scores of the j-th leaf, each leaf by itself: as `global_mask` otherwise.
 
     Args:
       scores: tree of float arrays.
       k: int [num_leaves], in the order of `jax.tree.leaves(scores)`.
+      axis_name: the axis over whose devices the scores are spread, if any.
     """
     leaves, structure = jax.tree.flatten(scores)
     k = jnp.asarray(k, jnp.int32)
-    values = separators(leaves, k)
+    values = separators(leaves, k, axis_name)
     return jax.tree.unflatten(structure, [(s > values[j]) | (k[j] < 1) for j, s in enumerate(leaves)])
 
 

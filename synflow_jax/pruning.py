@@ -130,7 +130,7 @@ def prune_loop(
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was, and the info
       holds their totals in that iteration's row and NaN below it: see `check_finite`.
     """
-    state = init_state(mask, counts.shape[0], _score_dtype(params, mask), objective=objective is not None)
+    state = init_state(mask, counts.shape[0], score_type(params, mask), objective=objective is not None)
     state = advance(
         score_fn, params, counts, key, state, 0, counts.shape[0],
         scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
@@ -151,22 +151,33 @@ def advance(
     nested: bool = True,
     objective: Objective | None = None,
     loop_fn: LoopFn = jax.lax.fori_loop,
+    axis_name: str | None = None,
+    real: Mask | None = None,
 ) -> PruneState:
-    """Iterations `start` to `stop` - 1 of `prune_loop`, whose other arguments it takes. Pure."""
+    """Iterations `start` to `stop` - 1 of `prune_loop`, whose other arguments it takes. Pure.
+
+    axis_name: mask and scores are this device's parts of arrays spread over the devices of that axis; see `sharded`.
+    real: which of their elements stand for weights, if some only make up the numbers.
+    """
     leaves = jax.tree.leaves(state.mask)
     chex.assert_shape(counts, (counts.shape[0], 1 if scope == "global" else len(leaves)))
 
     def propose(iteration: jax.Array, mask: Mask, flow: Flow) -> Mask:
         # -inf ranks what is pruned below all that is alive, whatever the sign of a rule's scores.
         ranked = jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), mask, flow.scores) if nested else flow.scores
+        if real is not None:
+            ranked = jax.tree.map(lambda r, s: jnp.where(r, s, jnp.inf), real, ranked)
         if scope == "global":
-            proposed = masking.global_mask(ranked, counts[iteration, 0])
+            proposed = masking.global_mask(ranked, counts[iteration, 0], axis_name)
         else:
-            proposed = masking.local_mask(ranked, counts[iteration])
-        return jax.tree.map(jnp.logical_and, proposed, mask) if nested else proposed
+            proposed = masking.local_mask(ranked, counts[iteration], axis_name)
+        eligible = mask if nested else real
+        return proposed if eligible is None else jax.tree.map(jnp.logical_and, proposed, eligible)
 
     def body(iteration: jax.Array, state: PruneState) -> PruneState:
-        step = functools.partial(_step, score_fn, params, key, objective, functools.partial(propose, iteration))
+        step = functools.partial(
+            _step, score_fn, params, key, objective, functools.partial(propose, iteration), axis_name=axis_name
+        )
         return jax.lax.cond(state.done, lambda state: state, functools.partial(step, iteration), state)
 
     return loop_fn(start, stop, body, state)
@@ -219,13 +230,15 @@ def _step(
     propose: Callable[[Mask, Flow], Mask],
     iteration: jax.Array,
     state: PruneState,
+    *,
+    axis_name: str | None = None,
 ) -> PruneState:
     """One iteration: scores, a new mask from them, and what is to be said of both."""
     old, info = state.mask, state.info
     dtype = info.score_total.dtype
     # Scores rank weights across layers: products in bfloat16 or TF32 would rank rounding errors.
     with jax.default_matmul_precision("highest"):
-        flow = _flow(score_fn, params, old, jax.random.fold_in(key, iteration), dtype)
+        flow = flow_of(score_fn, params, old, jax.random.fold_in(key, iteration), dtype)
         objective_now = None if objective is None else objective(trees.apply_mask(params, old))
     proposed = propose(old, flow)
     # In one pass over the scores: the total of what was kept, and of what goes.
@@ -233,7 +246,7 @@ def _step(
         masking.sum_of(lambda m, p, s: tuple(jnp.where(w, s.astype(dtype), 0) for w in (m, m & ~p)), m, p, s)
         for m, p, s in zip(*map(jax.tree.leaves, (old, proposed, flow.scores)), strict=True)
     ]
-    total, pruned = (jnp.stack(column) for column in zip(*sums, strict=True))
+    total, pruned = (masking.sum_over(jnp.stack(column), axis_name) for column in zip(*sums, strict=True))
     finite = jnp.all(jnp.isfinite(total))
     mask = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, old)
     objectives = info.objective
@@ -241,7 +254,7 @@ def _step(
         objectives = objectives.at[iteration].set(objective_now.astype(dtype))
     info = info._replace(
         num_done=jnp.asarray(iteration + 1, jnp.int32),
-        kept=info.kept.at[iteration].set(masking.count_kept(mask)),
+        kept=info.kept.at[iteration].set(masking.count_kept(mask, axis_name)),
         score_total=info.score_total.at[iteration].set(total),
         pruned_score=info.pruned_score.at[iteration].set(jnp.sum(pruned)),
         cut=info.cut.at[iteration].set(flow.cut.astype(dtype)),
@@ -251,14 +264,15 @@ def _step(
     return PruneState(mask, info, finite, ~finite)
 
 
-def _flow(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey, dtype: Any) -> Flow:
+def flow_of(score_fn: Callable[..., Scores | Flow], params: Params, mask: Mask, key: chex.PRNGKey, dtype: Any) -> Flow:
+    """A score function's scores with the cut where the rule knows it; NaN, in `dtype`, where it does not."""
     flow_fn = with_cut(score_fn)
-    if flow_fn is not None:
-        return flow_fn(params, mask, key)
-    return Flow(score_fn(params, mask, key), jnp.asarray(jnp.nan, dtype), jnp.int32(0))
+    scores = (score_fn if flow_fn is None else flow_fn)(params, mask, key)
+    return scores if isinstance(scores, Flow) else Flow(scores, jnp.asarray(jnp.nan, dtype), jnp.int32(0))
 
 
-def _score_dtype(params: Params, mask: Mask) -> Any:
+def score_type(params: Params, mask: Mask) -> Any:
+    """What the scores of these parameters are computed in."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(trees.select(params, mask)))
 
 
@@ -338,10 +352,8 @@ def prune(
     >>> int(info.kept[-1].sum())
     24
     """
-    if scope not in ("global", "local"):
-        raise ValueError(f"scope={scope!r} is unknown. Choose 'global' or 'local'.")
     mask = trees.prunable(params) if mask is None else mask
-    trees.check_mask(mask, params)
+    check_request(params, mask, compression, scope)
     sizes = trees.sizes(mask)
     score_fn = as_partial(score_fn)
     certified = schedule == schedules.CERTIFIED
@@ -356,11 +368,7 @@ def prune(
         num_iterations,
         "exponential" if certified else schedule,  # the certified one takes no counts
     )
-    if compression > sum(sizes):
-        raise ValueError(
-            f"compression={compression} leaves none of the {sum(sizes)} prunable weights: it must be at most that."
-        )
-    wide = _choose_dtype(score_dtype, _score_dtype(params, mask), sum(sizes)) == jnp.float64
+    wide = is_wide(score_dtype, params, mask)
     key = jax.random.key(0) if key is None else key
     objective = None if objective is None else as_partial(objective)
     num_kept = schedules.num_kept(sum(sizes), compression)
@@ -368,11 +376,11 @@ def prune(
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         counts = jnp.asarray(host_counts, jnp.int32)
         if wide:
-            score_fn, params, objective = _widen((score_fn, params, objective))
+            score_fn, params, objective = widen((score_fn, params, objective))
         state = init_state(
-            mask, num_iterations, _score_dtype(params, mask), objective=objective is not None, certified=certified
+            mask, num_iterations, score_type(params, mask), objective=objective is not None, certified=certified
         )
-        for start, stop in _stretches(num_iterations, certified, on_progress is not None):
+        for start, stop in stretches(num_iterations, certified, on_progress is not None):
             if certified:
                 state = _jitted_certified(
                     score_fn, params, num_kept, cut_fraction, key, state, stop, objective=objective
@@ -392,6 +400,18 @@ def prune(
     if certified:
         _warn_of_shortfall(info, num_kept, bool(state.done))
     return state.mask, info
+
+
+def check_request(params: Params, mask: Mask, compression: float, scope: str) -> None:
+    """Raises ValueError for a scope that is unknown, a mask that does not fit, a compression that leaves nothing."""
+    if scope not in ("global", "local"):
+        raise ValueError(f"scope={scope!r} is unknown. Choose 'global' or 'local'.")
+    trees.check_mask(mask, params)
+    if compression > sum(trees.sizes(mask)):
+        raise ValueError(
+            f"compression={compression} leaves none of the {sum(trees.sizes(mask))} prunable weights: it must be at "
+            "most that."
+        )
 
 
 def _check_certified(score_fn: ScoreFn, cut_fraction: float, scope: str, nested: bool, loop_fn: LoopFn) -> None:
@@ -421,7 +441,7 @@ def _for_paths(params: Params, mask: Mask) -> Params:
     return trees.without_biases(params)
 
 
-def _stretches(num_iterations: int, certified: bool, reports: bool) -> list[tuple[int, int]]:
+def stretches(num_iterations: int, certified: bool, reports: bool) -> list[tuple[int, int]]:
     """The calls of the compiled program, as (start, stop).
 
     Progress is shown between them: a callback inside of the program would keep it out of the compilation cache.
@@ -471,12 +491,12 @@ def first_scores(
     """
     mask = trees.prunable(params) if mask is None else mask
     trees.check_mask(mask, params)
-    wide = _choose_dtype(score_dtype, _score_dtype(params, mask), sum(trees.sizes(mask))) == jnp.float64
+    wide = is_wide(score_dtype, params, mask)
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         score_fn = as_partial(score_fn)
         if wide:
-            score_fn, params = _widen((score_fn, params))
+            score_fn, params = widen((score_fn, params))
         return _jitted_score(score_fn, params, mask, jax.random.fold_in(key, 0))
 
 
@@ -486,18 +506,20 @@ def _jitted_score(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGK
         return score_fn(params, mask, key)
 
 
-def _choose_dtype(score_dtype: Any, params_dtype: Any, num_weights: int) -> Any:
+def is_wide(score_dtype: Any, params: Params, mask: Mask) -> bool:
+    """Whether `prune` scores in float64. Raises ValueError for a `score_dtype` that it does not know."""
+    params_dtype = score_type(params, mask)
     if score_dtype is None:
-        cheap = jax.default_backend() == "cpu" and num_weights < _WIDE_BELOW
-        return jnp.dtype(jnp.float64) if cheap else params_dtype
+        cheap = jax.default_backend() == "cpu" and sum(trees.sizes(mask)) < _WIDE_BELOW
+        return cheap or params_dtype == jnp.float64
     if score_dtype not in ("float32", "float64", jnp.float32, jnp.float64):
         raise ValueError(f"score_dtype={score_dtype!r} is unknown. Choose 'float32' or 'float64', or None for either.")
     if jnp.dtype(score_dtype).itemsize < params_dtype.itemsize:
         raise ValueError(f"score_dtype={score_dtype!r} is narrower than the parameters, which are {params_dtype}.")
-    return jnp.dtype(score_dtype)
+    return jnp.dtype(score_dtype) == jnp.float64
 
 
-def _widen(tree: trees.Tree) -> trees.Tree:
+def widen(tree: trees.Tree) -> trees.Tree:
     """All floats as float64; what a score function binds too."""
     is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)

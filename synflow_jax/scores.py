@@ -14,6 +14,7 @@ A jitted function that takes a score function as an argument therefore sees new 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -177,11 +178,11 @@ def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
     return Partial(_snip, as_partial(loss_fn), _stack(batches))
 
 
-def _snip(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+def _snip(loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     del key
-    scores = _sum_over(batches, lambda batch: saliency(lambda theta: loss_fn(theta, batch), params, mask))
+    scores = _sum_over(batches, lambda batch: saliency(lambda theta: loss_fn(theta, batch), params, mask), params)
     scores = jax.tree.map(jnp.abs, scores)
-    total = _total(scores)
+    total = _by_itself(_total, params, scores)
     return jax.tree.map(lambda s: s / total, scores)
 
 
@@ -201,21 +202,21 @@ def grasp(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
     return Partial(_grasp, as_partial(loss_fn), _stack(batches))
 
 
-def _grasp(loss_fn: LossFn, batches: list[Batch], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+def _grasp(loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     del key
     masked = apply_mask(params, mask)
 
     def gradient(theta: Params, batch: Batch) -> Params:
         return jax.grad(lambda prunable: loss_fn(merge(prunable, theta), batch))(select(theta, mask))
 
-    g = _sum_over(batches, lambda batch: gradient(masked, batch))
+    g = _sum_over(batches, lambda batch: gradient(masked, batch), params)
 
     def objective(theta: Params, batch: Batch) -> jax.Array:
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), g, gradient(theta, batch))
         return jax.tree.reduce(jnp.add, products)
 
-    scores = _sum_over(batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask))
-    total = jnp.abs(_total(scores)) + 1e-10
+    scores = _sum_over(batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask), params)
+    total = jnp.abs(_by_itself(_total, params, scores)) + 1e-10
     return jax.tree.map(lambda s: s / total, scores)
 
 
@@ -299,8 +300,103 @@ def _shapes(batch: Batch) -> Any:
     return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
-def _sum_over(stacked: list[Batch], function: Callable[[Batch], Scores]) -> Scores:
-    """The sum of `function(batch)` over all batches, one at a time, so that one batch's memory is enough."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "num_batches"), meta_fields=("axis_name",))
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """Batches dealt out to the devices of an axis, round by round: batch i of a group to device i mod D.
+
+    groups: of each group of `_stack`, [num_rounds, D, ...]; a device holds [num_rounds, 1, ...]. The last round is
+      filled up with batches that are not counted.
+    num_batches: int32 [num_groups].
+    """
+
+    groups: list[Batch]
+    num_batches: Any
+    axis_name: str
+
+
+def over_devices(score_fn: ScoreFn, num_devices: int, axis_name: str) -> tuple[ScoreFn, Any]:
+    """A score function for use inside of a shard_map, whose devices share the batches of SNIP and GraSP.
+
+    Each device differentiates for its own batches; what they find is added in the order of the batches, as one device
+    adds it, so that the scores are the same to the last bit, and all of them on every device. Other rules have nothing
+    to share, and are returned as they are.
+
+    Returns:
+      The score function, and a tree of its structure that says which of its leaves are to be split, along their second
+      axis: True, and False for what every device needs whole.
+    """
+    score_fn = as_partial(score_fn)
+    if score_fn.func not in (_snip, _grasp):
+        return score_fn, jax.tree.map(lambda _: False, score_fn)
+    loss_fn, stacked = score_fn.args
+    groups = [jax.tree.map(functools.partial(_deal, num_devices), group) for group in stacked]
+    num_batches = jnp.array([jax.tree.leaves(group)[0].shape[0] for group in stacked], jnp.int32)
+    split = _Shares(jax.tree.map(lambda _: True, groups), False, axis_name)
+    return (
+        Partial(score_fn.func, loss_fn, _Shares(groups, num_batches, axis_name)),
+        Partial(score_fn.func, jax.tree.map(lambda _: False, loss_fn), split),
+    )
+
+
+def _deal(num_devices: int, leaf: jax.Array) -> jax.Array:
+    num_more = -leaf.shape[0] % num_devices
+    filled = jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (num_more, *leaf.shape[1:]))])
+    return filled.reshape(-1, num_devices, *leaf.shape[1:])
+
+
+def _sum_over_devices(shares: _Shares, function: Callable[[Batch], Scores]) -> Scores:
+    """`_sum_over` for batches of which each device has its own.
+
+    Every device adds up one part of each leaf, in the order of the batches, and the parts are put together at the end:
+    as much traffic as an all-reduce, which would add in an order of its own.
+    """
+    num_devices = jax.lax.axis_size(shares.axis_name)
+
+    def part(leaf: jax.Array) -> jax.Array:
+        """All devices' values of this device's part: [D, part]."""
+        padded = jnp.pad(leaf.reshape(-1), (0, -leaf.size % num_devices)).reshape(num_devices, -1)
+        return jax.lax.all_to_all(padded, shares.axis_name, 0, 0)
+
+    def whole(part: jax.Array, like: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(part, shares.axis_name, tiled=True)[: like.size].reshape(like.shape)
+
+    def add_round(num_batches: jax.Array, carry: tuple[Scores, jax.Array], batch: Batch) -> tuple[Any, None]:
+        total, num_added = carry
+        values = jax.tree.map(part, function(jax.tree.map(lambda leaf: leaf[0], batch)))
+        for i in range(num_devices):
+            counts = num_added + i < num_batches
+            total = jax.tree.map(lambda t, v, i=i, counts=counts: jnp.where(counts, t + v[i], t), total, values)
+        return (total, num_added + num_devices), None
+
+    example = jax.tree.map(lambda leaf: leaf[0, 0], shares.groups[0])
+    like = jax.eval_shape(function, example)
+    total = jax.tree.map(lambda leaf: jnp.zeros(-(-leaf.size // num_devices), leaf.dtype), like)
+    for group, num_batches in zip(shares.groups, shares.num_batches, strict=True):
+        (total, _), _ = jax.lax.scan(functools.partial(add_round, num_batches), (total, jnp.int32(0)), group)
+    return jax.tree.map(whole, total, like)
+
+
+def _by_itself(function: Callable[[Any], Any], probe: Params, argument: Any) -> Any:
+    """`function(argument)` as a computation that the compiler cannot mix with what stands around it.
+
+    XLA would round otherwise in each place (a product that is added at once becomes one fused operation; a sum goes in
+    the order that suits what it follows), and scores would depend on which device computed them. What it cannot know at
+    compile time is whether a parameter is NaN.
+    """
+    like = jax.eval_shape(function, argument)
+    broken = lambda _: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), like)
+    return jax.lax.cond(jnp.isnan(jax.tree.leaves(probe)[0].reshape(-1)[0]), broken, function, argument)
+
+
+def _sum_over(stacked: list[Batch] | _Shares, function: Callable[[Batch], Scores], probe: Params) -> Scores:
+    """The sum of `function(batch)` over all batches, one at a time, so that one batch's memory is enough.
+
+    probe: parameters that the function takes.
+    """
+    function = functools.partial(_by_itself, function, probe)
+    if isinstance(stacked, _Shares):
+        return _sum_over_devices(stacked, function)
 
     def add(total: Scores, batch: Batch) -> tuple[Scores, None]:
         return jax.tree.map(jnp.add, total, function(batch)), None

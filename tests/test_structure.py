@@ -28,6 +28,7 @@ FLOORS = {
     "pruning": 3,
     "compaction": 3,
     "analysis": 4,
+    "sharded": 4,
     "models": 4,
     "data": 4,
     "storage": 4,
