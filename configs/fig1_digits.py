@@ -6,7 +6,7 @@
 Expect every rule but SynFlow to collapse far below the maximal compression, 16,095 (one weight in each of nine layers).
 """
 
-from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
+from synflow_jax.config import Config, Grid, TrainConfig
 
 
 def get_config() -> Config:
@@ -15,7 +15,6 @@ def get_config() -> Config:
         model="cifar_vgg11_bn",
         dataset="digits",
         width_multiplier=0.125,
-        prune=PruneConfig(),
         train=TrainConfig(
             num_epochs=6,
             batch_size=64,
