@@ -118,11 +118,11 @@ def test_a_part_of_a_grid_is_drawn_and_told(grid: list[rows.Row]) -> None:
     lines = _lines(fig1.draw(found, "best"))
     np.testing.assert_allclose(lines["synflow"].get_ydata()[2], 70)
     np.testing.assert_array_equal(lines["snip"].get_xdata(), [1, 100, MAXIMUM])
-    assert found[0].curves["snip"].missing == ["10 (seed 0, 1)"]
-    assert found[0].curves["synflow"].missing == ["100 (seed 1)"] and not found[0].curves["grasp"].missing
+    assert found[0].curves["snip"].missing == [(10, 0), (10, 1)]
+    assert found[0].curves["synflow"].missing == [(100, 1)] and not found[0].curves["grasp"].missing
     title = fig1.draw(found, "best").axes[0].get_title()
     assert "seeds 0 to 1; 3 runs missing" in title
-    assert "    missing: 100 (seed 1)" in accuracy.summary(found[0])
+    assert "    missing: seed 1 at 100" in accuracy.summary(found[0])
     # Whether a network has collapsed is known from its pruning row alone.
     unknown = [{**row, "pruning": None} if row["pruner"] == "snip" else row for row in grid]
     (panel,) = fig1.panels(unknown, "best")
@@ -189,7 +189,7 @@ def test_fig6_has_a_panel_a_network_and_published_curves_behind(tmp_path: pathli
     behind = published.read(ROOT / "docs" / "paper" / "fig6.json")
     figure = fig6.draw(fig6.panels(rows.read_trained(folders), "best"), "best", behind)
     panels = {ax.get_title().split()[0]: number for number, ax in enumerate(figure.axes) if ax.get_title()}
-    assert list(panels) == [model for model, _ in names]
+    assert list(panels) == ["cifar_vgg11_bn", "tiny_wide_resnet18", "fc"]
     assert "was not widened" in figure.axes[panels["tiny_wide_resnet18"]].get_title()
     source = json.loads((ROOT / "docs" / "paper" / "fig6.json").read_text())
     wanted = source["panels"][0]["top1"]["synflow"]

@@ -55,7 +55,7 @@ class Curve(NamedTuple):
       critical: the smallest compression, up to the maximum, at which a network has collapsed; None if there is none.
       chance: the compression from which on the mean is no better than guessing; None if it never is.
       unknown: how many runs have no pruning row, so that it is not known whether they have collapsed.
-      missing: runs that other curves or seeds of the same folder have and this one lacks, in words.
+      missing: compressions and seeds that others of the same folder have and this one lacks.
     """
 
     label: str
@@ -66,7 +66,7 @@ class Curve(NamedTuple):
     critical: float | None
     chance: float | None
     unknown: int
-    missing: list[str]
+    missing: list[tuple[float, int]]
 
 
 class Panel(NamedTuple):
@@ -178,10 +178,6 @@ def _curve(
     falls = 0 if not len(above) else int(above[-1]) + 1
     pruned = [(at, row["pruning"]) for (at, _), row in runs.items() if row["pruning"] is not None]
     limit = np.inf if maximum is None else maximum * _ROUNDING
-    absent: dict[float, list[int]] = {}
-    for compression, seed in sorted(wanted):
-        if (compression, seed) not in runs:
-            absent.setdefault(compression, []).append(seed)
     return Curve(
         label,
         np.array(compressions),
@@ -191,7 +187,7 @@ def _curve(
         min((at for at, row in pruned if row["collapsed"] and at <= limit), default=None),
         compressions[falls] if falls < len(compressions) else None,
         len(runs) - len(pruned),
-        [f"{select.number(at)} (seed {', '.join(map(str, seeds))})" for at, seeds in absent.items()],
+        sorted(place for place in wanted if place not in runs),
     )
 
 
@@ -209,15 +205,28 @@ def summary(panel: Panel) -> list[str]:
         kept = chance or f"{curve.mean[-1]:.1f} % at {select.number(last)}"
         lines.append(f"  {curve.label}: {curve.mean[0]:.1f} % at {select.number(curve.compression[0])}, {kept}; {fate}")
         if curve.missing:
-            lines.append(f"    missing: {', '.join(curve.missing)}")
+            lines.append(f"    missing: {_places(curve.missing)}")
     return lines
+
+
+def _places(missing: Sequence[tuple[float, int]]) -> str:
+    """The compressions of each seed, in short.
+
+    >>> _places([(1.0, 2), (3.2, 2), (10.0, 0), (10.0, 2), (20.0, 2)])
+    'seed 0 at 10; seed 2 at 1 to 20, 4 compressions'
+    """
+    by_seed: dict[int, list[str]] = {}
+    for compression, seed in sorted(missing):
+        by_seed.setdefault(seed, []).append(select.number(compression))
+    short = lambda at: ", ".join(at) if len(at) < 4 else f"{at[0]} to {at[-1]}, {len(at)} compressions"
+    return "; ".join(f"seed {seed} at {short(at)}" for seed, at in sorted(by_seed.items()))
 
 
 def seeds_title(panel: Panel) -> str:
     """Which seeds the curves are of, and how many runs are missing."""
     seeds = panel.seeds
     row = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    number = sum(part.count(",") + 1 for curve in panel.curves.values() for part in curve.missing)
+    number = sum(len(curve.missing) for curve in panel.curves.values())
     return row + (f"; {number} run{'s' if number > 1 else ''} missing" if number else "")
 
 

@@ -27,12 +27,14 @@ def draw(found: Sequence[Panel], which: str, behind: Mapping[Any, Published] | N
     """Draws Fig. 6 from `panels`: a row of panels for each data set, published curves behind ours."""
     from matplotlib.figure import Figure
 
-    datasets = list(dict.fromkeys(panel.dataset for panel in found))
+    # Columns are networks, whatever the family's name before the first _ is.
+    found = sorted(found, key=lambda panel: panel.model.partition("_")[2])
+    datasets = sorted({panel.dataset for panel in found})
     by_dataset = [[panel for panel in found if panel.dataset == dataset] for dataset in datasets]
     num_columns = max(len(row) for row in by_dataset)
     if len(datasets) == 1 and num_columns > 3:
         num_columns = -(-num_columns // 2)
-        by_dataset = [found[:num_columns], found[num_columns:]]  # type: ignore[list-item]
+        by_dataset = [found[:num_columns], found[num_columns:]]
     figure = Figure(figsize=(2.9 * num_columns + 1.7, 2.6 * len(by_dataset) + 0.5), layout="constrained")
     grid = figure.subplots(len(by_dataset), num_columns, squeeze=False)
     drawn = {}
