@@ -5,8 +5,7 @@
 
 SNIP and GraSP run in a single iteration as well. Hours on a GPU for each run of 160 epochs, and eleven times as long
 for one of IMP; not run here. configs/fig7_digits.py is a variant for two cores.
-Expect iterations to move the critical compressions of SNIP and GraSP up. The paper's own figure was not at hand:
-network, data set and number of levels are our choice.
+The paper's own figure was not at hand: network, data set and number of levels are our choice.
 Needs CIFAR-10, prepared once for tensorflow-datasets; without it the run says how.
 """
 

@@ -5,7 +5,7 @@
 
 The network of fig1_digits, whose rows are the curves of SynFlow and of a single iteration; those of fig5a_digits are
 IMP's.
-Expect iterations to move the critical compressions of SNIP and GraSP up.
+Seed 0 at compression 100: SNIP 69.6 % in 100 iterations and 86.4 % in one, GraSP 14.2 % and 72.7 %; none collapsed.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
