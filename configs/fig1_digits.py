@@ -3,7 +3,9 @@
     python train.py --config=configs/fig1_digits.py --workdir=runs/fig1_digits
     python -m synflow_jax.figures fig1 --rows=runs/fig1_digits
 
-Expect every rule but SynFlow to collapse far below the maximal compression, 16,095 (one weight in each of nine layers).
+Expect every rule but SynFlow to collapse far below the maximal compression, 16,095 (one weight in each of nine layers):
+seed 0 at 100 (random) and 316 (magnitude, SNIP, GraSP). SynFlow's networks stay connected in all three seeds, but from
+10^4 on, with 15 weights and less, learn nothing. Unpruned: 98.6 %.
 """
 
 from synflow_jax.config import Config, Grid, TrainConfig

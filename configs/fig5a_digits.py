@@ -4,7 +4,7 @@
     python -m synflow_jax.figures fig5a --rows=runs/fig5a_digits
 
 Level k of n prunes to compression^(k/n) and rewinds to initialization; a run of n levels trains n + 1 times.
-Expect one level to collapse at compression 100, where eight are nearly as good as no pruning.
+Expect one level to collapse at compression 100, where two, four and eight keep accuracy.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
