@@ -485,10 +485,21 @@ def make_row(settings: Config, mask: Mask, form: Form, state: TrainState, info: 
         "num_steps": int(state.step),
         "last": at(settings.train.num_epochs - 1),
         "best": at(int(np.argmax(curve["test_top1"]))),
+        "mean_squares": _mean_squares(form, state),
         "curve": f"curves/{run_id}.csv",
         "params_sha256": _sha256(state.params),
         "config": config.train_dict(settings),
     }
+
+
+def _mean_squares(form: Form, state: TrainState) -> list[dict[str, Any]]:
+    """Per layer, its size and the mean square of its kept weights before and after training (Fig. 5b), as trained."""
+    before, after = (dict(zip(trees.names(p), jax.tree.leaves(p), strict=True)) for p in (form.params, state.params))
+    mean = lambda leaf, kept: float(np.mean(np.square(np.asarray(leaf, np.float64)), where=kept)) if kept.any() else 0.0
+    return [
+        {"name": name, "size": kept.size, "initial": mean(before[name], kept), "final": mean(after[name], kept)}
+        for name, kept in zip(trees.names(form.mask), map(np.asarray, jax.tree.leaves(form.mask)), strict=True)
+    ]
 
 
 def _sha256(tree: trees.Tree) -> str:

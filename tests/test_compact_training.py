@@ -169,6 +169,16 @@ def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) 
     means = training.means(sums)
     assert float(means["top1"]) == row["last"]["test_top1"]
     assert float(means["loss"]) == pytest.approx(row["last"]["test_loss"], rel=1e-5)
+    # The row's mean squares are of the weights that were kept and trained; the compact network has none that are idle.
+    form = train_run.choose_form(_settings(compact), network, mask)
+    masks = dict(zip(trees.names(form.mask), jax.tree.leaves(form.mask), strict=True))
+    assert [(layer["name"], layer["size"]) for layer in row["mean_squares"]] == [(n, m.size) for n, m in masks.items()]
+    wanted = {"initial": form.params} | ({} if compact else {"final": state.params})
+    for which, params in wanted.items():
+        leaves = dict(zip(trees.names(params), jax.tree.leaves(params), strict=True))
+        for layer in row["mean_squares"]:
+            kept = np.asarray(leaves[layer["name"]], np.float64)[np.asarray(masks[layer["name"]])]
+            assert layer[which] == pytest.approx(np.mean(kept**2), rel=1e-12)
     # The optimizer's memory came along: training can go on.
     moved = [np.count_nonzero(leaf) for leaf in jax.tree.leaves(state.opt_state)]
     assert sum(moved) > 0.5 * row["size"]["kept"]["weights"]

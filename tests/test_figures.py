@@ -166,7 +166,11 @@ def test_the_command_writes_png_and_pdf(folder: pathlib.Path, tmp_path: pathlib.
 
 def test_bad_commands(tmp_path: pathlib.Path) -> None:
     for arguments, argument, cure in (
-        (["fig9", f"--rows={tmp_path}"], "'fig9' is unknown", "fig2, fig3, fig4, schedule"),
+        (
+            ["fig9", f"--rows={tmp_path}"],
+            "'fig9' is unknown",
+            "fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7, schedule",
+        ),
         (["fig2", f"--rows={tmp_path / 'none'}"], "rows.jsonl does not exist", "python prune.py"),
     ):
         result = _figures(*arguments)

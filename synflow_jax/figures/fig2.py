@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
         broken = [compression for compression, row in runs.items() if row["collapsed"]]
         early = [compression for compression in broken if compression <= first["max_compression"]]
         late = "collapsed only beyond the maximum" if broken else "never collapsed"
-        fate = f"collapsed from {_number(early[0])} on" if early else late
+        fate = f"collapsed from {select.number(early[0])} on" if early else late
         ax.set_title(f"{select.rule_title(first)}\n{fate}", fontsize=9, color=select.RED if early else "black")
     spare = axes[len(by_rule)]
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=spare.inset_axes((0.1, 0.1, 0.07, 0.85)))
@@ -58,7 +58,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> Figure:
     bar.ax.yaxis.set_label_position("left")
     compressions = sorted({row["compression"] for row in rows})
     shown = compressions[:: -(-len(compressions) // 7)]
-    bar.set_ticks(shown, labels=[_number(compression) for compression in shown])
+    bar.set_ticks(shown, labels=[select.number(compression) for compression in shown])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7)
     spare.plot([], [], color=select.GREY, label="every layer has weights")
@@ -94,7 +94,3 @@ def _panel(ax: Any, runs: dict[float, Row], color: Any, floor: float) -> None:
 
 def _fractions(row: Row) -> list[float]:
     return [layer["kept"] / layer["size"] for layer in row["layers"]]
-
-
-def _number(compression: float) -> str:
-    return f"{compression:,.0f}" if compression >= 10 else f"{compression:.3g}"

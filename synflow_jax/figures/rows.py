@@ -20,15 +20,39 @@ def read(folder: pathlib.Path) -> list[Row]:
     Raises:
       ValueError: there are none, or the file is damaged.
     """
-    path = folder / "rows.jsonl"
-    found = [row for row in storage.read_rows(path) if "layers" in row]  # rows of training have none
+    found = [row for row in storage.read_all_rows(folder) if "layers" in row]  # rows of training have none
     if not found:
-        missing = "holds no pruning row" if path.exists() else "does not exist"
         raise ValueError(
-            f"--rows={str(folder)!r}: {path} {missing}. Make rows by prune.py, for instance python prune.py "
-            f"--config=configs/fig4.py --workdir={folder}."
+            f"--rows={str(folder)!r}: {_nothing(folder, 'pruning')}. Make rows by prune.py, for instance python "
+            f"prune.py --config=configs/fig4.py --workdir={folder}."
         )
     return found
+
+
+def read_trained(folders: Sequence[pathlib.Path]) -> list[Row]:
+    """The training rows of several folders, with the pruning row as "pruning", None where it is missing, and "folder".
+
+    Raises:
+      ValueError: a folder has none, or a file is damaged.
+    """
+    found = []
+    for folder in folders:
+        every = storage.read_all_rows(folder)
+        pruned = {row["run_id"]: row for row in every if "layers" in row}
+        trained = [row for row in every if "prune_run_id" in row and "last" in row]  # failed runs have no last epoch
+        if not trained:
+            raise ValueError(
+                f"--rows={str(folder)!r}: {_nothing(folder, 'training')}. Make rows by train.py, for instance python "
+                f"train.py --config=configs/fig1_digits.py --workdir={folder}."
+            )
+        found += [{**row, "pruning": pruned.get(row["prune_run_id"]), "folder": str(folder)} for row in trained]
+    return found
+
+
+def _nothing(folder: pathlib.Path, what: str) -> str:
+    path = folder / "rows.jsonl"
+    there = path.exists() or any(folder.glob("rows-*.jsonl"))
+    return f"{path} holds no {what} row" if there else f"{path} does not exist"
 
 
 def one_network(rows: Sequence[Row]) -> list[Row]:
@@ -66,8 +90,22 @@ def by_rule(rows: Iterable[Row]) -> dict[str, Row]:
 
 def title(row: Row) -> str:
     """The network, whose images it takes, and the seed."""
+    return f"{network_title(row)}, {row['dataset']} input, seed {row['seed']}"
+
+
+def network_title(row: Row) -> str:
+    """The network, and its width where that is not the published one."""
     width = row["config"]["width_multiplier"]
-    return f"{row['model']}{f' at width {width:g}' if width != 1 else ''}, {row['dataset']} input, seed {row['seed']}"
+    return f"{row['model']}{f' at width {width:g}' if width != 1 else ''}"
+
+
+def number(value: float) -> str:
+    """A compression as it is written: three digits below 10, no fractions above.
+
+    >>> number(3.1622776), number(64190.2)
+    ('3.16', '64,190')
+    """
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def rule_title(row: Row) -> str:

@@ -1,0 +1,38 @@
+"""Fig. 5a of the paper on scikit-learn's digits: IMP of the network of fig1_digits in 1, 2, 4 and 8 levels.
+
+    python train.py --config=configs/fig5a_digits.py --workdir=runs/fig5a_digits
+    python -m synflow_jax.figures fig5a --rows=runs/fig5a_digits
+
+Level k of n prunes to compression^(k/n) and rewinds to initialization; a run of n levels trains n + 1 times.
+Expect one level to collapse at compression 100, where two, four and eight keep accuracy.
+"""
+
+from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
+
+
+def get_config() -> Config:
+    """IMP at four compressions, and the unpruned network; two seeds: 34 runs, of up to nine times six epochs."""
+    return Config(
+        model="cifar_vgg11_bn",
+        dataset="digits",
+        width_multiplier=0.125,
+        prune=PruneConfig(num_iterations=1),
+        train=TrainConfig(
+            num_epochs=6,
+            batch_size=64,
+            learning_rate=0.05,
+            drops=(4,),
+            augment=False,
+            compact=False,
+            keep_checkpoints=1,
+        ),
+        grid=Grid(seed=(0, 1)),
+        grids=(
+            Grid(pruner=("magnitude",), compression=(1.0,)),
+            Grid(
+                pruner=("imp",),
+                num_iterations=(1, 2, 4, 8),
+                compression=tuple(10 ** (power / 2) for power in (3, 4, 5, 6)),
+            ),
+        ),
+    )
