@@ -244,6 +244,11 @@ def scope(config: PruneConfig) -> str:
     return "local" if config.pruner in LAYERWISE else config.scope
 
 
+def mode(config: PruneConfig) -> str:
+    """The mode that the network is scored in; of a rule that does not evaluate it, the default."""
+    return config.mode if config.pruner in EVALUATING else PruneConfig.mode
+
+
 def check(config: Config) -> None:
     """Raises ValueError for a value out of its range, in any of the runs, before any work."""
     keys = grid_values(config)
@@ -410,9 +415,7 @@ def prune_dict(config: Config) -> dict[str, Any]:
         del values["prune"]["dataset"]  # it decides on nothing
     if config.prune.schedule != schedules.CERTIFIED:
         del values["prune"]["cut_fraction"]
-    if config.prune.pruner not in EVALUATING:
-        values["prune"]["mode"] = PruneConfig.mode  # it decides on nothing
-    values["prune"]["scope"] = scope(config.prune)
+    values["prune"].update(scope=scope(config.prune), mode=mode(config.prune))
     for name in ("ablation", "mode", "rewind_step"):  # of later versions: at their defaults no earlier name changes
         if values["prune"][name] == getattr(PruneConfig, name):
             del values["prune"][name]

@@ -24,6 +24,7 @@ FLOORS = {
     "scaling": 1,
     "tracing": 1,
     "scores": 2,
+    "layerwise": 2,
     "units": 2,
     "pruning": 3,
     "compaction": 3,
