@@ -375,9 +375,20 @@ def check_one(config: Config) -> None:
         )
 
 
+def check_prune(config: Config) -> None:
+    """Raises ValueError for a rule that prunes by training, which prune.py does not do."""
+    if any(run.prune.pruner == IMP for run in expand(config)):
+        raise ValueError(
+            "prune.pruner='imp' prunes by training: python train.py runs it, with the same flags. Choose another rule "
+            "for prune.py."
+        )
+
+
 def check_train(config: Config) -> None:
     """Raises ValueError for a value of the training out of its range, or for data that is not there."""
     train = config.train
+    if train.compact and config.prune.rewind_step:
+        raise ValueError("train.compact=True does not go with prune.rewind_step: a rewound network is trained masked.")
     for name in ("num_epochs", "batch_size", "keep_checkpoints", "checkpoint_every"):
         if getattr(train, name) < 1:
             raise ValueError(f"train.{name}={getattr(train, name)} must be at least 1.")

@@ -150,7 +150,7 @@ def _score_function(settings: Config, network: Network) -> scores.ScoreFn:
 def _upright_score_function(settings: Config, network: Network) -> scores.ScoreFn:
     prune, trains = settings.prune, settings.prune.mode == "train"
     if prune.pruner == config.IMP:
-        raise ValueError("prune.pruner='imp' prunes by training: python train.py runs it, with the same flags.")
+        raise ValueError("prune.pruner='imp' prunes by training: see imp_run.find_or_make_mask, which train.py calls.")
     if prune.pruner == "synflow":
         apply_fn = (models.train_fn if trains else models.synflow_fn)(network.model, network.batch_stats)
         score_fn = scores.synflow(apply_fn, network.input_shape, scaled=prune.scaled)
