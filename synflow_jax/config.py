@@ -207,7 +207,7 @@ def expand(config: Config) -> list[Config]:
     Raises:
       ValueError: a value is of another type than its field.
     """
-    runs = []
+    runs, seen = [], []
     for grid in config.grids or (config.grid,):
         product = _product(config, grid)
         for values in itertools.product(*product.values()):
@@ -216,9 +216,17 @@ def expand(config: Config) -> list[Config]:
             for key, value in zip(product, values, strict=True):
                 parent, _, name = key.rpartition(".")
                 setattr(_get(run, parent), name, value)
-            if run not in runs:
+            if _resolved(run) not in seen:
                 runs.append(run)
+                seen.append(_resolved(run))
     return runs
+
+
+def _resolved(config: Config) -> Config:
+    """The config with what its defaults stand for, so that one run under two names is one."""
+    prune = config.prune
+    decided: dict[str, Any] = {"num_iterations": num_iterations(prune), "scope": scope(prune), "mode": mode(prune)}
+    return dataclasses.replace(config, prune=dataclasses.replace(prune, **decided))
 
 
 def _get(config: Config, key: str) -> Any:

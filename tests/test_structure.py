@@ -64,7 +64,7 @@ ALLOWED = {
     "grain": {"data"},
     "safetensors": {"storage", "exchange"},
     "matplotlib": {"figures"},
-    "rich": {"report"},
+    "rich": {"report", "figures"},
     "absl": {"cli", "figures"},
     "ml_collections": {"cli"},
 }
