@@ -33,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
     if _VERIFY.value is not None:
         _verify(_VERIFY.value, report.console())
         return
-    runs = config.expand(cli.check_config(_CONFIG.value))
+    settings = cli.check_config(_CONFIG.value)
+    config.check_prune(settings)
+    runs = config.expand(settings)
     workdir = pathlib.Path(_WORKDIR.value)
     output = report.console()
     storage.check_writable(workdir)

@@ -26,6 +26,7 @@ from synflow_jax import (
     config,
     figures,
     hosts,
+    imp_run,
     prune_grid,
     prune_run,
     report,
@@ -94,6 +95,13 @@ def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
         report.network(output, settings.model, network)
         plan = train_run.prepare(settings, network.input_shape)
         found = None if _OVERWRITE.value else prune_run.find_mask(settings, network, workdir)
+        if found is None and settings.prune.pruner == config.IMP:
+            num_levels = config.num_iterations(settings.prune)
+            with cli.stop_signals() as should_stop, report.levels(output, num_levels) as on_level:
+                found = imp_run.find_or_make_mask(
+                    settings, network, workdir, plan,
+                    overwrite=_OVERWRITE.value, on_progress=on_level, should_stop=should_stop,
+                )  # fmt: skip
         if found is None:
             with report.progress(output, config.num_iterations(settings.prune)) as on_iteration:
                 prune_run.prune(settings, network, workdir, on_iteration)
@@ -107,7 +115,8 @@ def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
         split = training.batch_sharding(batch_size) is not None
         report.recipe(output, settings.train.num_epochs, settings.train.drops)
         report.devices(output, batch_size, jax.local_device_count(), split=split)
-        with cli.stop_signals() as should_stop, report.training(output, settings.train.num_epochs) as on_progress:
+        shown = report.training(output, settings.train.num_epochs, settings.prune.rewind_step)
+        with cli.stop_signals() as should_stop, shown as on_progress:
             row = train_run.train(
                 settings, network, mask, workdir,
                 plan=plan, form=form, on_progress=on_progress, should_stop=should_stop,

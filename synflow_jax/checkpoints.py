@@ -77,7 +77,7 @@ def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False)
       OSError: it could not be written, or the one before could not; those that are complete stay.
     """
     # Copies, since the next step of training reuses the memory of this one.
-    flat = {name: np.array(leaf) for name, leaf in _flatten(tree).items()}
+    flat = {name: np.array(leaf) for name, leaf in flatten(tree).items()}
     _wait(checkpoints.folder, checkpoints.manager)
     if step in checkpoints.manager.all_steps():
         return
@@ -144,7 +144,7 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
             f"checkpoint {str(path)!r} belongs to another run: its {key} is {found_run.get(key)!r}, this one's is "
             f"{checkpoints.run.get(key)!r}. Choose another --workdir, or --overwrite to begin anew."
         )
-    wanted = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in _flatten(like).items()}
+    wanted = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flatten(like).items()}
     try:
         flat = checkpoints.manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
     except Exception as error:
@@ -156,7 +156,7 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
             f"checkpoint {str(path)!r} belongs to another network: {name!r} is {found.get(name, 'missing')} there and "
             f"{wanted.get(name, 'missing')} here. Choose another --workdir, or --overwrite to begin anew."
         )
-    return step, _unflatten(flat, like)
+    return step, unflatten(flat, like)
 
 
 def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -196,13 +196,15 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _flatten(tree: Tree) -> dict[str, Any]:
+def flatten(tree: Tree) -> dict[str, Any]:
     """Leaf name -> array; random keys as their bits."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
-def _unflatten(flat: Mapping[str, Any], like: Tree) -> Tree:
+def unflatten(flat: Mapping[str, Any], like: Tree) -> Tree:
+    """The tree of the structure of `like` whose leaves `flatten` has named."""
+
     def leaf(path: tuple, old: Any) -> jax.Array:
         new = jax.numpy.asarray(np.asarray(flat[path_name(path)]))
         return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new

@@ -207,7 +207,7 @@ def expand(config: Config) -> list[Config]:
     Raises:
       ValueError: a value is of another type than its field.
     """
-    runs = []
+    runs, seen = [], []
     for grid in config.grids or (config.grid,):
         product = _product(config, grid)
         for values in itertools.product(*product.values()):
@@ -216,9 +216,17 @@ def expand(config: Config) -> list[Config]:
             for key, value in zip(product, values, strict=True):
                 parent, _, name = key.rpartition(".")
                 setattr(_get(run, parent), name, value)
-            if run not in runs:
+            if _resolved(run) not in seen:
                 runs.append(run)
+                seen.append(_resolved(run))
     return runs
+
+
+def _resolved(config: Config) -> Config:
+    """The config with what its defaults stand for, so that one run under two names is one."""
+    prune = config.prune
+    decided: dict[str, Any] = {"num_iterations": num_iterations(prune), "scope": scope(prune), "mode": mode(prune)}
+    return dataclasses.replace(config, prune=dataclasses.replace(prune, **decided))
 
 
 def _get(config: Config, key: str) -> Any:
@@ -242,6 +250,11 @@ def num_iterations(config: PruneConfig) -> int:
 def scope(config: PruneConfig) -> str:
     """The scope, which the layerwise rules decide themselves."""
     return "local" if config.pruner in LAYERWISE else config.scope
+
+
+def mode(config: PruneConfig) -> str:
+    """The mode that the network is scored in; of a rule that does not evaluate it, the default."""
+    return config.mode if config.pruner in EVALUATING else PruneConfig.mode
 
 
 def check(config: Config) -> None:
@@ -370,9 +383,20 @@ def check_one(config: Config) -> None:
         )
 
 
+def check_prune(config: Config) -> None:
+    """Raises ValueError for a rule that prunes by training, which prune.py does not do."""
+    if any(run.prune.pruner == IMP for run in expand(config)):
+        raise ValueError(
+            "prune.pruner='imp' prunes by training: python train.py runs it, with the same flags. Choose another rule "
+            "for prune.py."
+        )
+
+
 def check_train(config: Config) -> None:
     """Raises ValueError for a value of the training out of its range, or for data that is not there."""
     train = config.train
+    if train.compact and config.prune.rewind_step:
+        raise ValueError("train.compact=True does not go with prune.rewind_step: a rewound network is trained masked.")
     for name in ("num_epochs", "batch_size", "keep_checkpoints", "checkpoint_every"):
         if getattr(train, name) < 1:
             raise ValueError(f"train.{name}={getattr(train, name)} must be at least 1.")
@@ -410,9 +434,7 @@ def prune_dict(config: Config) -> dict[str, Any]:
         del values["prune"]["dataset"]  # it decides on nothing
     if config.prune.schedule != schedules.CERTIFIED:
         del values["prune"]["cut_fraction"]
-    if config.prune.pruner not in EVALUATING:
-        values["prune"]["mode"] = PruneConfig.mode  # it decides on nothing
-    values["prune"]["scope"] = scope(config.prune)
+    values["prune"].update(scope=scope(config.prune), mode=mode(config.prune))
     for name in ("ablation", "mode", "rewind_step"):  # of later versions: at their defaults no earlier name changes
         if values["prune"][name] == getattr(PruneConfig, name):
             del values["prune"][name]

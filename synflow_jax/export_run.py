@@ -59,6 +59,7 @@ def read(row: Mapping[str, Any], workdir: pathlib.Path, init: str | None = None)
         raise ValueError(f"init={init!r} is not the file that run {row['run_id']!r} began from.")
     network = prune_run.build(settings)
     mask = storage.load_mask(prune_run.mask_path(workdir, row["run_id"]), network.params)
+    network = prune_run.trained_network(settings, network)
     params = trees.apply_mask(network.params, mask)
     return Bundle(network.model, params, network.batch_stats, mask, network.input_shape)
 

@@ -389,6 +389,22 @@ def first_of(mask: Mask, num: chex.Numeric) -> Mask:
     return jax.tree.unflatten(structure, taken)
 
 
+def shuffle(mask: Mask, key: chex.PRNGKey) -> Mask:
+    """The same number of kept weights in each leaf, at random places: every arrangement is as likely as any other.
+
+    Args:
+      mask: bool arrays, and holes.
+      key: consumed.
+
+    >>> shuffle({"w": jnp.arange(8) < 3, "b": None}, jax.random.key(0))
+    {'b': None, 'w': Array([ True,  True, False,  True, False, False, False, False], dtype=bool)}
+    """
+    leaves, structure = jax.tree.flatten(mask)
+    rows = zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+    shuffled = [jax.random.permutation(k, leaf.reshape(-1)).reshape(leaf.shape) for k, leaf in rows]
+    return jax.tree.unflatten(structure, shuffled)
+
+
 def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
     """The bits of a bool array in C order, eight to a byte, the first in the highest bit: uint8 [ceil(size / 8)]."""
     return np.packbits(np.asarray(mask, bool).reshape(-1))

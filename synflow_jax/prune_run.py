@@ -14,7 +14,20 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from synflow_jax import analysis, config, data, exchange, models, pruning, scores, storage, trees, units
+from synflow_jax import (
+    analysis,
+    config,
+    data,
+    exchange,
+    layerwise,
+    masking,
+    models,
+    pruning,
+    scores,
+    storage,
+    trees,
+    units,
+)
 from synflow_jax.config import Config
 from synflow_jax.trees import Mask, Params
 
@@ -88,6 +101,19 @@ def _read(settings: Config) -> tuple[Params, trees.Tree]:
         raise ValueError(f"init={settings.init!r} cannot be used: {error}") from error
 
 
+def trained_network(settings: Config, network: Network) -> Network:
+    """The network that training begins from: another one, for the ablation that draws the weights anew.
+
+    Args:
+      settings: one run.
+      network: from `build`, the one that was pruned.
+    """
+    if settings.prune.ablation != "reinitialize":
+        return network
+    params, batch_stats = models.init(network.model, network.input_shape, _key(settings, 4))
+    return network._replace(params=params, batch_stats=batch_stats)
+
+
 def check_compression(settings: Config, network: Network) -> None:
     """Raises ValueError for a compression that no network survives, unless the config asks for it."""
     compression, maximum, total = settings.prune.compression, network.max_compression, sum(trees.sizes(network.mask))
@@ -117,12 +143,21 @@ def rule(settings: Config, network: Network) -> Rule:
 
 
 def _score_function(settings: Config, network: Network) -> scores.ScoreFn:
-    prune = settings.prune
+    score_fn = _upright_score_function(settings, network)
+    return scores.inverted(score_fn) if settings.prune.ablation == "invert" else score_fn
+
+
+def _upright_score_function(settings: Config, network: Network) -> scores.ScoreFn:
+    prune, trains = settings.prune, settings.prune.mode == "train"
+    if prune.pruner == config.IMP:
+        raise ValueError("prune.pruner='imp' prunes by training: see imp_run.find_or_make_mask, which train.py calls.")
     if prune.pruner == "synflow":
-        apply_fn = models.synflow_fn(network.model, network.batch_stats)
-        return scores.synflow(apply_fn, network.input_shape, scaled=prune.scaled)
+        apply_fn = (models.train_fn if trains else models.synflow_fn)(network.model, network.batch_stats)
+        score_fn = scores.synflow(apply_fn, network.input_shape, scaled=prune.scaled)
+        # What subtracts a mean has no flow of paths, and so no cut that bounds what may be pruned.
+        return scores.without_cut(score_fn) if trains else score_fn
     if prune.pruner not in config.DATA_DRIVEN:
-        return {"magnitude": scores.magnitude, "random": scores.random}[prune.pruner]()
+        return scores.magnitude() if prune.pruner == "magnitude" else scores.random()
     try:
         batches = data.prune_batches(
             config.prune_dataset(settings),
@@ -134,7 +169,7 @@ def _score_function(settings: Config, network: Network) -> scores.ScoreFn:
         )
     except ValueError as error:
         raise ValueError(f"{'prune.' if str(error).startswith('examples_per_class') else ''}{error}") from error
-    apply_fn = models.eval_fn(network.model, network.batch_stats)
+    apply_fn = (models.train_fn if trains else models.eval_fn)(network.model, network.batch_stats)
     if prune.pruner == "snip":
         return scores.snip(scores.cross_entropy(apply_fn), batches)
     return scores.grasp(scores.cross_entropy(apply_fn, temperature=prune.temperature), batches)
@@ -146,8 +181,9 @@ def _first_scores(settings: Config, network: Network, score_fn: scores.ScoreFn) 
     )
 
 
-def _key(settings: Config) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(settings.seed), 1)  # apart from the key that drew the network
+def _key(settings: Config, purpose: int = 1) -> jax.Array:
+    """The key itself draws the network, 1 prunes it, 2 trains it, 3 shuffles a mask, 4 draws another network."""
+    return jax.random.fold_in(jax.random.key(settings.seed), purpose)
 
 
 def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -155,6 +191,7 @@ def find_row(settings: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     wanted = config.run_id(settings)
     for row in storage.read_all_rows(workdir):
         complete = not settings.prune.record_units or units_path(workdir, wanted).exists()
+        complete &= not settings.prune.rewind_step or rewind_path(workdir, wanted).exists()
         if row["run_id"] == wanted and mask_path(workdir, wanted).exists() and complete:
             try:
                 storage.load_mask(mask_path(workdir, wanted))
@@ -185,6 +222,11 @@ def certificate_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
 def units_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
     """Where the scores of a run's units lie: JSON, {group: {"incoming": a number a unit, "outgoing": the same}}."""
     return workdir / "units" / f"{run_id}.json"
+
+
+def rewind_path(workdir: pathlib.Path, run_id: str) -> pathlib.Path:
+    """Where the state lies that a run of imp rewinds to, unless that is the initialization: one array a leaf."""
+    return workdir / "rewind" / f"{run_id}.safetensors"
 
 
 def prune(
@@ -227,14 +269,49 @@ def prune(
             num_iterations=config.num_iterations(options),
             schedule=options.schedule,
             cut_fraction=options.cut_fraction,
-            scope=options.scope,
+            scope=config.scope(options),
+            counts=_counts(settings, network),
             key=_key(settings),
             mask=network.mask,
             nested=options.nested,
             score_dtype=options.score_dtype,
             on_progress=report_progress,
         )
-    row = _row(settings, network, scored, mask, info)
+    return write(settings, network, scored, mask, info, workdir, started=started)
+
+
+def _counts(settings: Config, network: Network) -> np.ndarray | None:
+    """How many weights of each layer go, where the rule decides it by their shapes."""
+    if settings.prune.pruner != "erk":
+        return None
+    shapes = [leaf.shape for leaf in jax.tree.leaves(network.mask)]
+    kept = layerwise.erdos_renyi_kernel(shapes, settings.prune.compression)
+    return (np.array(trees.sizes(network.mask)) - kept)[None]
+
+
+def write(
+    settings: Config,
+    network: Network,
+    scored: Rule,
+    mask: Mask,
+    info: pruning.PruneInfo,
+    workdir: pathlib.Path,
+    *,
+    started: float,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes what `prune` says of a mask that was made, shuffled if the config asks for it, and returns the row.
+
+    Args:
+      settings, network, scored, workdir: as `prune` takes them.
+      mask, info: of `pruning.prune`.
+      started: by `time.perf_counter`.
+      more: of the row.
+    """
+    options = settings.prune
+    if options.ablation == "shuffle":
+        mask = masking.shuffle(mask, _key(settings, 3))
+    row = {**_row(settings, network, scored, mask, info), **(more or {})}
     run_id = row["run_id"]
     if options.record_units:
         initial = _first_scores(settings, network, scored.score_fn) if scored.initial is None else scored.initial
@@ -301,8 +378,8 @@ def _free_memory() -> None:
 
 def _initial_magnitudes(settings: Config, scored: Rule, info: pruning.PruneInfo) -> list[float | None]:
     """Per layer, the sum of |score| before anything is pruned; None where only the sums of signed scores are known."""
-    if settings.prune.pruner in config.NON_NEGATIVE:
-        return [float(total) for total in info.score_total[0]]
+    if settings.prune.pruner in config.NON_NEGATIVE and settings.prune.mode == "eval":
+        return [abs(float(total)) for total in info.score_total[0]]  # all of one sign, also inverted
     if scored.initial is None:
         return [None] * info.score_total.shape[1]
     return [float(np.sum(np.abs(leaf), dtype=np.float64)) for leaf in map(np.asarray, jax.tree.leaves(scored.initial))]
@@ -338,7 +415,10 @@ def _row(settings: Config, network: Network, scored: Rule, mask: Mask, info: pru
         "seed": settings.seed,
         "num_iterations": config.num_iterations(settings.prune),
         "schedule": settings.prune.schedule,
-        "scope": settings.prune.scope,
+        "scope": config.scope(settings.prune),
+        "mode": config.mode(settings.prune),
+        "nested": settings.prune.nested,
+        "ablation": settings.prune.ablation,
         "total": total,
         "kept": int(kept[-1].sum()),
         "reached_compression": total / max(1, int(kept[-1].sum())),

@@ -298,6 +298,7 @@ def prune(
     nested: bool = True,
     objective: Objective | None = None,
     score_dtype: Any = None,
+    counts: np.ndarray | None = None,
     on_progress: ProgressFn | None = None,
     loop_fn: LoopFn = jax.lax.fori_loop,
 ) -> tuple[Mask, PruneInfo]:
@@ -328,6 +329,9 @@ def prune(
         the order of two scores that differ by rounding decides for one weight, which decides for others in the
         iterations after it: on ResNet-20 at compression 10, 5 masks of 12 differ from float64's in 0.1 % to 0.9 % of
         their bits; on VGG-11, 0.15 %. "float32" takes half the time and memory.
+      counts: int [num_iterations, num_leaves] for the local scope, [num_iterations, 1] for the global one: how many
+        weights are pruned after each iteration, in place of what compression, num_iterations and schedule say; see
+        `layerwise`.
       on_progress: called on the host as `on_progress(num_done, info)`: with 0 when the loop is compiled, then about
         twenty times while it runs.
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
@@ -368,13 +372,16 @@ def prune(
         num_iterations,
         "exponential" if certified else schedule,  # the certified one takes no counts
     )
+    if counts is not None:
+        _check_counts(counts, [sum(sizes)] if scope == "global" else sizes, certified)
+        host_counts, num_iterations = np.asarray(counts), len(counts)
     wide = is_wide(score_dtype, params, mask)
     key = jax.random.key(0) if key is None else key
     objective = None if objective is None else as_partial(objective)
     num_kept = schedules.num_kept(sum(sizes), compression)
     run = _jitted_advance if loop_fn is jax.lax.fori_loop else advance
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
-        counts = jnp.asarray(host_counts, jnp.int32)
+        device_counts = jnp.asarray(host_counts, jnp.int32)
         if wide:
             score_fn, params, objective = widen((score_fn, params, objective))
         state = init_state(
@@ -387,7 +394,7 @@ def prune(
                 )
             else:
                 state = run(
-                    score_fn, params, counts, key, state, start, stop,
+                    score_fn, params, device_counts, key, state, start, stop,
                     scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
                 )  # fmt: skip
             if on_progress is not None and bool(state.finite):
@@ -412,6 +419,19 @@ def check_request(params: Params, mask: Mask, compression: float, scope: str) ->
             f"compression={compression} leaves none of the {sum(trees.sizes(mask))} prunable weights: it must be at "
             "most that."
         )
+
+
+def _check_counts(counts: np.ndarray, sizes: Sequence[int], certified: bool) -> None:
+    if certified:
+        raise ValueError("counts do not go with schedule='certified', which finds them itself: leave them out.")
+    counts = np.asarray(counts)
+    if counts.ndim != 2 or counts.shape[1] != len(sizes) or not len(counts) or counts.dtype.kind not in "iu":
+        raise ValueError(
+            f"counts is {counts.dtype}{list(counts.shape)}; it must be int[num_iterations, {len(sizes)}], with "
+            f"num_iterations at least 1: a column for {'each leaf' if len(sizes) > 1 else 'all weights'}."
+        )
+    if (counts < 0).any() or (counts > np.array(sizes)).any():
+        raise ValueError(f"counts={counts.tolist()} must be from 0 to the sizes, {list(sizes)}.")
 
 
 def _check_certified(score_fn: ScoreFn, cut_fraction: float, scope: str, nested: bool, loop_fn: LoopFn) -> None:

@@ -358,14 +358,16 @@ def devices(output: rich.console.Console, batch_size: int, num_devices: int, *, 
 
 
 @contextlib.contextmanager
-def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable[[Progress], None]]:
+def training(
+    output: rich.console.Console, num_epochs: int, first_step: int = 0
+) -> Iterator[Callable[[Progress], None]]:
     """A progress bar and a line an epoch; yields what `train_run.train` takes as `on_progress`."""
     with rich.progress.Progress(*_columns(), console=output) as bar:
         task = bar.add_task("compiling", total=None, now="")
         seen: list[int] = []
 
         def update(now: Progress) -> None:
-            if now.step and not seen:
+            if now.step > first_step and not seen:
                 output.print(f"going on after step {now.step} of {now.num_steps}, from the last checkpoint")
             seen.append(now.step)
             if now.finished is not None:
@@ -386,6 +388,23 @@ def training(output: rich.console.Console, num_epochs: int) -> Iterator[Callable
                 description=f"epoch {now.epoch + 1}/{num_epochs}",
                 now=text,
             )
+
+        yield update
+
+
+@contextlib.contextmanager
+def levels(output: rich.console.Console, num_levels: int) -> Iterator[Callable[[int, Progress], None]]:
+    """A progress bar and a line a level; yields what `imp_run.find_or_make_mask` takes as `on_progress`."""
+    with rich.progress.Progress(*_columns(), console=output) as bar:
+        task = bar.add_task("compiling", total=None, now="")
+
+        def update(level: int, now: Progress) -> None:
+            name = f"level {level}/{num_levels}" if level else "to the step that is rewound to"
+            if level and now.finished is not None and now.step == now.num_steps:
+                done = now.finished
+                output.print(f"{name}: test loss {done['test_loss']:.4f}, top-1 {100 * done['test_top1']:.2f} %")
+            text = f"{now.images_per_second:,.0f} images/s"
+            bar.update(task, total=now.num_steps, completed=now.step, description=name, now=text)
 
         yield update
 

@@ -242,6 +242,34 @@ def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     return jax.tree.unflatten(structure, draws)
 
 
+def inverted(score_fn: ScoreFn) -> ScoreFn:
+    """The negative scores of a rule: what it would prune last goes first (Frankle et al. 2021).
+
+    Scores of exactly 0, as those of dead units and of a collapsed network are, become positive ones below 2^-100 by
+    chance: they go last, and not all at once as one tie.
+
+    >>> inverted(magnitude())({"w": jnp.array([1.0, -2.0])}, {"w": jnp.ones(2, bool)}, jax.random.key(0))["w"]
+    Array([-1., -2.], dtype=float32)
+    """
+    return Partial(_inverted, as_partial(score_fn))
+
+
+def _inverted(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    leaves, structure = jax.tree.flatten(score_fn(params, mask, key))
+    rows = zip(jax.random.split(jax.random.fold_in(key, 1), len(leaves)), leaves, strict=True)
+    tiny = lambda k, leaf: jnp.exp2(-100 - 20 * jax.random.uniform(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
+    return jax.tree.unflatten(structure, [jnp.where(leaf == 0, tiny(k, leaf), -leaf) for k, leaf in rows])
+
+
+def without_cut(score_fn: ScoreFn) -> ScoreFn:
+    """The same scores without the cut of `with_cut`, for a network whose outputs no flow of paths is."""
+    return Partial(_without_cut, as_partial(score_fn))
+
+
+def _without_cut(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    return score_fn(params, mask, key)
+
+
 def fixed(scores: Scores) -> ScoreFn:
     """Scores that are known already, for several masks of one ranking: a rule of one iteration looks at no mask.
 

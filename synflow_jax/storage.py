@@ -30,6 +30,7 @@ from synflow_jax.trees import Mask, Params
 
 _FORMAT = "synflow_jax mask 1"
 _CERTIFICATE = "synflow_jax certificate 1"
+_ARRAYS = "synflow_jax arrays 1"
 _HINT = "It is damaged or was made by another program: make it again, or take another file."
 
 
@@ -109,14 +110,7 @@ def load_mask(path: str | os.PathLike[str], params: Params | None = None) -> Mas
       ValueError: the file is truncated, damaged or of another kind, or it does not fit `params`.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"mask file {str(path)!r} does not exist. prune.py writes masks to WORKDIR/masks/.")
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"mask file {str(path)!r} cannot be read: {error}. {_HINT}") from error
+    header, packed = _open(path, "mask file", "prune.py writes masks to WORKDIR/masks/.")
     if header.get("format") != _FORMAT:
         raise ValueError(f"mask file {str(path)!r} has format {header.get('format')!r}, not {_FORMAT!r}. {_HINT}")
     if _digest(packed) != header.get("sha256"):
@@ -151,6 +145,36 @@ def _packed(mask: Mask) -> dict[str, np.ndarray]:
 
 def _digest(packed: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256(b"".join(packed[name].tobytes() for name in sorted(packed))).hexdigest()
+
+
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Writes arrays by name as a safetensors file; the metadata holds `format`, `sha256` and `run`, as JSON."""
+    header = {"format": _ARRAYS, "sha256": _digest(arrays), "run": json.dumps(_plain(dict(metadata)))}
+    write_bytes(path, safetensors.numpy.save(dict(arrays), header))
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is truncated, damaged or of another kind.
+    """
+    header, arrays = _open(path, "state file", "train.py writes it, where imp rewinds to a step.")
+    if header.get("format") != _ARRAYS or _digest(arrays) != header.get("sha256"):
+        raise ValueError(f"state file {str(path)!r} does not match its format or its sha256. {_HINT}")
+    return arrays
+
+
+def _open(path: pathlib.Path, what: str, hint: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the arrays of a safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {str(path)!r} does not exist. {hint}")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{what} {str(path)!r} cannot be read: {error}. {_HINT}") from error
 
 
 def save_certificate(path: pathlib.Path, certificate: Mapping[str, Any], removed_in: trees.Tree) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import checkpoints, config, data, prune_grid, prune_run, storage, train_run, training, trees
+from synflow_jax import checkpoints, config, data, imp_run, prune_grid, prune_run, storage, train_run, training, trees
 from synflow_jax.config import Config
 from synflow_jax.forms import Form
 from synflow_jax.prune_grid import Outcome
@@ -192,9 +193,33 @@ def _prune(sweep: _Sweep, runs: Sequence[Config]) -> Iterator[Outcome]:
             outcomes.append(outcome)
         return outcomes
 
-    groups = [list(group) for _, group in itertools.groupby(runs, prune_grid.network_key)]
+    at_once = [settings for settings in runs if settings.prune.pruner != config.IMP]
+    groups = [list(group) for _, group in itertools.groupby(at_once, prune_grid.network_key)]
     for outcomes in _spread(prune, groups, sweep.devices):
         yield from outcomes
+    by_training = [settings for settings in runs if settings.prune.pruner == config.IMP]
+    yield from _spread(functools.partial(_prune_by_training, sweep), by_training, sweep.devices)
+
+
+def _prune_by_training(sweep: _Sweep, settings: Config, device: jax.Device) -> Outcome:
+    del device
+    num_levels = config.num_iterations(settings.prune)
+
+    def report(level: int, now: train_run.Progress) -> None:
+        del now
+        sweep.on_progress(settings, f"level {level} of {num_levels}", 0.0)  # its own training is still to come
+
+    try:
+        network = prune_run.build(settings)
+        plan = train_run.prepare(settings, network.input_shape, split=False)
+        _, row = imp_run.find_or_make_mask(
+            settings, network, sweep.workdir, plan,
+            overwrite=sweep.overwrite, on_progress=report, should_stop=sweep.should_stop,
+        )  # fmt: skip
+    except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        return Outcome(settings, error=str(error))
+    sweep.on_progress(settings, "pruned", 0.0)
+    return Outcome(settings, row)
 
 
 def _spread(
@@ -357,7 +382,7 @@ def _fit(
         try:
             folders[i] = stack.enter_context(folder)
             train_run.check_form(folders[i], form)
-            like = train_run.first_state(run, plan, form), training.init_info(run.train.num_epochs)
+            like = train_run.first_state(run, plan, form, sweep.workdir), training.init_info(run.train.num_epochs)
             restored = checkpoints.restore_latest(folders[i], like)
             starts[i] = like if restored is None else restored[1]
         except ValueError as error:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from synflow_jax import checkpoints, compaction, config, data, forms, storage, training, trees
+from synflow_jax import checkpoints, compaction, config, data, forms, imp, prune_run, storage, training, trees
 from synflow_jax.config import Config
 from synflow_jax.data import streaming
 from synflow_jax.forms import Form
@@ -120,17 +120,12 @@ def train(
     run_id = config.train_id(settings)
     plan = prepare(settings, network.input_shape) if plan is None else plan
     form = choose_form(settings, network, mask) if form is None else form
-    state = first_state(settings, plan, form)
-    info = training.init_info(settings.train.num_epochs)
-    run = describe(settings, mask, form)
     started = time.perf_counter()
-    with checkpoints.open_folder(checkpoint_path(workdir, run_id), run, settings.train.keep_checkpoints) as folder:
-        check_form(folder, form)
-        restored = checkpoints.restore_latest(folder, (state, info))
-        if restored is not None:
-            state, info = restored[1]
-        first = int(state.step)
-        state, info, step_seconds = _loop(settings, plan, form, state, info, folder, on_progress, should_stop, workdir)
+    state, info, first, step_seconds = train_from(
+        settings, plan, form, first_state(settings, plan, form, workdir),
+        folder=checkpoint_path(workdir, run_id), run=describe(settings, mask, form),
+        curve=curve_path(workdir, run_id), on_progress=on_progress, should_stop=should_stop,
+    )  # fmt: skip
     row = make_row(settings, mask, form, state, info)
     seconds = time.perf_counter() - started
     storage.write_json(storage.own(workdir / "config.json"), row["config"])
@@ -144,13 +139,54 @@ def train(
     return row
 
 
+def train_from(
+    settings: Config,
+    plan: Plan,
+    form: Form,
+    state: TrainState,
+    *,
+    folder: pathlib.Path,
+    run: Mapping[str, Any],
+    curve: pathlib.Path,
+    on_progress: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool],
+) -> tuple[TrainState, TrainInfo, int, float | None]:
+    """Trains from a state to the plan's last step, or from the last checkpoint; writes checkpoints and the curve.
+
+    Args:
+      settings, plan, form, on_progress, should_stop: as `train` takes them.
+      state: whose memory is used up.
+      folder: of the checkpoints.
+      run: what they say of themselves.
+      curve: its file.
+
+    Returns:
+      The state, the info, the step that this call went on from, and the seconds of a step, if they are known.
+    """
+    info = training.init_info(settings.train.num_epochs)
+    with checkpoints.open_folder(folder, run, settings.train.keep_checkpoints) as opened:
+        check_form(opened, form)
+        restored = checkpoints.restore_latest(opened, (state, info))
+        if restored is not None:
+            state, info = restored[1]
+        first = int(state.step)
+        state, info, seconds = _loop(settings, plan, form, state, info, opened, on_progress, should_stop, curve)
+    return state, info, first, seconds
+
+
 def choose_form(settings: Config, network: Network, mask: Mask) -> Form:
     """Whether the masked network is trained or its compact form, by `train.compact`; see `forms.choose`.
+
+    A rewound network is trained masked: its biases have moved, and with them what leaving out a unit would change.
 
     Raises:
       ValueError: train.compact is True, and the network has collapsed.
     """
     options = settings.train
+    network = prune_run.trained_network(settings, network)
+    if settings.prune.rewind_step:
+        form = forms.choose(*network[:3], mask, network.input_shape, compact=False)
+        return form._replace(reason="it was rewound to a state after initialization")
     return forms.choose(
         network.model,
         network.params,
@@ -192,20 +228,55 @@ def restore_full(settings: Config, network: Network, mask: Mask, workdir: pathli
         found = checkpoints.latest_run(folder)
     if found is None:
         raise missing
+    network = prune_run.trained_network(settings, network)
     masked = forms.choose(*network[:3], mask, network.input_shape, compact=False)
     form = forms.choose(*network[:3], mask, network.input_shape, compact=True) if found.get("compact") else masked
     with checkpoints.open_folder(path, describe(settings, mask, form), settings.train.keep_checkpoints) as folder:
-        like = first_state(settings, plan, form), training.init_info(settings.train.num_epochs)
+        like = first_state(settings, plan, form, workdir), training.init_info(settings.train.num_epochs)
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None
     state = restored[1][0]
     if form.plan is None:
         return state
-    return compaction.expand_tree(form.plan, state, first_state(settings, plan, masked))
+    return compaction.expand_tree(form.plan, state, first_state(settings, plan, masked, workdir))
 
 
-def first_state(settings: Config, plan: Plan, form: Form) -> TrainState:
-    """The state of a run before its first step."""
+def first_state(settings: Config, plan: Plan, form: Form, workdir: pathlib.Path) -> TrainState:
+    """The state of a run before its first step: initial, or what imp rewinds to, from the folder of its mask.
+
+    Raises:
+      ValueError, FileNotFoundError: the file of that state is damaged or missing.
+    """
+    initial = initial_state(settings, plan, form)
+    return load_rewind(settings, workdir, initial) if settings.prune.rewind_step else initial
+
+
+def save_rewind(settings: Config, workdir: pathlib.Path, state: TrainState) -> None:
+    """Writes what `load_rewind` reads: all but the key and the mask, which a config and a mask file tell."""
+    path = prune_run.rewind_path(workdir, config.run_id(settings))
+    flat = {name: np.asarray(leaf) for name, leaf in checkpoints.flatten(state._replace(key=None, mask=None)).items()}
+    storage.save_arrays(path, flat, {"run_id": config.run_id(settings), "config": config.prune_dict(settings)})
+
+
+def load_rewind(settings: Config, workdir: pathlib.Path, initial: TrainState) -> TrainState:
+    """The state that imp rewinds to, under the mask of the initial one.
+
+    Raises:
+      ValueError: the file is damaged or of another network.
+      FileNotFoundError: there is none.
+    """
+    path = prune_run.rewind_path(workdir, config.run_id(settings))
+    flat = storage.load_arrays(path)
+    like = initial._replace(key=None, mask=None)
+    wanted = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in checkpoints.flatten(like).items()}
+    if {name: (array.shape, array.dtype) for name, array in flat.items()} != wanted:
+        raise ValueError(f"{str(path)!r} is the state of another network. --overwrite begins anew.")
+    state = checkpoints.unflatten(flat, like)._replace(key=initial.key)
+    return imp.rewind(state, initial.mask)
+
+
+def initial_state(settings: Config, plan: Plan, form: Form) -> TrainState:
+    """The state of a network that was just initialized."""
     key = jax.random.fold_in(jax.random.key(settings.seed), 2)  # the key itself draws the network, 1 prunes it
     # Copies, since the loop reuses the memory of the state that it is given.
     params, batch_stats, mask = jax.tree.map(jnp.copy, (form.params, form.batch_stats, form.mask))
@@ -285,7 +356,8 @@ def prepare(settings: Config, input_shape: tuple[int, int, int], *, split: bool 
             lambda state: evaluate(state, test_images, test_labels),
         )
 
-    return Plan(optimizer, bind, per_epoch, num_steps, arrays)
+    # Cached, so that trainings of one model one after another are compiled once.
+    return Plan(optimizer, functools.cache(bind), per_epoch, num_steps, arrays)
 
 
 def _replicated(sharding: jax.sharding.NamedSharding | None) -> Any:
@@ -376,7 +448,7 @@ def _loop(
     folder: checkpoints.Checkpoints,
     on_progress: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool],
-    workdir: pathlib.Path,
+    curve: pathlib.Path,
 ) -> tuple[TrainState, TrainInfo, float | None]:
     """Trains to the end; returns also the seconds of a step, or None where too few were taken to tell."""
     advance, evaluate = plan.bind(form.model)
@@ -397,7 +469,7 @@ def _loop(
 
     while step < plan.num_steps:
         end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
-        stop = min(step + stride, end_of_epoch)
+        stop = min(step + stride, end_of_epoch, plan.num_steps)
         before = time.perf_counter()
         state, info = advance(state, info, step, stop)
         bad_step = int(info.bad_step)  # waits for the device
@@ -416,7 +488,7 @@ def _loop(
             finished = {name: float(values[epoch]) for name, values in info.curve.items()}
             if not np.isfinite(finished["test_loss"]):
                 raise FloatingPointError(not_finite(step - 1, plan, settings, folder))
-            write_curve(curve_path(workdir, config.train_id(settings)), info)
+            write_curve(curve, info)
             if (epoch + 1) % settings.train.checkpoint_every == 0 or step == plan.num_steps:
                 saved_at = save()
         report(finished)
@@ -484,7 +556,7 @@ def make_row(settings: Config, mask: Mask, form: Form, state: TrainState, info: 
         "num_epochs": settings.train.num_epochs,
         "num_steps": int(state.step),
         "last": at(settings.train.num_epochs - 1),
-        "best": at(int(np.argmax(curve["test_top1"]))),
+        "best": at(int(np.nanargmax(curve["test_top1"]))),
         "mean_squares": _mean_squares(form, state),
         "curve": f"curves/{run_id}.csv",
         "params_sha256": _sha256(state.params),

@@ -4,6 +4,7 @@
     python -m synflow_jax.figures fig6 --rows=runs/vgg,runs/resnet --published=docs/paper/fig6.json
 
 NAME is one of fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7 and schedule; configs/NAME.py makes the rows.
+`ablations` is a table, ablations.md, of the rows of configs/ablations.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,21 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from synflow_jax import cli, figures, storage
-from synflow_jax.figures import accuracy, fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7, published, rows, schedule
+from synflow_jax.figures import (
+    ablations,
+    accuracy,
+    fig1,
+    fig2,
+    fig3,
+    fig4,
+    fig5a,
+    fig5b,
+    fig6,
+    fig7,
+    published,
+    rows,
+    schedule,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,18 +63,29 @@ def _draw(name: str, folders: Sequence[pathlib.Path]) -> Figure:
     return draw(found, _ACCURACY.value, behind)
 
 
+def _table(folder: pathlib.Path, out: pathlib.Path) -> None:
+    lines = ablations.table(folder)
+    storage.check_writable(out, "out")
+    ablations.show(lines)
+    storage.write_bytes(out / "ablations.md", ablations.markdown(lines).encode())
+    print(out / "ablations.md")
+
+
 def main(argv: Sequence[str]) -> None:
     """Reads the rows, draws, writes two files and names them."""
-    names = ", ".join(_NAMES)
+    names = ", ".join([*_NAMES, "ablations"])
     if len(argv) != 2:
         raise ValueError(f"{len(argv) - 1} figures are named; name one of {names}, and the rows: --rows=DIR.")
-    if argv[1] not in _NAMES:
+    if argv[1] not in [*_NAMES, "ablations"]:
         raise ValueError(f"figure {argv[1]!r} is unknown. Choose one of {names}.")
     if not _ROWS.value:
         raise ValueError("--rows is missing: the folder that prune.py or train.py wrote, its --workdir.")
     name, folders = argv[1], [pathlib.Path(folder) for folder in _ROWS.value]
-    figure = _draw(name, folders)
     out = folders[0] if _OUT.value is None else pathlib.Path(_OUT.value)
+    if name == "ablations":
+        _table(folders[0], out)
+        return
+    figure = _draw(name, folders)
     storage.check_writable(out, "out")
     for ending in ("png", "pdf"):
         figures.save(figure, out / f"{name}.{ending}")

@@ -185,6 +185,11 @@ def eval_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
     return jax.tree_util.Partial(_apply(model), batch_stats)
 
 
+def train_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
+    """`apply_fn(params, x)` with the statistics of the batch x, for scores in training mode; dropout draws one mask."""
+    return jax.tree_util.Partial(_apply_train(model), batch_stats)
+
+
 def synflow_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
     """`eval_fn` with the running means at 0, for SynFlow: a mean that is subtracted would make negative flow.
 
@@ -203,6 +208,16 @@ def _apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
         variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
         return jnp.asarray(model.apply(variables, x, train=False))
+
+    return apply
+
+
+@functools.cache
+def _apply_train(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
+    def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
+        variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+        rngs = {"dropout": jax.random.key(0)}
+        return jnp.asarray(model.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)[0])
 
     return apply
 
