@@ -272,14 +272,6 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert overruled.returncode == 2 and "--config.grid.pruner" in overruled.stderr and not overruled.stdout
 
 
-def test_training_takes_no_grid(tmp_path: pathlib.Path) -> None:
-    command = [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'work'}"]
-    result = subprocess.run([*command, "--config.grid.seed=0,1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "prune.py runs a grid" in result.stderr and "--config.seed" in result.stderr
-    assert not (tmp_path / "work").exists()
-
-
 def test_units_are_recorded_beside_the_row_and_change_nothing(tmp_path: pathlib.Path) -> None:
     settings = _with(SMALL, prune=PruneConfig(pruner="synflow", compression=10.0, num_iterations=2))
     network = prune_run.build(settings)
