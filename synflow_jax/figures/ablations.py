@@ -83,7 +83,7 @@ def what(row: Row) -> str:
         if not row.get("nested", True):
             parts.append("with regrowth")
     elif row["pruner"] == "synflow":
-        parts.append("1 iteration")
+        parts.append(f"1 {row['schedule']} iteration")
     return ", ".join(parts if parts == [_WHAT["none"]] else [part for part in parts if part != _WHAT["none"]])
 
 
@@ -95,7 +95,6 @@ def markdown(lines: Iterable[Sequence[str]]) -> str:
 
 def show(lines: Iterable[Sequence[str]]) -> None:
     """Prints the table."""
-    console = rich.console.Console(highlight=False)
     shown = rich.table.Table(header_style="bold", box=rich.box.SIMPLE)
     for name in COLUMNS:
         shown.add_column(name, justify="left" if name in ("rule", "what") else "right", no_wrap=True)
@@ -105,4 +104,5 @@ def show(lines: Iterable[Sequence[str]]) -> None:
             shown.add_section()
         last = line[0]
         shown.add_row(*line)
-    (console if console.is_terminal else rich.console.Console(highlight=False, width=140)).print(shown)
+    # As wide as it needs to be: a table that is cut says less than one that wraps.
+    rich.console.Console(highlight=False, width=180).print(shown, soft_wrap=True)
