@@ -19,11 +19,9 @@ from rich.console import Console
 from synflow_jax import certificates, cli, config, figures, prune_grid, prune_run, report, storage
 from synflow_jax.config import Config
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("train."), lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("train.", "sweep."), lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, rows and pictures")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder already holds")
-
-
 _VERIFY = flags.DEFINE_string("verify", None, "a certificate to look at again, in place of pruning")
 
 

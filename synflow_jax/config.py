@@ -73,7 +73,8 @@ class PruneConfig:
     ablation: str = "none"
     mode: str = "eval"  # or "train": the network is scored with the statistics of the batch, for synflow of its input
     rewind_step: int = 0  # imp rewinds to the state after so many steps of its first level; 0: to initialization
-    # These two decide on no mask, and are no part of what a run is.
+    # These three decide on no mask, and are no part of what a run is.
+    over_devices: bool = False  # one network on all devices of this process, see `sharded.prune`: the same mask
     beyond_maximum: bool = False  # prunes above the maximal compression too, where no network can be left
     record_units: bool = False  # writes every hidden unit's incoming and outgoing score before anything is pruned
 
@@ -281,6 +282,11 @@ def _check_run(config: Config) -> None:
     models.create(config.model, data.spec(config.dataset).num_classes, width_multiplier=config.width_multiplier)
     _check_ablation(prune)
     certified = prune.schedule == schedules.CERTIFIED
+    if prune.over_devices and (certified or prune.pruner in ("erk", IMP)):
+        raise ValueError(
+            f"prune.over_devices=True does not go with prune.{'schedule' if certified else 'pruner'}="
+            f"{prune.schedule if certified else prune.pruner!r}, which one device prunes: leave it out."
+        )
     if certified:
         _check_certified(prune)
     schedule = "exponential" if certified else prune.schedule
@@ -428,7 +434,7 @@ def prune_dict(config: Config) -> dict[str, Any]:
     """What decides on the mask, as plain values, with the number of iterations filled in; for imp also the recipe."""
     values = dataclasses.asdict(config)
     values["prune"]["num_iterations"] = num_iterations(config.prune)
-    for name in ("beyond_maximum", "record_units"):
+    for name in ("over_devices", "beyond_maximum", "record_units"):
         del values["prune"][name]
     if prune_dataset(config) == config.dataset or config.prune.pruner not in DATA_DRIVEN:
         del values["prune"]["dataset"]  # it decides on nothing

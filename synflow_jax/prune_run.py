@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import pathlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from synflow_jax import (
     models,
     pruning,
     scores,
+    sharded,
     storage,
     trees,
     units,
@@ -176,9 +178,11 @@ def _upright_score_function(settings: Config, network: Network) -> scores.ScoreF
 
 
 def _first_scores(settings: Config, network: Network, score_fn: scores.ScoreFn) -> trees.Scores:
-    return pruning.first_scores(
-        score_fn, network.params, key=_key(settings), mask=network.mask, score_dtype=settings.prune.score_dtype
-    )
+    prune = settings.prune
+    first_scores: Callable[..., trees.Scores] = pruning.first_scores
+    if prune.over_devices:
+        first_scores = functools.partial(sharded.first_scores, devices=jax.local_devices())
+    return first_scores(score_fn, network.params, key=_key(settings), mask=network.mask, score_dtype=prune.score_dtype)
 
 
 def _key(settings: Config, purpose: int = 1) -> jax.Array:
@@ -260,17 +264,22 @@ def prune(
             on_progress(num_done, info)
 
     options = settings.prune
+    prune_fn: Callable[..., Any]
+    if options.over_devices:
+        prune_fn = functools.partial(sharded.prune, devices=jax.local_devices())
+    else:
+        prune_fn = functools.partial(
+            pruning.prune, cut_fraction=options.cut_fraction, counts=_counts(settings, network)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pruning.Shortfall)  # the report says it from the row
-        mask, info = pruning.prune(
+        mask, info = prune_fn(
             scored.score_fn,
             network.params,
             compression=options.compression,
             num_iterations=config.num_iterations(options),
             schedule=options.schedule,
-            cut_fraction=options.cut_fraction,
             scope=config.scope(options),
-            counts=_counts(settings, network),
             key=_key(settings),
             mask=network.mask,
             nested=options.nested,

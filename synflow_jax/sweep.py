@@ -117,8 +117,10 @@ def _common(run: Config) -> dict[str, Any]:
         for part, value in values.items()
         for name, item in (value.items() if isinstance(value, dict) else [("", value)])
     }
-    left_out = {*config.grid_keys(run), "prune.beyond_maximum", "prune.record_units", "grids"}
-    kept = {key: v for key, v in flat.items() if key not in left_out and not key.startswith(("data.", "grid."))}
+    left_out = {*config.grid_keys(run), "prune.beyond_maximum", "prune.record_units", "prune.over_devices", "grids"}
+    kept = {
+        key: v for key, v in flat.items() if key not in left_out and not key.startswith(("data.", "grid.", "sweep."))
+    }
     return json.loads(json.dumps(kept))  # tuples as lists: as it will be read
 
 

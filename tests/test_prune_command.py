@@ -117,9 +117,23 @@ def test_a_certificate_is_written_and_can_be_verified(tmp_path: pathlib.Path, ca
 def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
     text = _prune(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
     values = dataclasses.asdict(Config())
-    keys = [key for key in values if key not in ("data", "prune", "train", "grid", "grids")]
+    keys = [key for key in values if key not in ("data", "prune", "train", "sweep", "grid", "grids")]
     keys += [f"{part}.{key}" for part in ("data", "prune", "grid") for key in values[part]]
     assert re.split(r",\s+", text.strip()) == keys
+
+
+def test_one_network_on_several_devices(
+    tmp_path: pathlib.Path, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches on three devices: the row has the name, and the mask the hash, of one device."""
+    monkeypatch.setenv("NPROC", "8")  # the threads of XLA's products decide how they are rounded
+    flags = ("--config=configs/digits.py", "--config.model=fc", "--config.prune.pruner=snip")
+    for name, more in (("one", ()), ("three", ("--cpu_devices=3", "--config.prune.over_devices"))):
+        folder = f"--workdir={tmp_path / name}"
+        result = _prune(cache, *flags, "--config.prune.batch_size=30", folder, *more)
+        assert result.returncode == 0, result.stderr
+    (one,), (three,) = (storage.read_rows(tmp_path / name / "rows.jsonl") for name in ("one", "three"))
+    assert one["run_id"] == three["run_id"] and one["mask_sha256"] == three["mask_sha256"]
 
 
 @pytest.mark.parametrize("rule", ["snip", "grasp", "random"])
