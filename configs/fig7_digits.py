@@ -4,7 +4,7 @@
     python -m synflow_jax.figures fig7 --rows=runs/fig7_digits,runs/fig1_digits,runs/fig5a_digits
 
 The network of fig1_digits, whose rows are the curves of SynFlow and of a single iteration; those of fig5a_digits are
-IMP's.
+IMP's, which trains twice as long.
 Seed 0 at compression 100: SNIP 69.6 % in 100 iterations and 86.4 % in one, GraSP 14.2 % and 72.7 %; none collapsed.
 """
 
