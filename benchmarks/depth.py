@@ -11,8 +11,8 @@ mlp300, a residual MLP of 300 layers of 16 units.
 The second takes the scores of a network of residual blocks once, in float32, and the flow through every cut between two
 blocks: the derivative of R with respect to a factor on what a block puts out. Theorem 2: all of them are R.
 
-Expect a table and `benchmarks/results/depth.json`. The comparison of masks has not been run to its end: compiling mlp300
-took more than 14 GB (`docs/design.md`). --cuts takes 12 s of processor time for ResNet-20 and 32 s for ResNet-56.
+Expect a table and `benchmarks/results/depth.json`. --cuts takes 12 s of processor time for ResNet-20 and 32 s for
+ResNet-56. The comparison of masks was never run to its end: mlp300 grew to 14.7 GB (`docs/design.md`).
 """
 
 from __future__ import annotations
