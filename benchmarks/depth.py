@@ -1,0 +1,197 @@
+"""Deep networks in float32: masks against float64's, and conservation by cuts where float64 overflows too.
+
+    python benchmarks/depth.py [--networks=mlp300,cifar_resnet110] [--compressions=10,100,1000] [--iterations=100]
+    python benchmarks/depth.py --cuts=cifar_resnet1202
+
+The first prunes by SynFlow twice, in float32 with powers of two beside the values (the default of every run) and in
+float64 without any, and compares the masks: weights kept, in all and by layer, and the fraction of bits that are equal.
+`first` is the first iteration whose masks differ in their counts by layer. The networks: any of `models.NAMES`, and
+mlp300, a residual MLP of 300 layers of 16 units.
+
+The second takes the scores of a network of residual blocks once, in float32, and the flow through every cut between two
+blocks: the derivative of R with respect to a factor on what a block puts out. Theorem 2: all of them are R.
+
+Expect a table and `benchmarks/results/depth.json`. --cuts takes 12 s of processor time for ResNet-20 and 32 s for
+ResNet-56. The comparison of masks was never run to its end: mlp300 grew to 14.7 GB (`docs/design.md`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measure import ROOT, machine, others_seconds, print_table, write_json
+
+sys.path.insert(0, str(ROOT))
+from synflow_jax import models, pruning, scaling, scores, trees
+from synflow_jax.models.resnet import Block
+
+Network = tuple[scores.ApplyFn, trees.Params, tuple[int, ...]]
+COLUMNS = ("network", "compression", "kept: f32", "f64", "layers alike", "bits alike, %", "first", "s: f32", "f64")
+
+
+def residual_mlp(num_layers: int, width: int = 16) -> Network:
+    """A residual MLP, one parameter a layer: x + relu(x W)."""
+    names = [f"layer{i:03d}" for i in range(num_layers - 1)]
+
+    def apply_fn(params: trees.Params, x: jax.Array) -> jax.Array:
+        for name in names:
+            x = x + jax.nn.relu(x @ params[name]["kernel"])
+        return x @ params["z_head"]["kernel"]
+
+    keys = jax.random.split(jax.random.key(0), num_layers)
+    draw = lambda key, out: {"kernel": jax.random.normal(key, (width, out)) * (2 / width) ** 0.5}
+    params = {name: draw(key, width) for name, key in zip(names, keys, strict=False)}
+    return apply_fn, {**params, "z_head": draw(keys[-1], 10)}, (width,)
+
+
+def build(name: str) -> Network:
+    """Network, weights and input shape."""
+    if name == "mlp300":
+        return residual_mlp(300)
+    model, shape = models.create(name, 10 if name.startswith("cifar") else 200), models.default_input_shape(name)
+    params, batch_stats = models.init(model, shape, jax.random.key(0))
+    return models.synflow_fn(model, batch_stats), params, shape
+
+
+def run(network: Network, dtype: str, compression: float, iterations: int) -> tuple[trees.Mask, np.ndarray, float]:
+    """The mask, the weights kept in each layer after each iteration, and the seconds of the loop."""
+    apply_fn, params, shape = network
+    started: list[float] = []
+
+    def on_progress(num_done: int, info: pruning.PruneInfo) -> None:
+        if num_done == 0:  # compiled
+            started.append(time.perf_counter())
+
+    mask, info = pruning.prune(
+        scores.synflow(apply_fn, shape, scaled=dtype == "float32"), params, compression=compression,
+        num_iterations=iterations, score_dtype=dtype, on_progress=on_progress,
+    )  # fmt: skip
+    return jax.tree.map(np.asarray, mask), np.asarray(info.kept), time.perf_counter() - started[0]
+
+
+def compare(name: str, compression: float, iterations: int, network: Network) -> dict[str, Any]:
+    """A row: float32 beside float64."""
+    (narrow, kept, seconds), (wide, wide_kept, wide_seconds) = (
+        run(network, dtype, compression, iterations) for dtype in ("float32", "float64")
+    )
+    same = sum(int((a == b).sum()) for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True))
+    differ = (kept != wide_kept).any(axis=1)
+    return {
+        "network": name,
+        "compression": compression,
+        "iterations": iterations,
+        "weights": sum(trees.sizes(wide)),
+        "kept": [int(kept[-1].sum()), int(wide_kept[-1].sum())],
+        "layers": int(kept.shape[1]),
+        "layers_alike": int((kept[-1] == wide_kept[-1]).sum()),
+        "bits_alike": same / sum(trees.sizes(wide)),
+        "first_difference": int(np.argmax(differ)) + 1 if differ.any() else None,
+        "seconds": [seconds, wide_seconds],
+    }
+
+
+def flows_between_blocks(name: str) -> dict[str, Any]:
+    """R, the flow through each cut, and the scores of the first and the last layer, which are cuts as well."""
+    model, shape = models.create(name, 10), models.default_input_shape(name)
+    params, batch_stats = models.init(model, shape, jax.random.key(0))
+    params = jax.tree.map(jnp.abs, trees.without_biases(params))
+    num_blocks = sum(model.num_blocks)
+
+    def norm(params: trees.Params, factors: jax.Array) -> jax.Array:
+        left = iter(range(num_blocks))
+
+        def multiplied(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            found = call(*args, **kwargs)
+            is_block = isinstance(context.module, Block) and context.method_name == "__call__"
+            return found * factors[next(left)] if is_block else found
+
+        with nn.intercept_methods(multiplied):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return jnp.sum(model.apply(variables, jnp.ones((1, *shape)), train=False))
+
+    def scaled(params: trees.Params, factors: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        found = scaling.evaluate(norm, params, factors)
+        return found.value, (found.value, found.exponent)
+
+    start = time.perf_counter()
+    gradient = jax.jit(jax.grad(scaled, argnums=(0, 1), has_aux=True)).lower(params, jnp.ones(num_blocks))
+    traced = time.perf_counter()
+    # It runs once: the compiler's effort would take longer than what it saves.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    program = gradient.compile(quick)
+    compiled = time.perf_counter()
+    (found, flows), (value, exponent) = jax.block_until_ready(program(params, jnp.ones(num_blocks)))
+    seconds = time.perf_counter() - compiled
+    layers = {
+        layer: float(np.sum(np.asarray(found[layer]["kernel"], np.float64) * np.asarray(params[layer]["kernel"])))
+        for layer in ("conv1", "head")
+    }
+    cuts = np.array([*np.asarray(flows, np.float64), *layers.values()])
+    return {
+        "network": name,
+        "log10_norm": scaling.log10(scaling.Scaled(value, exponent)),
+        "num_cuts": len(cuts),
+        "residual": float(np.max(np.abs(cuts / float(value) - 1))),
+        "finite": all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)),
+        "trace_seconds": traced - start,
+        "compile_seconds": compiled - traced,
+        "seconds": seconds,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Deep networks in float32.")
+    parser.add_argument("--networks", default="mlp300,cifar_resnet110", help="separated by commas")
+    parser.add_argument("--compressions", default="10,100,1000")
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--cuts", help="a network whose cuts are looked at instead")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "depth.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    args = parse_args()
+    others = others_seconds()
+    rows: list[dict[str, Any]] = []
+    if args.cuts:
+        rows.append(flows_between_blocks(args.cuts))
+        columns = ("network", "log10 R", "cuts", "largest residual", "tracing: s", "compiling: s", "a pass: s")
+        table = [
+            (
+                r["network"], f"{r['log10_norm']:.1f}", str(r["num_cuts"]), f"{r['residual']:.1e}",
+                f"{r['trace_seconds']:.0f}", f"{r['compile_seconds']:.0f}", f"{r['seconds']:.2f}",
+            )
+            for r in rows
+        ]  # fmt: skip
+        print_table("The flow through every cut between two blocks, float32", columns, table)
+    for name in args.networks.split(",") if not args.cuts else []:
+        network = build(name)
+        for compression in map(float, args.compressions.split(",")):
+            rows.append(compare(name, compression, args.iterations, network))
+            print(rows[-1], flush=True)
+    if not args.cuts:
+        table = [
+            (
+                r["network"], f"{r['compression']:g}", f"{r['kept'][0]:,}", f"{r['kept'][1]:,}",
+                f"{r['layers_alike']} of {r['layers']}", f"{100 * r['bits_alike']:.4f}", str(r["first_difference"]),
+                *(f"{s:.1f}" for s in r["seconds"]),
+            )
+            for r in rows
+        ]  # fmt: skip
+        print_table(f"SynFlow, {args.iterations} iterations", COLUMNS, table)
+    spent = None if others is None else others_seconds() - others  # type: ignore[operator]
+    write_json(args.out, {"machine": machine(), "others_seconds": spent, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
