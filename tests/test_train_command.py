@@ -231,7 +231,7 @@ def test_streamed_runs_go_on_as_others_do(tmp_path: pathlib.Path, monkeypatch: p
     small = data.DATASETS["imagenet"]._replace(num_classes=10, image_shape=(32, 32, 3))
     monkeypatch.setitem(data.DATASETS, "imagenet", small)
     settings = Config(
-        model="cifar_vgg11_bn", dataset="imagenet", width_multiplier=1 / 16, prune=PruneConfig(compression=1.0),
+        model="conv", dataset="imagenet", width_multiplier=1 / 16, prune=PruneConfig(compression=1.0),
         train=TrainConfig(num_epochs=3, batch_size=8, learning_rate=0.05, drops=()),
     )  # fmt: skip
     network = prune_run.build(settings)
@@ -272,5 +272,7 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     chain = lambda steps_per_epoch: optax.adamw(optax.cosine_decay_schedule(1e-3, 2 * steps_per_epoch))
     other = Config(**{**vars(settings), "train": TrainConfig(num_epochs=2, batch_size=719, make_optimizer=chain)})
     assert config.train_id(other) != config.train_id(settings) and config.run_id(other) == config.run_id(settings)
+    small = Config(**{**vars(other), "model": "fc", "prune": PruneConfig()})
+    network = prune_run.build(small)
     with pytest.raises(storage.Stopped, match="after step"):
-        train_run.train(other, network, found[0], tmp_path, should_stop=lambda: True)
+        train_run.train(small, network, network.mask, tmp_path, should_stop=lambda: True)
