@@ -482,6 +482,19 @@ def test_the_gradient_of_a_maximum_goes_to_the_first() -> None:
     assert float(gradient(x)[0, 1, 1, 0]) == 4
 
 
+def test_a_few_images_at_a_time_is_the_same_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In value and gradients, and for a batch that is cut into 3 parts of 2 images; the kernel's gradient is summed."""
+    x, kernel = _draw((6, 5, 4, 3), 0), _draw((3, 3, 3, 4), 1)
+    form = functools.partial(layers._convolution_as_matrices, strides=(1, 1), padding=((1, 1), (1, 1)), precision=None)
+    program = lambda: jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(form(*args))), argnums=(0, 1)))
+    whole = program()(x, kernel)
+    monkeypatch.setattr(layers, "_CHUNK_BYTES", 5 * 4 * (9 + 12) * 4 * 2)
+    assert layers._num_chunks(6, 5 * 4 * (9 + 12) * 4) == 3
+    assert "scan" in str(jax.make_jaxpr(form)(x, kernel))
+    for a, b in zip(jax.tree.leaves(program()(x, kernel)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_max_pool_passes_nan() -> None:
     x = _draw((1, 4, 4, 1), 0)
     for row, column in ((0, 0), (1, 1), (2, 1)):

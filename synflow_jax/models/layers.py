@@ -7,6 +7,7 @@ would pad 0 and 1.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,14 +93,42 @@ def _convolution_as_matrices(
     if strides[0] != 1 or kernel_height * kernel_width * channels <= features:
         patches = jnp.concatenate(_windows(inputs, (kernel_height, kernel_width), strides, padding, fill), axis=-1)
         return product(patches, kernel.reshape(-1, features))
-    # What lies under one row of the kernel is gathered, a third of the memory of whole 3x3 patches; one product gives
-    # what each row of the kernel adds, and the sums are taken where the outputs lie.
-    rows = jnp.concatenate(_windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill), axis=-1)
-    parts = product(rows, kernel.transpose(1, 2, 0, 3).reshape(-1, kernel_height * features))
-    parts = jax.lax.pad(parts, fill, [(0, 0, 0), (*padding[0], 0), (0, 0, 0), (0, 0, 0)])
-    height = parts.shape[1] - kernel_height + 1
-    shifted = [parts[:, i : i + height, :, i * features : (i + 1) * features] for i in range(kernel_height)]
-    return functools.reduce(jnp.add, shifted)
+
+    def by_rows(inputs: jax.Array) -> jax.Array:
+        # What lies under one row of the kernel is gathered, a third of the memory of whole 3x3 patches; one product
+        # gives what each row of the kernel adds, and the sums are taken where the outputs lie.
+        rows = _windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill)
+        matrix = kernel.transpose(1, 2, 0, 3).reshape(-1, kernel_height * features)
+        parts = product(jnp.concatenate(rows, axis=-1), matrix)
+        parts = jax.lax.pad(parts, fill, [(0, 0, 0), (*padding[0], 0), (0, 0, 0), (0, 0, 0)])
+        height = parts.shape[1] - kernel_height + 1
+        shifted = [parts[:, i : i + height, :, i * features : (i + 1) * features] for i in range(kernel_height)]
+        return functools.reduce(jnp.add, shifted)
+
+    # The rows and the parts are several times what enters and leaves. A few images at a time they stay in the
+    # processor's cache, and are gathered again for the gradient instead of kept.
+    widths = kernel_width * channels + kernel_height * features
+    num_chunks = _num_chunks(inputs.shape[0], math.prod(inputs.shape[1:3]) * widths * inputs.dtype.itemsize)
+    if num_chunks == 1:
+        return by_rows(inputs)
+    chunks = inputs.reshape(num_chunks, -1, *inputs.shape[1:])
+    outputs = jax.lax.map(jax.checkpoint(by_rows, prevent_cse=False), chunks)
+    return outputs.reshape(-1, *outputs.shape[2:])
+
+
+_CHUNK_BYTES = 8 * 2**20  # of what is gathered for a few images: 4 to 16 MB are within a tenth of each other
+
+
+def _num_chunks(batch: Any, image_bytes: int) -> int:
+    """Into how many parts of equal size a batch is cut; 1 where its size is not known yet (`jax.export`).
+
+    >>> _num_chunks(128, 2**20), _num_chunks(128, 2**16), _num_chunks(1, 2**30)
+    (16, 1, 1)
+    """
+    if not isinstance(batch, int) or batch * image_bytes <= _CHUNK_BYTES:
+        return 1
+    most = max(1, _CHUNK_BYTES // image_bytes)
+    return batch // max(size for size in range(1, most + 1) if batch % size == 0)
 
 
 def _windows(
