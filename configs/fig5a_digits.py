@@ -4,7 +4,7 @@
     python -m synflow_jax.figures fig5a --rows=runs/fig5a_digits
 
 Level k of n prunes to compression^(k/n) and rewinds to initialization; a run of n levels trains n + 1 times.
-Trained for twelve epochs with a weight decay of 5e-3, so that a level's weights say more than their initialization does.
+Trained for twelve epochs with a weight decay of 5e-3, so that trained weights outweigh their initialization.
 Expect one level to collapse at compression 100, where four keep accuracy.
 """
 
