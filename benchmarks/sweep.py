@@ -21,6 +21,8 @@ from typing import Any
 
 from measure import ROOT, machine, print_table, run_child
 
+sys.path.insert(0, str(ROOT))  # the package need not be installed
+
 SETTINGS = ["--config.width_multiplier=0.5", "--config.train.num_epochs=4", "--config.train.drops=(3,)"]
 RULES, COMPRESSIONS, SEEDS = ("synflow", "snip", "magnitude"), (2.0, 5.0, 10.0, 20.0, 50.0, 100.0), (0, 1, 2)
 
