@@ -66,7 +66,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     ax.legend(frameon=False, fontsize=9)
     seeds = sorted(runs)
     ax.set_title(
-        f"Average squared weight of each layer\n{select.network_title(first)} on {first['dataset']}, unpruned, "
+        f"Average squared weight of each layer\n{select.network_title(first)} on {first['dataset']}\nunpruned, "
         f"{first['num_epochs']} epochs, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
         fontsize=10,
     )
