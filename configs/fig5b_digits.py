@@ -4,7 +4,8 @@
     python -m synflow_jax.figures fig5b --rows=runs/fig5b_digits
 
 The network of fig1_digits, trained for longer, and with a weight decay that lets the layers reach their balance in that
-time. Seed 0: slope 0.57 before training and 0.89 after it. The head, which no batch norm follows, lies apart.
+time. Slope 0.57 before training and 0.85 after it. The head, which no batch norm follows, lies apart.
+Measured on two CPU cores: one minute.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
