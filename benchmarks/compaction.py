@@ -18,8 +18,9 @@ processes: ours hold XLA and what it compiles, and the full network that was pru
 The limit is the ratio of multiply-adds, `possible` in the table. Wanted: the compact step reaches at least half of it
 against the masked one; against PyTorch it is 2.5 times as fast at compression 100, and 10 times at 1000.
 
-Expect a table, `benchmarks/results/compaction.json`, and with --plot `docs/compaction.png`; nine minutes on two idle
-cores, with --quick (compression 100 alone, masks of 10 iterations, one round) two. `--plot-only` draws the picture
+Expect a table, `benchmarks/results/compaction.json`, and with --plot `docs/compaction.png`; four minutes on two idle
+cores with --steps=5 --repeats=1, with --quick (compression 100 alone, masks of 10 iterations, one round) one and a
+quarter. `--plot-only` draws the picture
 again from the file.
 """
 
