@@ -1,6 +1,7 @@
 """SynFlow's loop and the whole command against PyTorch, on one machine in one run.
 
     python benchmarks/prune_speed.py --torch-python=PATH
+    python benchmarks/prune_speed.py --models=vgg19 --compression=1024 --iterations=20 --repeats=1
 
 PATH is a Python that has torch; without the flag it is the one that runs this script. For each network and each
 repeat, in turn, each in a new process:
@@ -32,7 +33,6 @@ from typing import Any, NamedTuple
 
 from measure import ROOT, Child, machine, others_seconds, peak_mb, print_table, run_child, spread, write_json
 
-COMPRESSION = 100.0
 DEFAULT_ITERATIONS = 100  # of the configs too
 SIDES = {
     "ours": "our loop",
@@ -55,10 +55,11 @@ class Network(NamedTuple):
 NETWORKS = {
     "vgg16": Network("cifar_vgg16_bn", 100, "configs/vgg16_c100.py", 14_761_664),
     "resnet18": Network("tiny_resnet18", 200, "configs/resnet18_tiny.py", 11_261_632),
+    "vgg19": Network("imagenet_vgg19", 1000, "configs/vgg19_imagenet.py", 143_652_544),
 }
 
 
-def our_loop(name: str, iterations: int) -> Record:
+def our_loop(name: str, compression: float, iterations: int) -> Record:
     """Runs in a process of its own: compiles the loop and times its second call."""
     # Not at the top: what the parent imports counts towards the memory of its children, see measure.run_child.
     import jax
@@ -75,14 +76,14 @@ def our_loop(name: str, iterations: int) -> Record:
         start = time.perf_counter()
         # As the peer does, and the command, which is measured too.
         result = pruning.prune(
-            score_fn, params, compression=COMPRESSION, num_iterations=iterations, score_dtype="float32"
+            score_fn, params, compression=compression, num_iterations=iterations, score_dtype="float32"
         )
         mask, _ = jax.block_until_ready(result)
         seconds.append(time.perf_counter() - start)
     peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))  # before the checks below, which no user runs
     return {
         "model": name,
-        "compression": COMPRESSION,
+        "compression": compression,
         "iterations": iterations,
         "total": sum(leaf.size for leaf in jax.tree.leaves(mask)),
         "kept": sum(int(leaf.sum()) for leaf in jax.tree.leaves(mask)),
@@ -109,29 +110,30 @@ def last_json(child: Child) -> Record:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def measure_ours(name: str, iterations: int) -> dict[str, Record]:
+def measure_ours(name: str, compression: float, iterations: int) -> dict[str, Record]:
     """A cache would hide what compiling costs, so this process has none; and it imports this checkout."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(Path(__file__).resolve()), f"--worker={name}", f"--iterations={iterations}"]
+    flags = [f"--worker={name}", f"--compression={compression:g}", f"--iterations={iterations}"]
+    command = [sys.executable, str(Path(__file__).resolve()), *flags]
     return {"ours": last_json(run_or_exit(command, env))}
 
 
-def measure_torch(name: str, iterations: int, torch_python: str) -> dict[str, Record]:
+def measure_torch(name: str, compression: float, iterations: int, torch_python: str) -> dict[str, Record]:
     """`torch_synflow.py`, which times itself."""
     script = str(ROOT / "benchmarks" / "torch_synflow.py")
-    flags = [f"--model={name}", f"--compression={COMPRESSION:g}", f"--iterations={iterations}"]
+    flags = [f"--model={name}", f"--compression={compression:g}", f"--iterations={iterations}"]
     return {"torch": last_json(run_or_exit([torch_python, script, *flags]))}
 
 
-def measure_command(name: str, iterations: int) -> dict[str, Record]:
+def measure_command(name: str, compression: float, iterations: int) -> dict[str, Record]:
     """The command as a user types it, twice: the second run finds the compilation cache of the first."""
     records = {}
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "cache"))}
         for side in ("command_cold", "command_warm"):
             command = [sys.executable, "prune.py", f"--config={NETWORKS[name].config}"]
-            command.append(f"--workdir={Path(folder, side)}")
+            command += [f"--workdir={Path(folder, side)}", f"--config.prune.compression={compression:g}"]
             if iterations != DEFAULT_ITERATIONS:
                 command.append(f"--config.prune.num_iterations={iterations}")
             child = run_or_exit(command, env)
@@ -207,7 +209,8 @@ def parse_args() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description="SynFlow's loop and the whole command against PyTorch.")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
-    parser.add_argument("--models", default=",".join(NETWORKS), help="separated by commas")
+    parser.add_argument("--models", default="vgg16,resnet18", help=f"of {', '.join(NETWORKS)}, separated by commas")
+    parser.add_argument("--compression", type=float, default=100.0)
     parser.add_argument("--iterations", type=int, default=DEFAULT_ITERATIONS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prune_speed.json")
@@ -222,7 +225,7 @@ def main() -> None:
     """Measures, prints, writes."""
     args = parse_args()
     if args.worker:
-        print(json.dumps(our_loop(args.worker, args.iterations)))
+        print(json.dumps(our_loop(args.worker, args.compression, args.iterations)))
         return
     names = [name for name in args.models.split(",") if name]
     check_before_work(args.torch_python, names)
@@ -233,9 +236,9 @@ def main() -> None:
             record: Record = {}
             start, others = time.perf_counter(), others_seconds()
             sides = [
-                lambda name=name: measure_ours(name, args.iterations),
-                lambda name=name: measure_torch(name, args.iterations, args.torch_python),
-                lambda name=name: measure_command(name, args.iterations),
+                lambda name=name: measure_ours(name, args.compression, args.iterations),
+                lambda name=name: measure_torch(name, args.compression, args.iterations, args.torch_python),
+                lambda name=name: measure_command(name, args.compression, args.iterations),
             ]
             for measure_side in sides[:: -1 if repeat % 2 else 1]:
                 new = measure_side()
@@ -249,14 +252,14 @@ def main() -> None:
 
     others_cores = max(record.get("others_cores", 0) for name in names for record in runs[name])
     print_table(
-        f"SynFlow, {args.iterations} iterations, compression {COMPRESSION:g}, repeats: {args.repeats}; "
+        f"SynFlow, {args.iterations} iterations, compression {args.compression:g}, repeats: {args.repeats}; "
         f"{facts['cpu']}, {facts['cores']} cores",
         ["", "seconds", "compiling, s", "peak, MB", "time: PyTorch / ours", "memory: PyTorch / ours"],
         [row for name in names for row in table_rows(name, runs[name])],
         caption="Median (least-greatest). Seconds of prune.py are those of the whole command; MB are 2^20 bytes."
         + (f" DISTURBED: others took up to {others_cores:.1f} cores." if others_cores > 0.1 else ""),
     )
-    settings = {"compression": COMPRESSION, "iterations": args.iterations, "repeats": args.repeats}
+    settings = {"compression": args.compression, "iterations": args.iterations, "repeats": args.repeats}
     medians = {name: summary(runs[name]) for name in names}
     write_json(args.out, {"machine": facts, "settings": settings, "medians": medians, "runs": runs})
 

@@ -24,9 +24,10 @@ from torch import nn
 from torch.nn import functional
 
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+VGG19_STAGES = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 RESNET18_STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # width, stride of the first block
-IMAGE_SIDE = {"vgg16": 32, "resnet18": 64}
-TOTAL = {"vgg16": 14_761_664, "resnet18": 11_261_632}  # prunable weights
+IMAGE_SIDE = {"vgg16": 32, "resnet18": 64, "vgg19": 224}
+TOTAL = {"vgg16": 14_761_664, "resnet18": 11_261_632, "vgg19": 143_652_544}  # prunable weights
 
 
 class Block(nn.Module):
@@ -65,6 +66,19 @@ def vgg(stages: Sequence[Sequence[int]], num_classes: int) -> nn.Module:
     return nn.Sequential(*modules, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
+def vgg19(num_classes: int) -> nn.Module:
+    """VGG-19 for 224x224 images, without batch norm and, being evaluated only, without dropout."""
+    modules: list[nn.Module] = []
+    channels = 3
+    for stage in VGG19_STAGES:
+        for width in stage:
+            modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        modules.append(nn.MaxPool2d(2))
+    modules += [nn.Flatten(), nn.Linear(7 * 7 * channels, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
+    return nn.Sequential(*modules, nn.Linear(4096, num_classes))
+
+
 def resnet18(num_classes: int) -> nn.Module:
     """ResNet-18 for 64x64 images: a 3x3 stem of stride 1 without pooling, eight blocks, a linear layer."""
     modules: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
@@ -76,11 +90,17 @@ def resnet18(num_classes: int) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A new network in evaluation mode, Kaiming normal, biases at 0."""
-    model = vgg(VGG16_STAGES, 100) if name == "vgg16" else resnet18(200)
+    """A new network in evaluation mode, its weights drawn as ours are, biases at 0."""
+    builders = {"vgg16": lambda: vgg(VGG16_STAGES, 100), "resnet18": lambda: resnet18(200), "vgg19": lambda: vgg19(1000)}
+    model = builders[name]()
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight)
+            if name != "vgg19":
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            else:
+                nn.init.normal_(module.weight, std=0.01)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model.eval()

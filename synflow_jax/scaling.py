@@ -102,10 +102,21 @@ def unscaled(function: Callable[..., jax.Array], *args: Any) -> tuple[str, ...]:
 
 
 def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """2^exponent, exactly; 0 below 2^-126, and 2^126 above that."""
+    """2^exponent, exactly; 0 below 2^-126 and infinity above 2^126."""
     clipped = jnp.clip(exponent, -_LIMIT, _LIMIT)
     factor = jax.lax.bitcast_convert_type((clipped + 127) << 23, jnp.float32)
-    return jnp.where(exponent < -_LIMIT, 0, factor).astype(dtype)
+    return jnp.where(exponent == clipped, factor, jnp.where(exponent < 0, 0, jnp.inf)).astype(dtype)
+
+
+def _divided(value: Any, exponent: jax.Array) -> Any:
+    """value / 2^exponent.
+
+    A division, where a product with the inverse would round to the same: XLA takes products for cheap and repeats them,
+    with the sum that they stand in, wherever the sum is read. Of a residual network that makes, at every block, the sum
+    over all blocks before it, and a program whose size is quadratic in depth. Divisions are not repeated.
+    """
+    # Only arrays of zeros have exponents below the limit: 2^-126 serves them, where 0 would make them NaN.
+    return value / power_of_two(jnp.maximum(exponent, -_LIMIT), value.dtype)
 
 
 def _size(value: Any) -> jax.Array:
@@ -292,13 +303,12 @@ class _Interpreter:
         common = functools.reduce(jnp.maximum, sizes)
         out = list(values)
         for i in operands:
-            out[i] = values[i] * power_of_two(self.number(exponents[i]) - common, values[i].dtype)
+            out[i] = _divided(values[i], common - self.number(exponents[i]))
         return out, self.new_atom(common)
 
     def rescaled(self, value: Any, exponent: Exponent | None) -> tuple[Any, Exponent]:
         size = _size(value)
-        value = value * power_of_two(jnp.where(size > _LOW, -size, 0), value.dtype)
-        return value, _add(exponent or _PLAIN, self.new_atom(size))
+        return _divided(value, jnp.where(size > _LOW, size, 0)), _add(exponent or _PLAIN, self.new_atom(size))
 
     def cond(
         self, eqn: Any, values: list[Any], exponents: list[Exponent | None]

@@ -134,9 +134,20 @@ def test_a_function_that_is_no_sum_of_products_is_named() -> None:
 
 @pytest.mark.parametrize("exponent", [-300, -126, -1, 0, 5, 126, 300])
 def test_powers_of_two_are_exact(exponent: int) -> None:
-    expected = 2.0 ** min(exponent, 126) if exponent >= -126 else 0.0
+    expected = 0.0 if exponent < -126 else 2.0**exponent if exponent <= 126 else np.inf
     for dtype in (jnp.float32, jnp.bfloat16):
         assert float(scaling.power_of_two(jnp.int32(exponent), dtype)) == expected
+
+
+def test_zeros_stay_zeros_wherever_they_meet() -> None:
+    def function(w: jax.Array, bias: jax.Array) -> jax.Array:
+        h = jax.nn.relu(w @ w @ w + bias)  # a scaled value meets a plain one
+        return jnp.sum(jax.nn.relu(h + h @ w) @ w)  # and another exponent
+
+    for bias in (0.0, 1e-30):
+        grad = jax.value_and_grad(lambda w: scaling.evaluate(function, w, jnp.full((1, 2), bias)).value)  # noqa: B023
+        value, slopes = grad(jnp.zeros((2, 2)))
+        assert value == 0 and jnp.isfinite(slopes).all() and bool(slopes.any()) == (bias > 0)
 
 
 def test_the_error_names_what_has_no_scaled_form() -> None:
