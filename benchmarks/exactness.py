@@ -166,7 +166,9 @@ def main() -> None:
     show(rows)
     wrong = [r for r in rows if not (r["refused"] if r["collapsed"] else r["difference"] <= TOLERANCE)]
     measured = [row["difference"] for row in rows if not row["collapsed"]]
-    print(f"{len(measured)} differences, the largest {np.max(measured):.1e}; {len(rows) - len(measured)} masks refused.")
+    print(
+        f"{len(measured)} differences, the largest {np.max(measured):.1e}; {len(rows) - len(measured)} masks refused."
+    )
     if wrong:
         raise SystemExit(f"{len(wrong)} are wrong, the first: {wrong[0]}")
 

@@ -91,7 +91,11 @@ def resnet18(num_classes: int) -> nn.Module:
 
 def build(name: str) -> nn.Module:
     """A new network in evaluation mode, its weights drawn as ours are, biases at 0."""
-    builders = {"vgg16": lambda: vgg(VGG16_STAGES, 100), "resnet18": lambda: resnet18(200), "vgg19": lambda: vgg19(1000)}
+    builders = {
+        "vgg16": lambda: vgg(VGG16_STAGES, 100),
+        "resnet18": lambda: resnet18(200),
+        "vgg19": lambda: vgg19(1000),
+    }
     model = builders[name]()
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -7,7 +7,8 @@ Two kinds of units can go, and the function stays exactly what it was:
 - No kept weight leads to it from an input, and it puts out 0: all that is added to it (biases, running means) is 0,
   and what follows keeps 0 at 0. It goes from training too where what follows has derivative 0 at 0, as `jax.nn.relu`
   has, so that its bias stays 0. Any other unit without inputs puts out a constant and stays, masked; for inference
-  alone (`fold`) the constant can become part of the next layer's bias, where that is exact.
+  alone (`fold`) the constant can become part of the next layer's bias, where that is exact, or errs by less than the
+  caller accepts.
 
 Units are those of `units.groups`: a channel of a residual stream is one unit in all of its layers, and stays if one
 branch needs it. Inputs, outputs and units of groups that are `fixed` stay. A group of which nothing is left keeps one
@@ -53,11 +54,16 @@ class Plan(NamedTuple):
 
 
 class Compacted(NamedTuple):
-    """Smaller variables, the mask of what is pruned in them still, and the map back."""
+    """Smaller variables, the mask of what is pruned in them still, and the map back.
+
+    bounds: per name of a kernel that is padded and has taken up constants all the same (`tolerance`), the most that it
+      changes what the layer puts out, before its activation, at the borders of the map.
+    """
 
     variables: Tree
     mask: Mask
     plan: Plan
+    bounds: Mapping[str, float]
 
 
 def compact_tree(
@@ -67,6 +73,7 @@ def compact_tree(
     input_shape: Sequence[int],
     *,
     fold: bool = False,
+    tolerance: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Compacted:
     """The variables of any network without the units that a mask has left without use.
@@ -84,11 +91,14 @@ def compact_tree(
         convolutions without padding that have a bias, or a norm with a running mean: these take the constant up. (On
         padding the constant would be missing at the borders of the map, so that such a unit stays.) Units that put out
         0 now go even where training would change it. Biases are others then: such a network is not to be expanded.
+      tolerance: with `fold`, padded convolutions take up constants too, as long as that changes no output of the layer,
+        at the borders of its map and before its activation, by more than this; inside of the map it is exact. The bound
+        of each layer is returned. What follows may make more or less of it.
       dtype: of the inputs.
 
     Raises:
-      ValueError: no kept weight leads from the inputs to the outputs, or the mask does not fit. (A weight that only
-        ever lies on padding counts as one that leads on.)
+      ValueError: no kept weight leads from the inputs to the outputs, or the mask does not fit; a tolerance that is
+        negative, or one without `fold`. (A weight that only ever lies on padding counts as one that leads on.)
 
     >>> def apply_fn(params, x):
     ...     for layer in params[:-1]:
@@ -106,14 +116,20 @@ def compact_tree(
     >>> bool(jnp.all(apply_fn(small.variables, x) == apply_fn(trees.apply_mask(params, mask), x)))
     True
     """
+    if not 0 <= tolerance < np.inf or (tolerance and not fold):
+        raise ValueError(
+            f"tolerance={tolerance!r} must be a finite number of at least 0, and goes with fold=True: it is the error "
+            "that constants on the borders of padded maps may make."
+        )
     found = units.groups(apply_fn, variables, input_shape, dtype)
+    bounds: dict[str, float] = {}
     if fold:
         masked = _masked(variables, mask)
         reads = tracing.trace(apply_fn, masked, input_shape, dtype, evaluate=True).reads
-        plan, variables = _folded(found, variables, mask, reads)
+        plan, variables, bounds = _folded(found, variables, mask, reads, tolerance)
     else:
         plan = make_plan(found, variables, mask)
-    return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan)
+    return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan, bounds)
 
 
 def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask) -> Plan:
@@ -176,8 +192,12 @@ def _plan(graph: _Graph, needless: np.ndarray, variables: Tree) -> Plan:
     return plan_of(graph.groups, variables, kept)
 
 
-def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequence[Read]) -> tuple[Plan, Tree]:
-    """The plan without the units whose constants the biases after them take up, and the variables with these biases."""
+def _folded(
+    groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequence[Read], tolerance: float
+) -> tuple[Plan, Tree, dict[str, float]]:
+    """The plan without the units whose constants the biases after them take up, the variables with these biases, and
+    the largest error of each padded kernel.
+    """
     names = trees.names(variables)
     graph = _Graph(groups, *_by_name(variables, mask))
     silent = graph.silent(train=False)
@@ -186,10 +206,12 @@ def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequenc
     for group, first in zip(groups, graph.firsts, strict=True):
         for name, axis, of_unit in group.readers:
             uses = [r for r in reads if names[r.leaf] == name and r.read in (axis, NONE)]
-            able = [_can_take_up(graph, r, names, len(of_unit)) for r in uses] or [np.zeros(len(of_unit), bool)]
+            here = np.append(constant, False)[np.where(of_unit < 0, -1, first + of_unit)]
+            able = [_can_take_up(graph, r, names, here, tolerance) for r in uses] or [np.zeros(len(of_unit), bool)]
             steady[first + of_unit[(of_unit >= 0) & ~np.logical_and.reduce(able)]] = False
     plan = _plan(graph, silent | steady, variables)
     leaves = dict(zip(names, map(np.array, jax.tree.leaves(variables)), strict=True))
+    bounds: dict[str, float] = {}
     for read in reads:
         name = names[read.leaf]
         stay = plan.positions[name][read.read]
@@ -197,20 +219,40 @@ def _folded(groups: Sequence[Group], variables: Tree, mask: Mask, reads: Sequenc
             continue
         gone = np.append(steady, False)[graph.units[name][read.read]]
         gone[stay] = False
-        kernel = np.moveaxis(graph.effective(name), (read.read, read.write), (0, 1))
-        kernel = kernel.reshape(*kernel.shape[:2], -1).sum(-1)
-        leaves[names[read.bias]] += read.sign * (np.where(gone, read.values, 0) @ kernel)
+        constants = np.where(gone, read.values, 0)
+        leaves[names[read.bias]] += read.sign * (constants @ _by_position(graph, read, name).sum(-1))
+        if not read.whole and constants.any():
+            error = float(np.max(abs(constants) @ abs(_by_position(graph, read, name)).sum(-1)))
+            bounds[name] = max(error, bounds.get(name, 0.0))
     order = jax.tree.structure(variables)
-    return plan, jax.tree.unflatten(order, [jnp.asarray(leaves[name]) for name in names])
+    return plan, jax.tree.unflatten(order, [jnp.asarray(leaves[name]) for name in names]), bounds
 
 
-def _can_take_up(graph: _Graph, read: Read, names: Sequence[str], size: int) -> np.ndarray:
-    """bool [size]: whether the bias after a kernel can take up what enters at each position of its input axis."""
+def _by_position(graph: _Graph, read: Read, name: str) -> np.ndarray:
+    """The masked kernel of a read, [input, output, places of the kernel]."""
+    kernel = np.moveaxis(graph.effective(name), (read.read, read.write), (0, 1))
+    return kernel.reshape(*kernel.shape[:2], -1)
+
+
+def _can_take_up(graph: _Graph, read: Read, names: Sequence[str], constant: np.ndarray, tolerance: float) -> np.ndarray:
+    """bool [size]: whether the bias after a kernel can take up what enters at each position of its input axis.
+
+    constant: bool [size], the positions at which nothing that varies enters.
+    """
     if read.bias is None or read.values is None or graph.leaves[names[read.bias]].ndim != 1:
-        return np.zeros(size, bool)
+        return np.zeros(len(constant), bool)
     kept = graph.kept(names[read.leaf])
     pruned = ~graph.kept(names[read.bias])
-    return np.asarray(read.steady) & ~(_any_along(kept, (read.read, read.write)) & pruned[None]).any(axis=1)
+    able = np.asarray(read.steady) & ~(_any_along(kept, (read.read, read.write)) & pruned[None]).any(axis=1)
+    if read.whole:
+        return able
+    # On padding a part of the kernel is missing: the smallest errors first, as many as the tolerance affords.
+    able &= constant
+    errors = abs(np.asarray(read.values)) * abs(_by_position(graph, read, names[read.leaf])).sum(-1).max(-1, initial=0)
+    order = np.argsort(np.where(able, errors, np.inf), kind="stable")
+    affordable = np.zeros(len(able), bool)
+    affordable[order] = np.cumsum(np.where(able, errors, np.inf)[order]) <= tolerance
+    return able & affordable
 
 
 def _masked(variables: Tree, mask: Mask) -> Tree:

@@ -40,6 +40,8 @@ class Read(NamedTuple):
       parameter as it is, with one axis of each kind.
     values: what it is multiplied with where the program was evaluated, [size of the input axis], and None where not.
     steady: whether each of them is the same at all places of the product, so that it acts as a bias.
+    whole: whether all of the kernel is used at each place: a convolution whose kernel lies on padding uses a part of it
+      at the borders.
     bias, sign: the parameter that is added to the product (1) or subtracted from it (-1), if one is, with no other use.
     """
 
@@ -48,6 +50,7 @@ class Read(NamedTuple):
     write: int
     values: Any = None
     steady: Any = None
+    whole: bool = True
     bias: int | None = None
     sign: int = 1
 
@@ -820,12 +823,12 @@ class _Tracer:
         is_leaf = kernel.leaf is not None and kernel.shape == self.leaf_shapes[kernel.leaf]
         if not is_leaf or kernel.leaf is None or len(contract) != 1 or len(out) != 1:
             return [Read(leaf, NONE, NONE) for leaf in sorted(leaves)]
-        read = Read(kernel.leaf, contract[0], next(iter(out)))
+        read = Read(kernel.leaf, contract[0], next(iter(out)), whole=whole)
         if x.array is None:
             return [read]
         rows = jnp.moveaxis(x.array, x_contract[0], -1).reshape(-1, x.shape[x_contract[0]])
         same = jnp.all(jnp.abs(rows - rows[:1]) <= 1e-6 * jnp.abs(rows[:1]), axis=0)
-        return [read._replace(values=rows[0], steady=same & whole)]
+        return [read._replace(values=rows[0], steady=same)]
 
     def contraction(self, a: _Value, b: _Value, a_outer: _Value, b_outer: _Value) -> None:
         """What meets in the axes that are summed over. a, b: these axes alone; *_outer: the others."""

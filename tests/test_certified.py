@@ -66,9 +66,9 @@ def _pairs(left: Any, right: Any) -> Any:
     return zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
 
 
-@pytest.mark.parametrize("name, length", [("mlp", 6), ("vgg", 5)])
-def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int) -> None:
-    """50 networks, to exactly N / L; the paper's schedule with as many iterations loses some of them."""
+@pytest.mark.parametrize("name, length, num_lost", [("mlp", 6, 18), ("vgg", 5, 3)])
+def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_lost: int) -> None:
+    """50 networks, to exactly N / L; the paper's schedule with as many iterations loses most MLPs, and some VGGs."""
     case = _case(name)
     assert case.shortest == length
     lost = 0
@@ -83,7 +83,7 @@ def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int) -> None
             # Theorem 3: what no iteration pruned too much of is whole.
             assert not (broken and _ratios(exponential).max() < 1)
             lost += broken
-    assert lost >= 2, lost
+    assert lost >= num_lost, lost  # of 20
 
 
 def test_vgg16_down_to_fourteen_weights() -> None:

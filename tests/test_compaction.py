@@ -7,6 +7,7 @@ outputs, or something to put out, is missing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -193,14 +194,15 @@ def _without_inputs(mask: Mask, layers: tuple[str, ...]) -> Mask:
 
 FOLDED = {
     "fc": (lambda: MLP(3, (6, 6)), (5,), ("fc1", "fc2"), {"fc1": 3, "fc2": 3}),
-    # On padding the constants of conv1 are missing; the head, after a flattening, takes up those of conv2.
-    "conv": (lambda: ConvNet(3, (6, 6)), (4, 4, 2), ("conv1", "conv2"), {"conv1": 6, "conv2": 3}),
-    # A running mean takes up what a 1x1 convolution reads; 3x3 convolutions are padded.
+    # On padding the constants of conv1 are missing, but those that are 0 (relu of a negative bias); the head, after a
+    # flattening, takes up those of conv2.
+    "conv": (lambda: ConvNet(3, (6, 6)), (4, 4, 2), ("conv1", "conv2"), {"conv1": 5, "conv2": 3}),
+    # A running mean takes up what a 1x1 convolution reads; 3x3 convolutions are padded, and take up zeros.
     "bottleneck": (
         lambda: ResNet(3, (1,), (4,), bottleneck=True, stem_width=4),
         (4, 4, 2),
         ("conv2_1/conv1", "conv2_1/conv2"),
-        {"conv2_1/conv1": 4, "conv2_1/conv2": 2},
+        {"conv2_1/conv1": 2, "conv2_1/conv2": 2},
     ),
 }
 
@@ -224,6 +226,40 @@ def test_constants_are_folded_where_that_is_exact(name: str) -> None:
         small = models.compact(model, params, stats, mask, input_shape, fold=True)
         assert len(small.plan.kept["params/fc1"]) == 6
         _assert_same(_both_modes(model)(params, stats, mask, x)[0], _both_modes(small.model)(*small[1:4], x)[0])
+
+
+def test_constants_on_padding_are_folded_within_a_tolerance() -> None:
+    model, input_shape = ConvNet(3, (8, 6)), (6, 6, 2)
+    params, _ = models.init(model, input_shape, jax.random.key(0))
+    params = _trained(params, 1)
+    mask = _without_inputs(trees.prunable(params), ("conv1",))
+    compact = functools.partial(models.compact, model, params, {}, mask, input_shape, fold=True)
+    assert len(compact().plan.kept["params/conv1"]) == 6 and not compact().bounds  # two of the constants are 0
+    x = jax.random.normal(jax.random.key(1), (4, *input_shape))
+
+    def conv2(model: nn.Module, params: Params, mask: Mask) -> np.ndarray:
+        variables = {"params": trees.apply_mask(params, mask)}
+        _, state = model.apply(
+            variables, x, capture_intermediates=lambda module, _: module.name == "conv2", mutable=True
+        )
+        return np.asarray(state["intermediates"]["conv2"]["__call__"][0])
+
+    expected = conv2(model, params, mask)
+    sizes = []
+    most = compact(tolerance=10.0).bounds["params/conv2/kernel"]
+    for tolerance in (10.0, 0.99 * most, 1e-6):
+        small = compact(tolerance=tolerance)
+        sizes.append(len(small.plan.kept["params/conv1"]))
+        found = conv2(small.model, small.params, small.mask)
+        _assert_same(found[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1])
+        error = np.max(np.abs(found - expected))
+        bound = small.bounds.get("params/conv2/kernel", 0.0)
+        assert error <= bound + 1e-5 and bound <= tolerance
+        assert error > 0.1 * bound or bound == 0  # and the bound is no idle one
+    assert sizes == [4, 5, 6]
+    for options in ({"tolerance": -1.0}, {"tolerance": 1.0, "fold": False}):
+        with pytest.raises(ValueError, match="tolerance"):
+            compact(**options)
 
 
 def test_a_bias_of_two_layers_takes_up_nothing() -> None:

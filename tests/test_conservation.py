@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,3 +76,40 @@ def test_a_training_loss_is_conserved_and_gelu_is_named() -> None:
     np.testing.assert_allclose(audit.layers["fc/kernel"], audit.layers["head/kernel"], rtol=1e-4, atol=1e-6)
     broken = analysis.conservation(lambda p, x: apply_fn(p, x, jax.nn.gelu), params, (4,))
     assert not broken.conserved and broken.residual > 1e-2 and "tanh" in broken.broken
+
+
+def _centred(h: jax.Array, axis: int) -> jax.Array:
+    return h - jnp.mean(h, axis=axis, keepdims=True)
+
+
+def _normalised(h: jax.Array, axis: int) -> jax.Array:
+    centred = _centred(h, axis)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=axis, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "broken"),
+    [
+        (jax.nn.softmax, {"exp", "div"}),
+        (lambda h: _normalised(h, -1), {"rsqrt", "integer_pow", "mul"}),  # a layer norm
+        (lambda h: _normalised(h, 0), {"rsqrt", "integer_pow", "mul"}),  # a batch norm in training mode
+        (lambda h: _centred(h, 0), set()),  # and its mean alone: linear, so that it conserves
+    ],
+)
+def test_what_is_not_homogeneous_is_named(step: Callable[[jax.Array], jax.Array], broken: set[str]) -> None:
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {"fc": {"kernel": draw(4, 6)}, "head": {"kernel": draw(6, 2)}}
+    apply_fn = lambda p, x: jax.nn.relu(step(x @ p["fc"]["kernel"])) @ p["head"]["kernel"]
+    audit = analysis.conservation(apply_fn, params, inputs=draw(8, 4), loss=lambda y: jnp.sum(y[:, 0]))
+    assert set(audit.broken) == broken and audit.conserved == (not broken)
+    for primitive in broken:
+        assert f"not homogeneous of degree one: {primitive}" in str(audit)
+
+
+def test_a_mean_of_the_batch_takes_all_flow_of_one_input() -> None:
+    """Why SynFlow in training mode fails: its single input is its own mean."""
+    params = {"fc": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
+    apply_fn = lambda p, x: _centred(x @ p["fc"]["kernel"], 0) @ p["head"]["kernel"]
+    audit = analysis.conservation(apply_fn, params, (4,))
+    assert audit.total == 0 and "nothing flows" in str(audit)

@@ -113,6 +113,30 @@ def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.sum(jnp.pad(chosen, ((1, 1), (0, 0))).reshape(-1)[2:] / 4)
 
 
+def test_bfloat16_scores_a_network_beyond_its_range() -> None:
+    """R is 2^275: a bfloat16 reaches 2^127. Its scores are float32's up to the eight bits that it has."""
+    names = [f"fc{i:02d}" for i in range(30)]
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        for name in names:
+            x = x + jax.nn.relu(x @ params[name]["kernel"])
+        return x @ params["head"]["kernel"]
+
+    draw = lambda key, *shape: {"kernel": (40 * jax.random.normal(key, shape)).astype(jnp.bfloat16)}
+    keys = jax.random.split(jax.random.key(0), len(names) + 1)
+    params = {name: draw(key, 16, 16) for name, key in zip(names, keys[1:], strict=True)} | {
+        "head": draw(keys[0], 16, 3)
+    }
+    score = jax.jit(scores.with_cut(scores.synflow(apply_fn, (16,))))
+    mask = trees.prunable(params)
+    half = score(params, mask, jax.random.key(0))
+    single = score(jax.tree.map(lambda w: w.astype(jnp.float32), params), mask, jax.random.key(0))
+    assert half.cut.dtype == jnp.bfloat16 and half.exponent > 270
+    shift = 2.0 ** float(half.exponent - single.exponent)
+    for a, b in zip(jax.tree.leaves(half.scores), jax.tree.leaves(single.scores), strict=True):
+        np.testing.assert_allclose(shift * np.asarray(a, np.float32), b, rtol=0.1)
+
+
 def test_branches_meet_at_the_larger_exponent() -> None:
     x, w = jnp.full((1, 2), 3.0), jnp.full((2, 2), 8.0)
     assert jnp.isinf(_branches(x, w))

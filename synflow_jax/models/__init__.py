@@ -166,14 +166,13 @@ def init(model: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tupl
       input_shape: of one example.
       key: consumed.
     """
-    inside = isinstance(key, jax.core.Tracer)  # of another program, which takes no options
-    draw = functools.partial(model.init, train=False) if inside else _draw(model)
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    if not inside and len(jax.tree.leaves(jax.eval_shape(draw, key, x))) > _MAX_DRAWN_AT_ONCE:
-        draw = functools.partial(model.lazy_init, train=False)
+    x = jnp.zeros((1, *input_shape))
+    if isinstance(key, jax.core.Tracer):  # inside of another program, which takes no options
+        variables = model.init(key, x, train=False)
+    elif len(jax.tree.leaves(jax.eval_shape(_draw(model), key, x))) > _MAX_DRAWN_AT_ONCE:
+        variables = model.lazy_init(key, jax.ShapeDtypeStruct(x.shape, x.dtype), train=False)
     else:
-        x = jnp.zeros(x.shape, x.dtype)
-    variables = draw(key, x)
+        variables = _draw(model)(key, x)
     return variables["params"], variables.get("batch_stats", {})
 
 

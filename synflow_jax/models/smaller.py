@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ class Compact(NamedTuple):
     """A smaller network, its variables, the mask of what is pruned in it still, and the map back to the full one.
 
     The plan works on gradients, optimizer states and whole training states as well: `compaction.shrink_tree` makes them
-    smaller, `compaction.expand_tree` puts trained values back.
+    smaller, `compaction.expand_tree` puts trained values back. bounds: see `compaction.Compacted`.
     """
 
     model: nn.Module
@@ -24,6 +25,7 @@ class Compact(NamedTuple):
     batch_stats: Tree
     mask: Mask
     plan: Plan
+    bounds: Mapping[str, float]
 
 
 def compact(
@@ -34,6 +36,7 @@ def compact(
     input_shape: tuple[int, ...],
     *,
     fold: bool = False,
+    tolerance: float = 0.0,
 ) -> Compact:
     """The same function as a smaller dense network, without the units that the mask has left without use.
 
@@ -47,7 +50,7 @@ def compact(
       params, batch_stats: of the network; weights that the mask has pruned count as 0.
       mask: bool arrays beside the prunable parameters, holes elsewhere.
       input_shape: of one example.
-      fold: for inference alone, constants become part of biases; see `compaction.compact_tree`.
+      fold, tolerance: for inference alone, constants become part of biases; see `compaction.compact_tree`.
 
     Raises:
       ValueError: the network has collapsed, the mask does not fit, or the module cannot be resized.
@@ -69,13 +72,19 @@ def compact(
         )
     check_mask(mask, params)
     variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
-    small, small_mask, plan = compaction.compact_tree(
+    small, small_mask, plan, bounds = compaction.compact_tree(
         lambda variables, x: jnp.asarray(model.apply(variables, x, train=False)),
         variables,
         {"params": mask},
         input_shape,
         fold=fold,
+        tolerance=tolerance,
     )
     return Compact(
-        model.resized(small["params"]), small["params"], small.get("batch_stats", {}), small_mask["params"], plan
+        model.resized(small["params"]),
+        small["params"],
+        small.get("batch_stats", {}),
+        small_mask["params"],
+        plan,
+        bounds,
     )
