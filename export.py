@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--workdir is missing: name the folder that prune.py or train.py has written.")
     settings = None
     if _CONFIG.value is not None:
-        settings = cli.check_config(_CONFIG.value)
+        settings = cli.check_config(_CONFIG.value, reads_data=False)
         config.check_one(settings)
     workdir = pathlib.Path(_WORKDIR.value)
     row = export_run.find_row(workdir, settings, _RUN.value)

@@ -34,9 +34,8 @@ def main(argv: Sequence[str]) -> None:
     settings = cli.check_config(_CONFIG.value)
     config.check_prune(settings)
     runs = config.expand(settings)
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = cli.check_workdir(_WORKDIR.value)
     output = report.console()
-    storage.check_writable(workdir)
     storage.read_rows(workdir / "rows.jsonl")  # a damaged one is found now, not after the work
     if len(runs) == 1:
         _one(runs[0], workdir, output)

@@ -49,9 +49,8 @@ def main(argv: Sequence[str]) -> None:
     runs = config.expand(settings)
     for run in runs:
         config.check_train(run)
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = cli.check_workdir(_WORKDIR.value)
     output = report.console()
-    storage.check_writable(workdir)
     job = cli.join_hosts()
     if len(runs) > 1 or job.count > 1:
         _sweep(runs, job, workdir, output)

@@ -75,15 +75,27 @@ def config_help(*omitted: str) -> str:
     return f"a file of configs/; each of its keys is a flag as well, --config.KEY=VALUE. The keys are {', '.join(keys)}"
 
 
-def check_config(value: Any) -> Config:
-    """The value of --config, checked. Raises ValueError if it is missing, of another type, or out of range."""
+def check_workdir(value: str) -> pathlib.Path:
+    """The folder that --workdir names. Raises ValueError for an empty name or if no file can be written there."""
+    if not value:
+        raise ValueError("--workdir='' names no folder: give one, --workdir=DIR, or leave the flag out.")
+    storage.check_writable(pathlib.Path(value))
+    return pathlib.Path(value)
+
+
+def check_config(value: Any, *, reads_data: bool = True) -> Config:
+    """The value of --config, checked, with the data that it needs unless the command `reads_data`=False.
+
+    Raises:
+      ValueError: it is missing, of another type, or out of range.
+    """
     if not isinstance(value, Config):
         problem = "is missing" if value is None else f"is a {type(value).__name__}"
         raise ValueError(
             f"--config {problem}; it must name a file whose get_config() returns a synflow_jax.config.Config, "
             f"for instance --config=configs/vgg16_c100.py. {_config_files()}"
         )
-    config.check(value)
+    config.check(value, reads_data=reads_data)
     for key in config_flags.get_override_values(flags.FLAGS["config"]):
         if key in config.grid_values(value):
             name = key.removeprefix("prune.")
@@ -151,7 +163,14 @@ def _parse(argv: list[str]) -> list[str]:
         flags.FLAGS.set_gnu_getopt()  # flags may follow words
         return flags.FLAGS(argv)
     except (flags.Error, ValueError) as error:
-        _fail(str(error))
+        if "Traceback (most recent call last)" not in str(error):
+            _fail(str(error))
+        if "--traceback" in argv:
+            raise
+        # ml_collections puts the traceback of a config file into the message; its last line is what was raised.
+        _fail(
+            f"--config={''.join(files)} does not load: {str(error).strip().splitlines()[-1]} --traceback shows where."
+        )
     except Exception as error:  # a config file is a program: it may raise anything
         if "--traceback" in argv:
             raise
@@ -162,8 +181,11 @@ def _check_keys(argv: list[str]) -> None:
     keys = _keys(Config)
     for arg in argv:
         match = re.match(r"--?config\.([^=]+)", arg)
+        if match and keys.get(match[1]) is Any:
+            raise ValueError(f"--config.{match[1]} is no value that a flag can give: set it in the config file.")
         if match and match[1] not in keys:
-            close = difflib.get_close_matches(match[1], keys, n=1, cutoff=0.5)
+            same = [key for key in keys if key.endswith(f".{match[1]}") and not key.startswith("grid.")]
+            close = same or difflib.get_close_matches(match[1], keys, n=1, cutoff=0.5)
             hint = f"Did you mean --config.{close[0]}? " if close else ""
             raise ValueError(f"--config.{match[1]} is no key of the config. {hint}The keys are: {', '.join(keys)}.")
 

@@ -189,9 +189,11 @@ def _product(config: Config, grid: Grid) -> dict[str, tuple[Any, ...]]:
 def _typed(name: str, value: Any, kind: type) -> Any:
     """The value as the config's own field would hold it: 10 and 10.0 must be one run."""
     wanted = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}[kind]
-    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
+    joined = isinstance(value, str) and "," in value  # a list of words without quotes is one word
+    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or joined:
         example = {int: "0,1", float: "10,100", str: "\"('snip','grasp')\"", bool: "True,False"}[kind]
-        raise ValueError(f"grid.{name} holds {value!r}, which is no {kind.__name__}. Values are given as {example}.")
+        problem = "several values in one" if joined else f"no {kind.__name__}"
+        raise ValueError(f"grid.{name} holds {value!r}, which is {problem}. Values are given as {example}.")
     return kind(value)
 
 
@@ -258,12 +260,12 @@ def mode(config: PruneConfig) -> str:
     return config.mode if config.pruner in EVALUATING else PruneConfig.mode
 
 
-def check(config: Config) -> None:
-    """Raises ValueError for a value out of its range, in any of the runs, before any work."""
+def check(config: Config, *, reads_data: bool = True) -> None:
+    """Raises ValueError for a value out of its range, in any of the runs, before any work; for missing data too."""
     keys = grid_values(config)
     for run in expand(config):
         try:
-            _check_run(run)
+            _check_run(run, reads_data)
         except ValueError as error:
             if not keys:
                 raise
@@ -271,7 +273,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{error} This is the grid's run of {values}.") from error
 
 
-def _check_run(config: Config) -> None:
+def _check_run(config: Config, reads_data: bool) -> None:
     prune = config.prune
     if prune.pruner not in PRUNERS:
         raise ValueError(f"prune.pruner={prune.pruner!r} is unknown. Choose one of {', '.join(PRUNERS)}.")
@@ -290,7 +292,13 @@ def _check_run(config: Config) -> None:
     if certified:
         _check_certified(prune)
     schedule = "exponential" if certified else prune.schedule
-    schedules.prune_counts([1], prune.compression, num_iterations(prune), schedule)
+    try:
+        schedules.prune_counts([1], prune.compression, num_iterations(prune), schedule)
+    except ValueError as error:
+        raise ValueError(f"prune.{error}") from error
+    for name in ("examples_per_class", "batch_size"):
+        if getattr(prune, name) < 1:
+            raise ValueError(f"prune.{name}={getattr(prune, name)} must be at least 1.")
     init_digest(config)
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must not be negative.")
@@ -303,7 +311,8 @@ def _check_run(config: Config) -> None:
                 f"prune.dataset={prune.dataset!r} does not fit a network for dataset={config.dataset!r}: it must "
                 "have no more classes, and images of the same shape or such as are enlarged to any. Choose 'digits'."
             )
-        data.check_readable(prune_dataset(config), config.data.dir)
+        if reads_data:
+            data.check_readable(prune_dataset(config), config.data.dir)
 
 
 def _check_certified(prune: PruneConfig) -> None:

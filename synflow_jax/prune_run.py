@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import pathlib
 import time
 import warnings
@@ -119,9 +120,10 @@ def trained_network(settings: Config, network: Network) -> Network:
 def check_compression(settings: Config, network: Network) -> None:
     """Raises ValueError for a compression that no network survives, unless the config asks for it."""
     compression, maximum, total = settings.prune.compression, network.max_compression, sum(trees.sizes(network.mask))
-    if compression > maximum and not settings.prune.beyond_maximum:
+    # The maximum may be given as it is printed, rounded.
+    if compression > maximum * (1 + 1e-5) and not settings.prune.beyond_maximum:
         raise ValueError(
-            f"prune.compression={compression:g} is above {maximum:g}, the maximum of {settings.model}: "
+            f"prune.compression={compression:.10g} is above {maximum:.10g}, the maximum of {settings.model}: "
             f"{total} prunable weights over the {round(total / maximum)} of the shortest path from input to output. "
             "Beyond it no network is left: choose a smaller compression."
         )
@@ -362,6 +364,11 @@ def _cut_fractions(info: pruning.PruneInfo) -> list[float]:
         return np.where(cut == 0, np.inf, pruned / cut).tolist()
 
 
+def _largest(fractions: list[float]) -> float | None:
+    """Of the iterations before which there was a cut; None for a rule that knows of none."""
+    return max((f for f in fractions if math.isfinite(f)), default=None)
+
+
 def _log10_cut(info: pruning.PruneInfo) -> list[float]:
     with np.errstate(divide="ignore"):
         return (np.log10(np.asarray(info.cut, np.float64)) + np.log10(2) * np.asarray(info.exponent)).tolist()
@@ -437,7 +444,7 @@ def _row(settings: Config, network: Network, scored: Rule, mask: Mask, info: pru
         "collapsed": analysis.collapsed(apply_fn, network.input_shape, network.params, mask),
         "log10_objective": analysis.log10_path_norm(apply_fn, network.input_shape, network.params, mask),
         "max_compression": network.max_compression,
-        "largest_cut_fraction": max(_cut_fractions(info)),
+        "largest_cut_fraction": _largest(_cut_fractions(info)),
         "iterations": {
             "kept": kept.sum(axis=1).tolist(),
             "min_layer_score": np.asarray(info.score_total, np.float64).min(axis=1).tolist(),

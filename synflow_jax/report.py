@@ -175,7 +175,8 @@ def _cuts(output: rich.console.Console, result: Mapping[str, Any]) -> None:
             "cut held, so none can have disconnected the network (Theorem 3)"
         )
     elif fraction is not None:
-        output.print(f"an iteration pruned {fraction:.3g} times what the smallest cut held: a path was left by luck")
+        end = "and no path is left" if result["collapsed"] else "a path was left by luck"
+        output.print(f"an iteration pruned {fraction:.3g} times what the smallest cut held: {end}")
     asked = schedules.num_kept(result["total"], result["compression"])
     if result["schedule"] == schedules.CERTIFIED and result["kept"] > asked:
         output.print(

@@ -13,7 +13,9 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -158,7 +160,7 @@ BAD = {
     "type": (["--config.prune.num_iterations=ten"], "num_iterations", "ten"),
     "compression below 1": (["--config.prune.compression=0.5"], "compression=0.5", "at least 1"),
     "compression NaN": (["--config.prune.compression=nan"], "compression=nan", "finite"),
-    "compression above the maximum": (["--config.prune.compression=1e5"], "compression=100000", "86794.7"),
+    "compression above the maximum": (["--config.prune.compression=1e5"], "compression=100000", "86794.66667"),
     "no iterations": (["--config.prune.num_iterations=0"], "num_iterations=0", "at least 1"),
     "data that is not here": (
         ["--config.prune.pruner=snip", "--config.dataset=cifar100"],
@@ -182,16 +184,32 @@ BAD = {
         "model='imagenet_vgg11' does not take mnist's images: a map of 1x1",
         "cifar_",
     ),
+    "part of a config file": (["--config=configs/fig6.py:vgg12_c10"], "fig6.py:vgg12_c10", "vgg11, vgg16"),
+    "key without its part": (["--config.compression=3"], "--config.compression", "--config.prune.compression"),
+    "function": (["--config.train.make_optimizer=adam"], "train.make_optimizer", "in the config file"),
+    "words of a grid": (["--config.grid.pruner=snip,grasp"], "'snip,grasp'", "('snip','grasp')"),
+    "examples": (["--config.prune.examples_per_class=0"], "prune.examples_per_class=0", "at least 1"),
+    "pattern of nothing": (["--config.prune.exclude=fc7"], "exclude='fc7'", "mend the pattern"),
+    "no folder": (["--workdir="], "--workdir=''", "--workdir=DIR"),
     "flag": (["--seed=3"], "seed", "Unknown command line flag"),
     "word": (["seed"], "'seed'", "Flags begin with --"),
 }
 
 
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The folder of the folders that the commands were given, and what they said."""
+    folder = tmp_path_factory.mktemp("bad")
+    cases = {
+        case: ["--config=configs/digits.py", f"--workdir={folder / case}", *flags] for case, (flags, *_) in BAD.items()
+    }
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return folder, commands.run_all("prune", cases, environment)
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_values(tmp_path: pathlib.Path, cache: pathlib.Path, case: str) -> None:
-    flags, argument, cure = BAD[case]
-    workdir = tmp_path / "work"
-    result = _prune(cache, "--config=configs/digits.py", f"--workdir={workdir}", *flags)
+def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None:
+    (_, argument, cure), workdir, result = BAD[case], bad[0] / case, bad[1][case]
     assert result.returncode != 0
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert argument in result.stderr and cure in result.stderr

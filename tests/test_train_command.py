@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,14 +146,21 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The folder of the folders that the commands were given, and what they said."""
+    folder = tmp_path_factory.mktemp("bad")
+    cases = {case: [*QUICK, f"--workdir={folder / case}", *flags] for case, (flags, *_) in BAD.items()}
+    return folder, commands.run_all("train", cases, {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)})
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_values(tmp_path: pathlib.Path, cache: pathlib.Path, case: str) -> None:
-    flags, argument, cure = BAD[case]
-    result = _train(cache, *QUICK, f"--workdir={tmp_path / 'work'}", *flags)
+def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None:
+    (_, argument, cure), workdir, result = BAD[case], bad[0] / case, bad[1][case]
     assert result.returncode != 0
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert argument in result.stderr and cure in result.stderr
-    assert not list((tmp_path / "work").glob("checkpoints/*/*"))
+    assert not list(workdir.glob("checkpoints/*/*"))
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:

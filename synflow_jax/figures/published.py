@@ -41,7 +41,8 @@ def read(path: pathlib.Path) -> dict[tuple[str, str], Published]:
             means = {rule: runs.mean(axis=0) for rule, runs in top1.items()}
             panels[panel["model"], panel["dataset"]] = Published(compression, means, panel.get("note", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is of another form ({error!r})"
         raise ValueError(
-            f"--published={str(path)!r} cannot be used: {error!r}. It is a file such as docs/paper/fig6.json."
+            f"--published={str(path)!r} cannot be used: {reason}. Name a file such as docs/paper/fig6.json."
         ) from error
     return panels
