@@ -8,7 +8,8 @@ the statistics of the batch; float32, dropout left out. A difference is the larg
 logits, divided by the largest logit. Where a mask leaves no path the compact form must be refused.
 
 Expect a table of the largest differences, `benchmarks/results/exactness.json` with each of them, and status 1 if one is
-above 1e-5 or a collapsed mask was not refused. Took 35 minutes of processor time, nearly all of it compilation: 376 differences of at most 2.1e-6, 41 masks refused.
+above 1e-5 or a collapsed mask was not refused. It took 35 minutes of processor time, nearly all of it compilation: 376
+differences of at most 2.1e-6, 41 masks refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A narrow VGG-11 with batch norm on Fashion-MNIST, SynFlow, compression 10^2.5.
 
     python prune.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist   # takes that mask, or prunes first
+    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist   # prunes too
 
 Expect 1,826 of 577,424 weights kept in 9 layers, and a test accuracy of 89.2 % after nine epochs (92.9 % unpruned).
 Measured on two CPU cores: 28 s an epoch.

@@ -5,7 +5,8 @@
 
 375 runs of 160 epochs, each of them hours on a GPU; not run here. configs/fig1_digits.py is a variant that was.
 Expect the published curves behind ours: chance (1 %) from 10^2.5 on for magnitude, 10^3 for random, 10^3.25 for GraSP
-and 10^3.5 for SNIP. Near the maximum, 10^6.02, SynFlow's accuracy is chance too, but two of the three published runs keep a path.
+and 10^3.5 for SNIP. Near the maximum, 10^6.02, SynFlow's accuracy is chance too, but two of the three published runs
+keep a path.
 Needs CIFAR-100, prepared once for tensorflow-datasets; without it the run says how.
 """
 

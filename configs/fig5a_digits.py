@@ -5,7 +5,8 @@
 
 Level k of n prunes to compression^(k/n) and rewinds to initialization; a run of n levels trains n + 1 times.
 Trained for twelve epochs with a weight decay of 5e-3, so that trained weights outweigh their initialization.
-Expect one level to collapse at compression 100, where four keep accuracy.
+Expect one level to collapse at compression 100, where two keep 96 % and four 99 %; all have collapsed at 1000.
+Measured on two CPU cores that others used as well: 15 minutes.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig

@@ -1,7 +1,7 @@
 """ResNet-18 (the 3x3 stem of the Tiny ImageNet form) on CIFAR-10, SynFlow, compression 100 (Fig. 6).
 
     python prune.py --config=configs/resnet18_c10.py --workdir=runs/resnet18_c10
-    python train.py --config=configs/resnet18_c10.py --workdir=runs/resnet18_c10   # takes that mask, or prunes first
+    python train.py --config=configs/resnet18_c10.py --workdir=runs/resnet18_c10   # prunes too
 
 Expect 111,644 of 11,164,352 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
 Measured on two CPU cores, compilation included: 22 s of pruning.

@@ -1,7 +1,7 @@
 """ResNet-18 (the 3x3 stem of the Tiny ImageNet form) on CIFAR-100, SynFlow, compression 100 (Fig. 6).
 
     python prune.py --config=configs/resnet18_c100.py --workdir=runs/resnet18_c100
-    python train.py --config=configs/resnet18_c100.py --workdir=runs/resnet18_c100   # takes that mask, or prunes first
+    python train.py --config=configs/resnet18_c100.py --workdir=runs/resnet18_c100   # prunes too
 
 Expect 112,105 of 11,210,432 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.

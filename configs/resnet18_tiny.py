@@ -1,7 +1,7 @@
 """ResNet-18 on Tiny ImageNet (64x64), SynFlow, compression 100 (Fig. 6 of the paper).
 
     python prune.py --config=configs/resnet18_tiny.py --workdir=runs/resnet18_tiny
-    python train.py --config=configs/resnet18_tiny.py --workdir=runs/resnet18_tiny   # takes that mask, or prunes first
+    python train.py --config=configs/resnet18_tiny.py --workdir=runs/resnet18_tiny   # prunes too
 
 Expect 112,617 of 11,261,632 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
 Measured on two CPU cores, compilation included: 33 s, 25 s from the compilation cache.

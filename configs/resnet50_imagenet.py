@@ -1,7 +1,7 @@
 """ResNet-50 on ImageNet input (224x224), SynFlow, compression 100.
 
     python prune.py --config=configs/resnet50_imagenet.py --workdir=runs/resnet50_imagenet
-    python train.py --config=configs/resnet50_imagenet.py --workdir=runs/resnet50_imagenet   # takes that mask, or prunes first
+    python train.py --config=configs/resnet50_imagenet.py --workdir=runs/resnet50_imagenet   # prunes too
 
 Expect 255,030 of 25,502,912 weights kept in 54 layers, not collapsed. Its path norm overflows float32 at the start, so
 that powers of two are carried beside the values (`scaled`).

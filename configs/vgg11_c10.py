@@ -1,7 +1,7 @@
 """VGG-11 with batch norm on CIFAR-10, SynFlow, compression 100 (Fig. 6 of the paper).
 
     python prune.py --config=configs/vgg11_c10.py --workdir=runs/vgg11_c10
-    python train.py --config=configs/vgg11_c10.py --workdir=runs/vgg11_c10   # takes that mask, or prunes first
+    python train.py --config=configs/vgg11_c10.py --workdir=runs/vgg11_c10   # prunes too
 
 Expect 92,229 of 9,222,848 weights kept in 9 layers, no layer empty.
 Measured on two CPU cores, compilation included: 15 s of pruning.

@@ -1,7 +1,7 @@
 """VGG-11 with batch norm on CIFAR-100, SynFlow, compression 100 (Fig. 6 of the paper).
 
     python prune.py --config=configs/vgg11_c100.py --workdir=runs/vgg11_c100
-    python train.py --config=configs/vgg11_c100.py --workdir=runs/vgg11_c100   # takes that mask, or prunes first
+    python train.py --config=configs/vgg11_c100.py --workdir=runs/vgg11_c100   # prunes too
 
 Expect 92,690 of 9,268,928 weights kept in 9 layers, no layer empty.
 Measured on two CPU cores, compilation included: 14 s of pruning.

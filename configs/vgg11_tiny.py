@@ -1,7 +1,7 @@
 """VGG-11 with batch norm on Tiny ImageNet (64x64), SynFlow, compression 100 (Fig. 6 of the paper).
 
     python prune.py --config=configs/vgg11_tiny.py --workdir=runs/vgg11_tiny
-    python train.py --config=configs/vgg11_tiny.py --workdir=runs/vgg11_tiny   # takes that mask, or prunes first
+    python train.py --config=configs/vgg11_tiny.py --workdir=runs/vgg11_tiny   # prunes too
 
 Expect 125,683 of 12,568,256 weights kept in 11 layers, no layer empty.
 Its duration was not measured.

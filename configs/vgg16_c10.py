@@ -1,7 +1,7 @@
 """VGG-16 with batch norm on CIFAR-10, SynFlow, compression 100 (Fig. 6 of the paper).
 
     python prune.py --config=configs/vgg16_c10.py --workdir=runs/vgg16_c10
-    python train.py --config=configs/vgg16_c10.py --workdir=runs/vgg16_c10   # takes that mask, or prunes first
+    python train.py --config=configs/vgg16_c10.py --workdir=runs/vgg16_c10   # prunes too
 
 Expect 147,156 of 14,715,584 weights kept in 14 layers, no layer empty.
 Measured on two CPU cores, compilation included: 21 s of pruning.

@@ -1,7 +1,7 @@
 """VGG-16 with batch norm on Tiny ImageNet (64x64), SynFlow, compression 100 (Fig. 6 of the paper).
 
     python prune.py --config=configs/vgg16_tiny.py --workdir=runs/vgg16_tiny
-    python train.py --config=configs/vgg16_tiny.py --workdir=runs/vgg16_tiny   # takes that mask, or prunes first
+    python train.py --config=configs/vgg16_tiny.py --workdir=runs/vgg16_tiny   # prunes too
 
 Expect 180,610 of 18,060,992 weights kept in 16 layers, no layer empty.
 Its duration was not measured.

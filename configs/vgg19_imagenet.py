@@ -1,7 +1,7 @@
 """VGG-19 on ImageNet input (224x224), SynFlow, compression 100 (Fig. 2 of the paper).
 
     python prune.py --config=configs/vgg19_imagenet.py --workdir=runs/vgg19_imagenet
-    python train.py --config=configs/vgg19_imagenet.py --workdir=runs/vgg19_imagenet   # takes that mask, or prunes first
+    python train.py --config=configs/vgg19_imagenet.py --workdir=runs/vgg19_imagenet   # prunes too
 
 Expect 1,436,526 of 143,652,544 weights kept in 19 layers, no layer empty.
 Its duration was not measured.

@@ -1,7 +1,7 @@
 """Wide ResNet-18 on CIFAR-10, SynFlow, compression 100 (Fig. 6). Really widened: see `models.create`.
 
     python prune.py --config=configs/wide_resnet18_c10.py --workdir=runs/wide_resnet18_c10
-    python train.py --config=configs/wide_resnet18_c10.py --workdir=runs/wide_resnet18_c10   # takes that mask, or prunes first
+    python train.py --config=configs/wide_resnet18_c10.py --workdir=runs/wide_resnet18_c10   # prunes too
 
 Expect 445,765 of 44,576,448 weights kept in 22 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.

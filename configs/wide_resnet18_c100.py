@@ -1,7 +1,7 @@
 """Wide ResNet-18 on CIFAR-100, SynFlow, compression 100 (Fig. 6). Really widened: see `models.create`.
 
     python prune.py --config=configs/wide_resnet18_c100.py --workdir=runs/wide_resnet18_c100
-    python train.py --config=configs/wide_resnet18_c100.py --workdir=runs/wide_resnet18_c100   # takes that mask, or prunes first
+    python train.py --config=configs/wide_resnet18_c100.py --workdir=runs/wide_resnet18_c100   # prunes too
 
 Expect 446,687 of 44,668,608 weights kept in 22 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.

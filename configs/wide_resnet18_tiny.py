@@ -1,7 +1,7 @@
 """Wide ResNet-18 on Tiny ImageNet, SynFlow, compression 100 (Fig. 6). Really widened: see `models.create`.
 
     python prune.py --config=configs/wide_resnet18_tiny.py --workdir=runs/wide_resnet18_tiny
-    python train.py --config=configs/wide_resnet18_tiny.py --workdir=runs/wide_resnet18_tiny   # takes that mask, or prunes first
+    python train.py --config=configs/wide_resnet18_tiny.py --workdir=runs/wide_resnet18_tiny   # prunes too
 
 Expect 447,711 of 44,771,008 weights kept in 22 layers, not collapsed (shortcut convolutions may be empty).
 Its duration was not measured.

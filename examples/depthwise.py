@@ -38,9 +38,9 @@ class Network(nn.Module):
         return nn.Dense(10, use_bias=False, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
-def main() -> tuple[synflow_jax.Conservation, dict[str, dict[str, float]]]:
+def main(widths: tuple[int, ...] = (16, 32, 64)) -> tuple[synflow_jax.Conservation, dict[str, dict[str, float]]]:
     """The audit, and for each rule the fraction kept in each layer."""
-    model, shape = Network(), (16, 16, 3)
+    model, shape = Network(widths), (16, 16, 3)
     params = model.init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
     apply_fn = lambda params, x: model.apply({"params": params}, x)
     audit = synflow_jax.conservation(apply_fn, params, shape)

@@ -11,8 +11,9 @@ import pytest
 
 # A shape that broadcasts by accident is an error in every test; so is a warning (pyproject.toml).
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The same network is compiled in many tests: once is enough, also over several runs and workers.
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent / ".jax_cache"))
+# The same network is compiled in many tests: once is enough, also over several runs, workers and commands.
+_CACHE = pathlib.Path(__file__).parent / ".jax_cache"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # Tracing makes many small objects, and JAX has the collector sweep its own as well: a third of a tracing test's time.
 gc.disable()
@@ -24,6 +25,12 @@ def _collect() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def cache() -> pathlib.Path:
+    """The folder of compiled programs that commands are started with."""
+    return _CACHE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,11 +26,6 @@ from synflow_jax.config import Config, PruneConfig
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def _prune(cache: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, "prune.py", *flags]

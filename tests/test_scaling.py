@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from synflow_jax import analysis, models, pruning, scaling, scores, trees
+from synflow_jax.models.resnet import ResNet
 
 
 def _sum_of(model: str, shape: tuple[int, ...] | None = None, width: float = 0.25) -> tuple[Any, Any]:
@@ -36,7 +37,7 @@ def test_where_nothing_overflows_it_is_the_plain_evaluation(model: str) -> None:
 
 
 def test_masks_are_those_of_the_plain_scores() -> None:
-    network = models.create("cifar_resnet20", 10, width_multiplier=0.25)
+    network = ResNet(10, num_blocks=(2, 1), widths=(4, 8), stem_width=4)
     params, batch_stats = models.init(network, (16, 16, 3), jax.random.key(0))
     apply_fn = models.synflow_fn(network, batch_stats)
     prune = functools.partial(pruning.prune, compression=10, num_iterations=20, score_dtype="float32")

@@ -58,11 +58,6 @@ def _rows(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A sweep of one process with one device."""
     workdir = tmp_path_factory.mktemp("undisturbed")

@@ -32,11 +32,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 QUICK = ("--config=configs/digits.py", "--config.model=fc", "--config.train.batch_size=128")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def _start(cache: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "train.py", *flags]
