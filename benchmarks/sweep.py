@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py                 # 3 rules x 6 compressions x 3 seeds
     python benchmarks/sweep.py --fresh=6       # only so many of the fresh processes, multiplied up; says so
-    python benchmarks/sweep.py --layouts       # runs a device by map and vmap, and 1, 2, 4, 8 virtual devices
+    python benchmarks/sweep.py --layouts       # one seed: runs a device by map and vmap, and 1, 2, 4, 8 virtual devices
 
 Each variant starts with an empty compilation cache, which its own runs share. Programs are counted by JAX's own event
 of a compilation; what comes out of the cache is one too, and a short one.
@@ -27,7 +27,7 @@ SETTINGS = ["--config.width_multiplier=0.5", "--config.train.num_epochs=4", "--c
 RULES, COMPRESSIONS, SEEDS = ("synflow", "snip", "magnitude"), (2.0, 5.0, 10.0, 20.0, 50.0, 100.0), (0, 1, 2)
 
 
-def _config() -> Any:
+def _config(seeds: tuple[int, ...]) -> Any:
     from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
 
     return Config(
@@ -36,11 +36,11 @@ def _config() -> Any:
         width_multiplier=0.5,
         prune=PruneConfig(compression=10.0),
         train=TrainConfig(num_epochs=4, batch_size=64, learning_rate=0.02, drops=(3,), compact=False),
-        grid=Grid(pruner=RULES, compression=COMPRESSIONS, seed=SEEDS),
+        grid=Grid(pruner=RULES, compression=COMPRESSIONS, seed=seeds),
     )
 
 
-def child(variant: str, workdir: Path, per_device: int, batching: str, devices: int) -> None:
+def child(variant: str, workdir: Path, per_device: int, batching: str, devices: int, num_seeds: int) -> None:
     """Runs the grid in this process and prints {"seconds", "compilations", "compile_seconds"} as its last line."""
     import jax
 
@@ -54,7 +54,7 @@ def child(variant: str, workdir: Path, per_device: int, batching: str, devices: 
     from synflow_jax.config import SweepConfig
 
     cli.use_compilation_cache()
-    runs = config.expand(_config())
+    runs = config.expand(_config(SEEDS[:num_seeds]))
     started = time.perf_counter()
     if variant == "sweep":
         for settings in runs:
@@ -73,12 +73,15 @@ def child(variant: str, workdir: Path, per_device: int, batching: str, devices: 
     }))  # fmt: skip
 
 
-def measure(variant: str, *, per_device: int = 1, batching: str = "map", devices: int = 1) -> dict[str, Any]:
+def measure(
+    variant: str, *, per_device: int = 1, batching: str = "map", devices: int = 1, num_seeds: int = len(SEEDS)
+) -> dict[str, Any]:
     """One variant in a process of its own: what `child` prints, the whole process's seconds and its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         command = [sys.executable, str(Path(__file__)), f"--child={variant}", f"--workdir={folder}/work",
-                   f"--per_device={per_device}", f"--batching={batching}", f"--devices={devices}"]  # fmt: skip
+                   f"--per_device={per_device}", f"--batching={batching}", f"--devices={devices}",
+                   f"--num_seeds={num_seeds}"]  # fmt: skip
         done = run_child(command, environment)
         if done.status:
             raise RuntimeError(done.stderr)
@@ -117,15 +120,19 @@ def main() -> None:
     parser.add_argument("--per_device", type=int, default=1)
     parser.add_argument("--batching", default="map")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--num_seeds", type=int, default=len(SEEDS))
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.workdir, args.per_device, args.batching, args.devices)
+        child(args.child, args.workdir, args.per_device, args.batching, args.devices, args.num_seeds)
         return
     print(json.dumps(machine()), flush=True)
     if args.layouts:
-        variants = {f"{n} a device, {how}": measure("sweep", per_device=n, batching=how)
-                    for n, how in ((1, "map"), (6, "map"), (6, "vmap"), (18, "vmap"))}  # fmt: skip
-        variants |= {f"{n} virtual devices": measure("sweep", devices=n) for n in (2, 4, 8)}
+        layouts: list[dict[str, Any]] = [{}, {"per_device": 6}, *({"devices": n} for n in (2, 4, 8))]
+        variants = {}
+        for layout in [*layouts, {"per_device": 6, "batching": "vmap"}]:
+            name = ", ".join(f"{key}={value}" for key, value in layout.items()) or "one at a time"
+            variants[name] = measure("sweep", num_seeds=1, **layout)
+            print(f"{name}: {variants[name]['process_seconds']:.1f} s", flush=True)
     else:
         variants = {"sweep": measure("sweep"), "one by one, one process": measure("loop")}
         more = fresh(args.fresh)
@@ -133,7 +140,7 @@ def main() -> None:
     columns = ("process_seconds", "seconds", "compilations", "compile_seconds", "peak_mb")
     first = next(iter(variants.values()))["process_seconds"]
     print_table(
-        f"{len(RULES)} rules x {len(COMPRESSIONS)} compressions x {len(SEEDS)} seeds",
+        f"{len(RULES)} rules x {len(COMPRESSIONS)} compressions x {1 if args.layouts else len(SEEDS)} seeds",
         ["", "process, s", "times the first", "grid, s", "programs", "compiling, s", "peak, MB"],
         [
             [name, f"{found['process_seconds']:.1f}", f"{found['process_seconds'] / first:.2f}",
