@@ -7,8 +7,9 @@
 Masks shuffled within layers (random at the rule's densities), weights drawn anew, scores inverted (Frankle et al. 2021,
 Su et al. 2020); random, uniform and ERK beside them; linear against exponential and 1, 10 and 100 iterations; scores in
 training mode; ten iterations of SNIP and GraSP, nested or with regrowth (FORCE). Three seeds of each: 93 runs.
---config.grid.seed=0, takes one. Its duration was not measured.
-Expect SynFlow in training mode to fail: its one input then has nothing left where a norm subtracts its mean.
+--config.grid.seed=0, takes one: 13 minutes on two CPU cores that others used as well.
+Expect SynFlow in one iteration and inverted scores to collapse (GraSP's excepted), shuffled masks to do as well as their
+rule, and SynFlow in training mode, where a norm subtracts its one input's mean, to do worse.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
