@@ -8,7 +8,7 @@ Masks shuffled within layers (random at the rule's densities), weights drawn ane
 Su et al. 2020); random, uniform and ERK beside them; linear against exponential and 1, 10 and 100 iterations; scores in
 training mode; ten iterations of SNIP and GraSP, nested or with regrowth (FORCE). Three seeds of each: 93 runs.
 --config.grid.seed=0, takes one: 13 minutes on two CPU cores that others used as well.
-Expect SynFlow in one iteration and inverted scores to collapse (GraSP's excepted), shuffled masks to do as well as their
+Expect SynFlow in one iteration and inverted scores (but GraSP's) to collapse, shuffled masks to do as well as their
 rule, and SynFlow in training mode, where a norm subtracts its one input's mean, to do worse.
 """
 
