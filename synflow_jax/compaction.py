@@ -89,8 +89,8 @@ def compact_tree(
       input_shape: of one example.
       fold: for inference alone. A unit that puts out a constant goes too if all that read it are dense layers or
         convolutions without padding that have a bias, or a norm with a running mean: these take the constant up. (On
-        padding a constant other than 0 would be missing at the borders of the map: such a unit stays.) Units that put out
-        0 now go even where training would change it. Biases are others then: such a network is not to be expanded.
+        padding a constant other than 0 would be missing at the borders of the map: such a unit stays.) Units that put
+        out 0 now go even where training would change it. Biases are others then: such a network is not to be expanded.
       tolerance: with `fold`, padded convolutions take up constants too, as long as that changes no output of the layer,
         at the borders of its map and before its activation, by more than this; inside of the map it is exact. The bound
         of each layer is returned. What follows may make more or less of it.
