@@ -65,12 +65,11 @@ class Transformer(nn.Module):
         return nn.Dense(self.width, name=f"{name}_out")(mixed)
 
 
-def main(num_blocks: int = 2) -> tuple[synflow_jax.Conservation, synflow_jax.Conservation, list[int]]:
+def main() -> tuple[synflow_jax.Conservation, synflow_jax.Conservation, list[int]]:
     """The audits of the transformer and of its linear form, and the weights that are left in each layer at the end."""
-    make = functools.partial(Transformer, num_blocks=num_blocks)
     shape = (16, 16, 3)
-    params = make().init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
-    apply = lambda linear, params, x: make(linear=linear).apply({"params": params}, x)
+    params = Transformer().init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
+    apply = lambda linear, params, x: Transformer(linear=linear).apply({"params": params}, x)
     true_fn, linear_fn = functools.partial(apply, False), functools.partial(apply, True)
 
     audit = synflow_jax.conservation(true_fn, params, shape)

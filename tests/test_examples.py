@@ -108,7 +108,7 @@ def test_depthwise() -> None:
 
 
 def test_vision_transformer() -> None:
-    audit, linear, kept = _load("vision_transformer").main(num_blocks=1)
+    audit, linear, kept = _load("vision_transformer").main()
     assert {"rsqrt", "tanh", "integer_pow"} <= set(audit.broken) and audit.residual > 0.1
     assert linear.conserved and linear.residual < 1e-5
     assert min(kept) > 0 and sum(kept) == 14_144 - int(0.99 * 14_144)
