@@ -7,6 +7,7 @@ import ctypes
 import functools
 import math
 import pathlib
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -75,6 +76,8 @@ def build(settings: Config) -> Network:
         raise ValueError(f"model={settings.model!r} does not take {settings.dataset}'s images: {error}") from error
     # The choice is made on shapes, so that a bad one costs no time.
     trees.prunable(shapes, **_kinds(settings), exclude="|".join(patterns) or None)
+    if prune.exclude and not any(re.search(prune.exclude, name) for name in trees.names(shapes)):
+        raise ValueError(f"prune.exclude={prune.exclude!r} matches none of {trees.names(shapes)}: mend the pattern.")
     params, batch_stats = init(jax.random.key(settings.seed)) if settings.init is None else _read(settings)
     mask = trees.prunable(params, **_kinds(settings), exclude="|".join(patterns) or None)
     max_compression = analysis.max_compression(models.synflow_fn(model, batch_stats), input_shape, mask, params)

@@ -55,7 +55,7 @@ def prunable(
       exclude: a regular expression; a leaf whose name ("block/conv1/kernel") it matches anywhere is a hole.
 
     Raises:
-      ValueError: `exclude` is not a regular expression or matches no leaf, or nothing is left to prune.
+      ValueError: `exclude` is not a regular expression, or nothing is left to prune.
 
     >>> params = {"conv": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.zeros(8)},
     ...           "head": {"kernel": jnp.ones((8, 2))}}
@@ -77,8 +77,6 @@ def prunable(
         return jnp.ones(jnp.shape(leaf), bool) if chosen else None
 
     mask = jax.tree_util.tree_map_with_path(leaf_mask, params)
-    if excluded is not None and not any(excluded.search(name) for name in kinds):
-        raise ValueError(f"exclude={exclude!r} matches none of the leaves, which are {list(kinds)}: mend the pattern.")
     if not jax.tree.leaves(mask):
         raise ValueError(
             f"no parameter is prunable under kernels={kernels}, biases={biases}, norms={norms}, exclude={exclude!r}. "
