@@ -1,7 +1,7 @@
 """SynFlow's loop and the whole command against PyTorch, on one machine in one run.
 
     python benchmarks/prune_speed.py --torch-python=PATH
-    python benchmarks/prune_speed.py --models=vgg19 --compression=1024 --iterations=20 --repeats=1
+    python benchmarks/prune_speed.py --models=vgg19 --compression=1024 --iterations=15 --repeats=1
 
 PATH is a Python that has torch; without the flag it is the one that runs this script. For each network and each
 repeat, in turn, each in a new process:

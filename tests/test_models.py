@@ -569,3 +569,13 @@ def test_shapes_of_outputs_and_of_any_batch(model: nn.Module, shape: tuple[int, 
         x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
         outputs = jax.eval_shape(functools.partial(model.apply, train=False), variables, x)
         assert outputs.shape == (batch, 10) and outputs.dtype == jnp.float32
+
+
+def test_weights_drawn_one_by_one_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of very many leaves are drawn so: the same numbers, up to rounding."""
+    model = models.create("cifar_vgg11_bn", 10, width_multiplier=1 / 16)
+    together = models.init(model, (32, 32, 3), jax.random.key(3))
+    monkeypatch.setattr(models, "_MAX_DRAWN_AT_ONCE", 1)
+    apart = models.init(model, (32, 32, 3), jax.random.key(3))
+    assert jax.tree.structure(together) == jax.tree.structure(apart)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, apart)

@@ -114,6 +114,24 @@ def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.sum(jnp.pad(chosen, ((1, 1), (0, 0))).reshape(-1)[2:] / 4)
 
 
+def test_programs_grow_with_depth_and_no_faster() -> None:
+    """XLA repeats cheap sums wherever they are read: residual layers made programs quadratic in depth."""
+
+    def size(num_layers: int) -> int:
+        names = [f"fc{i:02d}" for i in range(num_layers)]
+
+        def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+            for name in names:
+                x = x + jax.nn.relu(x @ params[name]["kernel"])
+            return x
+
+        params = {name: {"kernel": jnp.ones((4, 4))} for name in names}
+        score = jax.jit(scores.synflow(apply_fn, (4,)))
+        return len(score.lower(params, trees.prunable(params), jax.random.key(0)).compile().as_text())
+
+    assert size(24) < 2.5 * size(12)
+
+
 def test_bfloat16_scores_a_network_beyond_its_range() -> None:
     """R is 2^275: a bfloat16 reaches 2^127. Its scores are float32's up to the eight bits that it has."""
     names = [f"fc{i:02d}" for i in range(30)]
