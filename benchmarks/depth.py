@@ -6,7 +6,8 @@
 The first prunes by SynFlow twice, in float32 with powers of two beside the values (the default of every run) and in
 float64 without any, and compares the masks: weights kept, in all and by layer, and the fraction of bits that are equal.
 `first` is the first iteration whose masks differ in their counts by layer. The networks: any of `models.NAMES`, and
-mlp300, a residual MLP of 300 layers of 16 units.
+mlp300, a residual MLP of 300 layers of 16 units. --rounded adds a run in float64 whose scores are rounded to float32's
+24 bits before they are ranked: `rounded` is what an evaluation without any other error would reach.
 
 The second takes the scores of a network of residual blocks once, in float32, and the flow through every cut between two
 blocks: the derivative of R with respect to a factor on what a block puts out. Theorem 2: all of them are R.
@@ -35,7 +36,10 @@ from synflow_jax import models, pruning, scaling, scores, trees
 from synflow_jax.models.resnet import Block
 
 Network = tuple[scores.ApplyFn, trees.Params, tuple[int, ...]]
-COLUMNS = ("network", "compression", "kept: f32", "f64", "layers alike", "bits alike, %", "first", "s: f32", "f64")
+COLUMNS = (
+    "network", "compression", "kept: f32", "f64", "layers alike", "bits alike, %", "first", "rounded: bits", "first",
+    "s: f32", "f64",
+)  # fmt: skip
 
 
 def residual_mlp(num_layers: int, width: int = 16) -> Network:
@@ -62,7 +66,9 @@ def build(name: str) -> Network:
     return models.synflow_fn(model, batch_stats), params, shape
 
 
-def run(network: Network, dtype: str, compression: float, iterations: int) -> tuple[trees.Mask, np.ndarray, float]:
+def run(
+    network: Network, dtype: str, compression: float, iterations: int, rounded: bool = False
+) -> tuple[trees.Mask, np.ndarray, float]:
     """The mask, the weights kept in each layer after each iteration, and the seconds of the loop."""
     apply_fn, params, shape = network
     started: list[float] = []
@@ -71,21 +77,37 @@ def run(network: Network, dtype: str, compression: float, iterations: int) -> tu
         if num_done == 0:  # compiled
             started.append(time.perf_counter())
 
+    score_fn = scores.synflow(apply_fn, shape, scaled=dtype == "float32")
+
+    def to_24_bits(params: trees.Params, mask: trees.Mask, key: jax.Array) -> trees.Params:
+        found = score_fn(params, mask, key)
+        return jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, exponent_bits=11, mantissa_bits=23), found)
+
     mask, info = pruning.prune(
-        scores.synflow(apply_fn, shape, scaled=dtype == "float32"), params, compression=compression,
+        to_24_bits if rounded else score_fn, params, compression=compression,
         num_iterations=iterations, score_dtype=dtype, on_progress=on_progress,
     )  # fmt: skip
     return jax.tree.map(np.asarray, mask), np.asarray(info.kept), time.perf_counter() - started[0]
 
 
-def compare(name: str, compression: float, iterations: int, network: Network) -> dict[str, Any]:
+def alike(mask: trees.Mask, reference: trees.Mask) -> float:
+    """The fraction of bits that are equal."""
+    same = sum(int((a == b).sum()) for a, b in zip(jax.tree.leaves(mask), jax.tree.leaves(reference), strict=True))
+    return same / sum(trees.sizes(reference))
+
+
+def first_difference(kept: np.ndarray, reference: np.ndarray) -> int | None:
+    """The first iteration, from 1, that keeps other numbers of weights in the layers."""
+    differ = (kept != reference).any(axis=1)
+    return int(np.argmax(differ)) + 1 if differ.any() else None
+
+
+def compare(name: str, compression: float, iterations: int, network: Network, rounded: bool) -> dict[str, Any]:
     """A row: float32 beside float64."""
     (narrow, kept, seconds), (wide, wide_kept, wide_seconds) = (
         run(network, dtype, compression, iterations) for dtype in ("float32", "float64")
     )
-    same = sum(int((a == b).sum()) for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True))
-    differ = (kept != wide_kept).any(axis=1)
-    return {
+    row = {
         "network": name,
         "compression": compression,
         "iterations": iterations,
@@ -93,10 +115,14 @@ def compare(name: str, compression: float, iterations: int, network: Network) ->
         "kept": [int(kept[-1].sum()), int(wide_kept[-1].sum())],
         "layers": int(kept.shape[1]),
         "layers_alike": int((kept[-1] == wide_kept[-1]).sum()),
-        "bits_alike": same / sum(trees.sizes(wide)),
-        "first_difference": int(np.argmax(differ)) + 1 if differ.any() else None,
+        "bits_alike": alike(narrow, wide),
+        "first_difference": first_difference(kept, wide_kept),
         "seconds": [seconds, wide_seconds],
     }
+    if rounded:
+        mask, kept, _ = run(network, "float64", compression, iterations, rounded=True)
+        row |= {"rounded_bits_alike": alike(mask, wide), "rounded_first_difference": first_difference(kept, wide_kept)}
+    return row
 
 
 def flows_between_blocks(name: str) -> dict[str, Any]:
@@ -154,6 +180,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--networks", default="mlp300,cifar_resnet110", help="separated by commas")
     parser.add_argument("--compressions", default="10,100,1000")
     parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--rounded", action="store_true", help="float64 with scores rounded to float32 as well")
     parser.add_argument("--cuts", help="a network whose cuts are looked at instead")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "depth.json")
     return parser.parse_args()
@@ -178,13 +205,15 @@ def main() -> None:
     for name in args.networks.split(",") if not args.cuts else []:
         network = build(name)
         for compression in map(float, args.compressions.split(",")):
-            rows.append(compare(name, compression, args.iterations, network))
+            rows.append(compare(name, compression, args.iterations, network, args.rounded))
             print(rows[-1], flush=True)
     if not args.cuts:
         table = [
             (
                 r["network"], f"{r['compression']:g}", f"{r['kept'][0]:,}", f"{r['kept'][1]:,}",
                 f"{r['layers_alike']} of {r['layers']}", f"{100 * r['bits_alike']:.4f}", str(r["first_difference"]),
+                f"{100 * r['rounded_bits_alike']:.4f}" if args.rounded else "",
+                str(r["rounded_first_difference"]) if args.rounded else "",
                 *(f"{s:.1f}" for s in r["seconds"]),
             )
             for r in rows
