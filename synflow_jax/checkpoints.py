@@ -11,12 +11,13 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from synflow_jax.trees import Tree, path_name
 
@@ -40,13 +41,17 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
     """
     folder.mkdir(parents=True, exist_ok=True)
     alone = _alone(folder)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, multiprocessing_options=alone)
+    # Made in the background, directories are announced to the threads that write by keys which the processes of a job
+    # share, though each has checkpoints of its own: one would wait for, or write into, what another one has announced.
+    at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=False, multiprocessing_options=alone, async_options=at_once
+    )
     manager = ocp.CheckpointManager(
         folder.absolute(),
         options=options,
         item_handlers={
-            # OCDBT would look for the parts of other processes.
-            "tree": ocp.StandardCheckpointHandler(multiprocessing_options=alone, use_ocdbt=jax.process_count() == 1),
+            "tree": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **_arrays()),
             "run": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         },
     )
@@ -70,6 +75,33 @@ def _alone(folder: pathlib.Path) -> ocp.options.MultiprocessingOptions:
     )
 
 
+class _OwnArrays(ocp.type_handlers.NumpyHandler):
+    """Writes the NumPy arrays of the process that calls. Orbax's own writes those of process 0 and, silently, no other.
+
+    What it writes is what orbax's writes, and is read by it.
+    """
+
+    async def serialize(
+        self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> list[Any]:
+        async def write() -> None:
+            for value, info in zip(values, infos, strict=True):
+                store = {"driver": "file", "path": str(info.parent_dir / info.name)}
+                array = await tensorstore.open(
+                    {"driver": "zarr", "kvstore": store}, create=True, dtype=value.dtype, shape=value.shape
+                )
+                await array.write(value)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="own_arrays")]
+
+
+def _arrays() -> dict[str, Any]:
+    if jax.process_count() == 1:
+        return {}
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _OwnArrays()))
+    return {"type_handler_registry": registry, "use_ocdbt": False}  # OCDBT would look for the parts of other processes
+
+
 def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False) -> None:
     """Starts to write a checkpoint, unless this step has one; `wait` returns when it is on the disk.
 
@@ -84,7 +116,7 @@ def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False)
     try:
         checkpoints.manager.save(
             step,
-            args=ocp.args.Composite(tree=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(dict(checkpoints.run))),
+            args=ocp.args.Composite(tree=ocp.args.PyTreeSave(flat), run=ocp.args.JsonSave(dict(checkpoints.run))),
         )
     except Exception as error:
         raise _unwritten(checkpoints.folder, error) from error
@@ -146,7 +178,7 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
         )
     wanted = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flatten(like).items()}
     try:
-        flat = checkpoints.manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore()))["tree"]
+        flat = checkpoints.manager.restore(step, args=ocp.args.Composite(tree=ocp.args.PyTreeRestore()))["tree"]
     except Exception as error:
         raise _damaged(path, error) from error
     found = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flat.items()}
@@ -171,7 +203,7 @@ def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
         step = None if found is None else found.manager.latest_step()
         if found is None or step is None:
             raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}. train.py writes them.")
-        items = ocp.args.Composite(tree=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
+        items = ocp.args.Composite(tree=ocp.args.PyTreeRestore(), run=ocp.args.JsonRestore())
         try:
             restored = found.manager.restore(step, args=items)
         except Exception as error:

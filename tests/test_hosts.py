@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from synflow_jax import hosts
+from synflow_jax import checkpoints, hosts
 from synflow_jax.hosts import Hosts
 
 # A command as train.py and prune.py are: it joins, and says who it is.
@@ -27,6 +27,24 @@ if __name__ == "__main__":
     cli.run(main)
 """
 
+# A process of a job that saves checkpoints of its own runs, several at a time, as a sweep does.
+_SAVING = """
+import contextlib, pathlib, sys
+import jax, numpy as np
+from synflow_jax import checkpoints, hosts
+
+index, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
+hosts.join(sys.argv[1], 2, index)
+with contextlib.ExitStack() as stack:
+    runs = [checkpoints.open_folder(folder / f"{index}-{i}", {"run": i}, keep=2) for i in range(4)]
+    runs = [stack.enter_context(run) for run in runs]
+    for step in range(20):
+        for run in runs:
+            checkpoints.save(run, step, {"x": np.full(3, 100 * index + step)})
+for i in range(4):
+    print(*checkpoints.read_latest(folder / f"{index}-{i}")[0]["x"])
+"""
+
 
 def _free_port(lowest: int = 1024) -> int:
     for port in range(lowest, 2**16) if lowest > 1024 else (0,):
@@ -39,9 +57,9 @@ def _free_port(lowest: int = 1024) -> int:
     raise AssertionError("no port is free")
 
 
-def _start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def _start(*flags: str, env: dict[str, str] | None = None, command: str = _COMMAND) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", _COMMAND, *flags],
+        [sys.executable, "-c", command, *flags],
         cwd=pathlib.Path(__file__).parent.parent,
         env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
@@ -68,6 +86,18 @@ def test_two_processes_join_with_all_their_devices() -> None:
     for i, (status, out, err) in enumerate(map(_end, started)):
         assert status == 0, err
         assert out.strip() == f"Hosts(index={i}, count=2) 2 4"
+
+
+def test_processes_save_checkpoints_without_meddling(tmp_path: pathlib.Path) -> None:
+    """Orbax lets the processes of a job share keys; each of these has runs of its own, and neither waits nor fails."""
+    address = f"127.0.0.1:{_free_port()}"
+    started = [_start(address, str(i), str(tmp_path), command=_SAVING) for i in range(2)]
+    for i, (status, out, err) in enumerate(map(_end, started)):
+        assert status == 0, err
+        assert out.splitlines() == [" ".join([str(100 * i + 19)] * 3)] * 4
+        arrays, run = checkpoints.read_latest(tmp_path / f"{i}-0")  # here, in one process that is no part of a job
+        assert arrays["x"].tolist() == [100 * i + 19] * 3 and run == {"run": 0}
+    assert not list(tmp_path.rglob("*tmp*"))
 
 
 def test_a_process_that_never_comes_ends_the_command_with_its_name() -> None:

@@ -59,6 +59,7 @@ ALLOWED = {
     "flax": {"models", "forms", "training", "exchange", "prune_run"},
     "optax": {"training", "train_run"},
     "orbax": {"checkpoints"},
+    "tensorstore": {"checkpoints"},
     "sklearn": {"data"},
     "PIL": {"data"},
     "tensorflow_datasets": {"data"},

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from synflow_jax import config, prune_grid, prune_run, report, storage, sweep, train_run
+from synflow_jax import checkpoints, config, prune_grid, prune_run, report, storage, sweep, train_run
 from synflow_jax.config import Config, Grid, PruneConfig, SweepConfig, TrainConfig
 from synflow_jax.prune_grid import Outcome
 
@@ -43,7 +43,11 @@ def _start(cache: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subproces
 
 
 def _finish(*processes: subprocess.Popen[str]) -> str:
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:  # the others of one that hangs would wait for it
+            process.kill()
     for process, (_, stderr) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, stderr
     return outputs[0][0]
@@ -83,6 +87,11 @@ def test_layouts_of_devices_and_processes(
     for index in range(2):  # each has its own file
         assert len(storage.read_rows(tmp_path / "2x4" / f"rows-{index:04d}.jsonl")) == 8
     assert not (tmp_path / "2x4" / "rows.jsonl").exists()
+    for folder in (undisturbed / "checkpoints").iterdir():  # what every process has saved is there, for any other
+        arrays, others = (
+            checkpoints.read_latest(path)[0] for path in (folder, tmp_path / "2x4" / "checkpoints" / folder.name)
+        )
+        jax.tree.map(np.testing.assert_array_equal, arrays, others)
 
 
 def test_killed_sweeps_go_on(cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path) -> None:
