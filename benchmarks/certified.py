@@ -7,8 +7,8 @@ schedule in 10, 30 and 100 iterations (and 1000 with --thousand) and with the ce
 cut. `R` is the final path norm over that of the exponential schedule with the most iterations; `of a cut` the most
 that an iteration pruned: below 1, no path was in danger. Seconds are those of the loop, compiled before.
 
-Expect a table for each network and `benchmarks/results/certified.json`; about five minutes on two cores, and ten more
-for VGG-16 with --thousand.
+Expect a table for each network and `benchmarks/results/certified.json`; six and a half minutes on two cores with
+--thousand, half of it for its two runs of VGG-16.
 """
 
 from __future__ import annotations
