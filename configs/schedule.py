@@ -5,8 +5,9 @@ r"""The schedules (appendix of the paper): prune size over cut size of VGG-19, S
         --config.grid.num_iterations="()"
     python -m synflow_jax.figures schedule --rows=runs/schedule
 
-Its duration was not measured. On CIFAR's VGG-19 (--config.model=cifar_vgg19_bn --config.dataset=cifar100) it takes five
-minutes on two CPU cores that others used as well.
+Not timed as a whole: its 516 iterations are 15 minutes at the 1.7 s an iteration that benchmarks/prune_speed.py has
+measured on two cores. On CIFAR's VGG-19 (--config.model=cifar_vgg19_bn --config.dataset=cifar100) it takes five minutes
+on two CPU cores that others used as well.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig
