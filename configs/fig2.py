@@ -4,8 +4,8 @@
     python -m synflow_jax.figures fig2 --rows=runs/fig2
 
 Expect every rule but SynFlow to empty a layer far below the maximal compression, 7,560,660; 2^24 lies above it.
-Not timed as a whole: SynFlow's 13 runs of 100 iterations are 37 minutes at the 1.7 s an iteration that
-benchmarks/prune_speed.py measured on two cores; the other rules score once each (configs/fig4.py: four minutes).
+Not timed as a whole: SynFlow's 13 runs of 100 iterations are 22 minutes at the 1.0 s an iteration that
+configs/schedule.py took (two idle cores); the other rules score once each (configs/fig4.py: four minutes).
 Without ImageNet SNIP and GraSP score ten of scikit-learn's digits, enlarged, whose labels are the first ten classes;
 with it, --config.prune.dataset=imagenet scores one image of each class.
 """

@@ -5,9 +5,9 @@ r"""The schedules (appendix of the paper): prune size over cut size of VGG-19, S
         --config.grid.num_iterations="()"
     python -m synflow_jax.figures schedule --rows=runs/schedule
 
-Not timed as a whole: its 516 iterations are 15 minutes at the 1.7 s an iteration that benchmarks/prune_speed.py has
-measured on two cores. On CIFAR's VGG-19 (--config.model=cifar_vgg19_bn --config.dataset=cifar100) it takes five minutes
-on two CPU cores that others used as well.
+Expect for 1, 10, 50, 70 and 100 iterations of the exponential schedule 15.4, 5.6, 1.32, 0.97 and 0.67 of a cut, for 100
+of the linear one 14.3, and for the certified one 0.5 in 94 iterations. Ten minutes on two idle cores, 1.0 s an
+iteration, and two and a half more for the second command.
 """
 
 from synflow_jax.config import Config, Grid, PruneConfig
