@@ -15,11 +15,16 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from synflow_jax import cli, config, export_run, report, storage
+from synflow_jax import storage
+from synflow_jax.experiments import cli, config, export_run, report
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("grid."), lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string=cli.config_help("grid."), lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder that prune.py or train.py has written")
-_RUN = flags.DEFINE_string("run", None, "the run_id of a row; without it, the run of --config, trained if it is there")
+_RUN = flags.DEFINE_string(
+    "run", None, "the run_id of a row; without it, the run of --config, trained if it is there"
+)
 _FORMAT = flags.DEFINE_list("format", "safetensors,jax,torch", "what to write")
 _OUT = flags.DEFINE_string("out", None, "the folder for the files; by default WORKDIR/exported")
 _COMPACT = flags.DEFINE_bool("compact", False, "as a smaller dense network")
@@ -30,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     formats = export_run.check_formats(_FORMAT.value)
     if _WORKDIR.value is None:
-        raise ValueError("--workdir is missing: name the folder that prune.py or train.py has written.")
+        raise ValueError(
+            "--workdir is missing: name the folder that prune.py or train.py has written."
+        )
     settings = None
     if _CONFIG.value is not None:
         settings = cli.check_config(_CONFIG.value, reads_data=False)
@@ -43,7 +50,10 @@ def main(argv: Sequence[str]) -> None:
     network = export_run.read(row, workdir, None if settings is None else settings.init)
     name = row["run_id"]
     if _COMPACT.value:
-        network, name = export_run.compact(network, trained="prune_run_id" in row), f"{name}-compact"
+        network, name = (
+            export_run.compact(network, trained="prune_run_id" in row),
+            f"{name}-compact",
+        )
     names = export_run.write(network, row, folder, name, formats)
     report.exported(report.console(), name, folder, network, names)
 

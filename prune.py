@@ -4,7 +4,7 @@
     python prune.py --config=configs/digits.py --workdir=runs/grid --config.grid.seed=0,1,2
     python prune.py --verify=runs/vgg16/certificates/RUN_ID.json
 
-Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/config.py` explains them.
+Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/experiments/config.py` explains them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from synflow_jax import certificates, cli, config, figures, prune_grid, prune_run, report, storage
-from synflow_jax.config import Config
+from synflow_jax import storage
+from synflow_jax.experiments import (
+    certificates,
+    cli,
+    config,
+    pictures,
+    prune_grid,
+    prune_run,
+    report,
+)
+from synflow_jax.experiments.config import Config
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help("train.", "sweep."), lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string=cli.config_help("train.", "sweep."), lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/prune", "the folder for masks, rows and pictures")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what this folder already holds")
 _VERIFY = flags.DEFINE_string("verify", None, "a certificate to look at again, in place of pruning")
@@ -46,14 +57,16 @@ def main(argv: Sequence[str]) -> None:
 def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
     row = None if _OVERWRITE.value else prune_run.find_row(settings, workdir)
     if row is not None:
-        output.print(f"This run is already in {workdir}, from an earlier time; --overwrite runs it again.")
+        output.print(
+            f"This run is already in {workdir}, from an earlier time; --overwrite runs it again."
+        )
     else:
         cli.use_compilation_cache()
         network = prune_run.build(settings)
         report.network(output, settings.model, network)
         with report.progress(output, report.num_iterations(settings)) as on_progress:
             row = prune_run.prune(settings, network, workdir, on_progress)
-    figures.save(figures.layers(row), workdir / "layers.png")
+    pictures.save(pictures.layers(row), workdir / "layers.png")
     report.row(output, row)
     report.files(output, workdir, row)
 
@@ -70,7 +83,9 @@ def _grid(runs: Sequence[Config], workdir: pathlib.Path, output: Console) -> Non
     cli.use_compilation_cache()
     errors = []
     with report.grid(output, runs) as (on_progress, show):
-        for outcome in prune_grid.run(runs, workdir, overwrite=_OVERWRITE.value, on_progress=on_progress):
+        for outcome in prune_grid.run(
+            runs, workdir, overwrite=_OVERWRITE.value, on_progress=on_progress
+        ):
             show(outcome)
             errors += [] if outcome.error is None else [outcome.error]
     report.grid_files(output, workdir)

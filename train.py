@@ -6,7 +6,7 @@
 Runs of a grid are trained side by side on all devices of all processes: --coordinator, --num_processes and --process_id
 join several, --cluster those of a SLURM job or a TPU pod.
 
-Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/config.py` explains them.
+Every value of the config can be set by a flag of its name: --help lists them, `synflow_jax/experiments/config.py` explains them.
 Stop it at any moment (Ctrl-C, SIGTERM, a crash): the same command goes on where the last checkpoint stands.
 """
 
@@ -20,26 +20,29 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from synflow_jax import (
-    checkpoints,
+from synflow_jax import storage, training
+from synflow_jax.experiments import (
     cli,
     config,
-    figures,
-    hosts,
     imp_run,
+    pictures,
     prune_grid,
     prune_run,
     report,
-    storage,
     sweep,
     train_run,
-    training,
 )
-from synflow_jax.config import Config
+from synflow_jax.experiments.config import Config
+from synflow_jax.parallel import hosts
+from synflow_jax.storage import checkpoints
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string=cli.config_help(), lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "prune and train again what this folder already holds")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/train", "the folder for checkpoints, masks, rows, curves and pictures"
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "prune and train again what this folder already holds"
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
         _one(runs[0], workdir, output)
 
 
-def _sweep(runs: Sequence[Config], job: hosts.Hosts, workdir: pathlib.Path, output: Console) -> None:
+def _sweep(
+    runs: Sequence[Config], job: hosts.Hosts, workdir: pathlib.Path, output: Console
+) -> None:
     cli.use_compilation_cache()
     storage.read_all_rows(workdir)  # a damaged one is found now, not after the work
     if not _OVERWRITE.value:
@@ -69,7 +74,12 @@ def _sweep(runs: Sequence[Config], job: hosts.Hosts, workdir: pathlib.Path, outp
     errors = []
     with cli.stop_signals() as should_stop, report.sweep(output, own) as (on_progress, show):
         for outcome in sweep.run(
-            own, workdir, overwrite=_OVERWRITE.value, on_progress=on_progress, should_stop=should_stop, say=output.print
+            own,
+            workdir,
+            overwrite=_OVERWRITE.value,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            say=output.print,
         ):
             show(outcome)
             errors += [] if outcome.error is None else [outcome.error]
@@ -84,7 +94,9 @@ def _sweep(runs: Sequence[Config], job: hosts.Hosts, workdir: pathlib.Path, outp
 def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
     row = train_run.find_row(settings, workdir)
     if row is not None and not _OVERWRITE.value:
-        output.print(f"This run is already in {workdir}, from an earlier time; --overwrite runs it again.")
+        output.print(
+            f"This run is already in {workdir}, from an earlier time; --overwrite runs it again."
+        )
     else:
         run_id = config.train_id(settings)
         if _OVERWRITE.value:
@@ -121,7 +133,7 @@ def _one(settings: Config, workdir: pathlib.Path, output: Console) -> None:
                 plan=plan, form=form, on_progress=on_progress, should_stop=should_stop,
             )  # fmt: skip
     curve = train_run.curve_path(workdir, row["run_id"])
-    figures.save(figures.curve(row, train_run.read_curve(curve)), workdir / "curve.png")
+    pictures.save(pictures.curve(row, train_run.read_curve(curve)), workdir / "curve.png")
     report.trained(output, row, train_run.find_timing(workdir, row["run_id"]))
     report.train_files(output, workdir, row["run_id"])
 

@@ -52,7 +52,9 @@ def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
         for options in schedules:
             started: list[float] = []
 
-            def on_progress(num_done: int, info: pruning.PruneInfo, started: list[float] = started) -> None:
+            def on_progress(
+                num_done: int, info: pruning.PruneInfo, started: list[float] = started
+            ) -> None:
                 if num_done == 0:  # compiled
                     started.append(time.perf_counter())
 
@@ -82,11 +84,18 @@ def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]], compression: float) -> None:
     """One table."""
     rows = [row for row in rows if row["compression"] == compression]
-    reference = max((row for row in rows if row["schedule"] == "exponential"), key=lambda row: row["num_iterations"])
+    reference = max(
+        (row for row in rows if row["schedule"] == "exponential"),
+        key=lambda row: row["num_iterations"],
+    )
     table = []
     for row in rows:
         fraction = f", {row['cut_fraction']}" if "cut_fraction" in row else ""
-        relative = 10 ** (row["log10_norm"] - reference["log10_norm"]) if math.isfinite(row["log10_norm"]) else 0.0
+        relative = (
+            10 ** (row["log10_norm"] - reference["log10_norm"])
+            if math.isfinite(row["log10_norm"])
+            else 0.0
+        )
         table.append(
             (
                 f"{row['schedule']}{fraction}", str(row["iterations"]), f"{row['seconds']:.2f}",
@@ -100,9 +109,15 @@ def show(rows: list[dict[str, Any]], compression: float) -> None:
 def parse_args() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description="The certified schedule beside the paper's.")
-    parser.add_argument("--networks", default="mlp,vgg16", help=f"of {', '.join(NETWORKS)}, separated by commas")
-    parser.add_argument("--thousand", action="store_true", help="the exponential schedule with 1000 iterations too")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "certified.json")
+    parser.add_argument(
+        "--networks", default="mlp,vgg16", help=f"of {', '.join(NETWORKS)}, separated by commas"
+    )
+    parser.add_argument(
+        "--thousand", action="store_true", help="the exponential schedule with 1000 iterations too"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "certified.json"
+    )
     return parser.parse_args()
 
 
@@ -112,8 +127,12 @@ def main() -> None:
     others = others_seconds()
     rows = []
     for name in args.networks.split(","):
-        rows += measure_network(name, [10, 30, 100, *([1000] if args.thousand or name == "mlp" else [])])
-        for compression in dict.fromkeys(row["compression"] for row in rows if row["network"] == name):
+        rows += measure_network(
+            name, [10, 30, 100, *([1000] if args.thousand or name == "mlp" else [])]
+        )
+        for compression in dict.fromkeys(
+            row["compression"] for row in rows if row["network"] == name
+        ):
             show([row for row in rows if row["network"] == name], compression)
     spent = None if others is None else others_seconds() - others  # type: ignore[operator]
     write_json(args.out, {"machine": machine(), "others_seconds": spent, "rows": rows})

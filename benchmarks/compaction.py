@@ -37,7 +37,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, machine, others_seconds, peak_mb, print_table, run_child, spread, timings, write_json
+from measure import (
+    ROOT,
+    machine,
+    others_seconds,
+    peak_mb,
+    print_table,
+    run_child,
+    spread,
+    timings,
+    write_json,
+)
 
 BATCH, SHAPE, CLASSES = 128, (32, 32, 3), 100
 Record = dict[str, Any]
@@ -53,7 +63,11 @@ def prune(folder: Path, compressions: list[float], num_iterations: int) -> Recor
     score_fn = scores.synflow(models.synflow_fn(model, batch_stats), SHAPE)
     for compression in compressions:
         mask, _ = pruning.prune(
-            score_fn, params, compression=compression, num_iterations=num_iterations, score_dtype="float32"
+            score_fn,
+            params,
+            compression=compression,
+            num_iterations=num_iterations,
+            score_dtype="float32",
         )
         storage.save_mask(_mask_path(folder, compression), mask)
     return {"jax": jax.__version__}
@@ -80,7 +94,8 @@ def ours(variant: str, compression: float, folder: Path, steps: int) -> Record:
     import jax
     import numpy as np
 
-    from synflow_jax import data, forms, storage, training, trees
+    from synflow_jax import data, storage, training, trees
+    from synflow_jax.training import forms
 
     model, params, batch_stats = _network()
     mask = trees.prunable(params)
@@ -89,13 +104,17 @@ def ours(variant: str, compression: float, folder: Path, steps: int) -> Record:
     form = forms.choose(model, params, batch_stats, mask, SHAPE, compact=variant == "compact")
     del params, batch_stats, mask
     optimizer = training.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    state = training.init_state(form.params, form.batch_stats, form.mask, optimizer, jax.random.key(1))
+    state = training.init_state(
+        form.params, form.batch_stats, form.mask, optimizer, jax.random.key(1)
+    )
     rng = np.random.default_rng(0)
     num = 8 * BATCH
     images = jax.device_put(rng.integers(0, 256, (num, *SHAPE)).astype(np.uint8))
     labels = jax.device_put(rng.integers(0, CLASSES, num).astype(np.int32))
     step = training.make_step(form.model, optimizer)
-    epoch = jax.jit(training.make_epoch(step, data.spec("cifar100"), num, BATCH), donate_argnums=(0, 1))
+    epoch = jax.jit(
+        training.make_epoch(step, data.spec("cifar100"), num, BATCH), donate_argnums=(0, 1)
+    )
     info = training.init_info(1)
     start = time.perf_counter()
     state, info = jax.block_until_ready(epoch(state, info, images, labels, 0, 1))
@@ -131,7 +150,9 @@ def child_json(command: list[str]) -> Record:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     child = run_child(command, env)
     if child.status:
-        raise SystemExit(f"{child.stdout}{child.stderr}\nStatus {child.status}: {' '.join(command)}")
+        raise SystemExit(
+            f"{child.stdout}{child.stderr}\nStatus {child.status}: {' '.join(command)}"
+        )
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -142,7 +163,9 @@ def median(records: list[Record], name: str) -> float:
 
 def find(records: list[Record], variant: str, compression: float | None = None) -> list[Record]:
     """The records of a variant, at a compression where it has several."""
-    return [r for r in records if r["variant"] == variant and compression in (None, r["compression"])]
+    return [
+        r for r in records if r["variant"] == variant and compression in (None, r["compression"])
+    ]
 
 
 def summary(records: list[Record], compressions: list[float]) -> list[Record]:
@@ -182,13 +205,23 @@ def plot(path: Path, results: Path) -> None:
     rows = json.loads(results.read_text())["summary"]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     x = [row["compression"] for row in rows]
-    for axis, prefix, title in zip(axes, ("", "inference_"), ("a training step", "inference"), strict=True):
+    for axis, prefix, title in zip(
+        axes, ("", "inference_"), ("a training step", "inference"), strict=True
+    ):
         axis.plot(x, [row["possible"] for row in rows], "k:", label="ratio of multiply-adds")
-        lines = (("over_masked", "against our masked network"), ("over_torch", "against PyTorch, masked"))
+        lines = (
+            ("over_masked", "against our masked network"),
+            ("over_torch", "against PyTorch, masked"),
+        )
         for name, label in lines:
             if f"{prefix}{name}" in rows[0]:
                 axis.plot(x, [row[f"{prefix}{name}"] for row in rows], "o-", label=label)
-        axis.set(xscale="log", yscale="log", xlabel="compression", title=f"VGG-16, batch {BATCH}: {title}")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="compression",
+            title=f"VGG-16, batch {BATCH}: {title}",
+        )
         axis.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel("times as fast, compact")
     axes[0].legend(frameon=False)
@@ -199,14 +232,22 @@ def plot(path: Path, results: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description="A pruned VGG-16: dense, masked, compact, and in PyTorch.")
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch; none leaves it out")
+    parser = argparse.ArgumentParser(
+        description="A pruned VGG-16: dense, masked, compact, and in PyTorch."
+    )
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="a Python that has torch; none leaves it out"
+    )
     parser.add_argument("--quick", action="store_true", help="compression 100 alone, once")
     parser.add_argument("--steps", type=int, default=3, help="of a call; a process times two calls")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plot", action="store_true", help="draw docs/compaction.png")
-    parser.add_argument("--plot-only", action="store_true", help="draw it from the results of an earlier run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "compaction.json")
+    parser.add_argument(
+        "--plot-only", action="store_true", help="draw it from the results of an earlier run"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "compaction.json"
+    )
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps < 1 or args.repeats < 1:
@@ -214,11 +255,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure_all(args: argparse.Namespace, compressions: list[float], torch_works: bool) -> list[Record]:
+def measure_all(
+    args: argparse.Namespace, compressions: list[float], torch_works: bool
+) -> list[Record]:
     """The records of all processes."""
     this, records = [sys.executable, str(Path(__file__).resolve())], []
     torch_script = str(ROOT / "benchmarks" / "torch_training.py")
-    variants = [("dense", 1.0), *[(name, c) for c in compressions for name in ("masked", "compact")]]
+    variants = [
+        ("dense", 1.0),
+        *[(name, c) for c in compressions for name in ("masked", "compact")],
+    ]
     if torch_works:
         # Dense products of masked weights take PyTorch as long at every compression.
         variants.append(("torch", 100.0))
@@ -229,13 +275,21 @@ def measure_all(args: argparse.Namespace, compressions: list[float], torch_works
         for repeat in range(1 if args.quick else args.repeats):
             for variant, compression in variants[:: -1 if repeat % 2 else 1]:
                 if variant == "torch":
-                    command = [args.torch_python, torch_script, f"--steps={args.steps}", "--compression=100"]
+                    command = [
+                        args.torch_python,
+                        torch_script,
+                        f"--steps={args.steps}",
+                        "--compression=100",
+                    ]
                     record = {"variant": "torch", "compression": compression, **child_json(command)}
                 else:
                     values = json.dumps([compression, args.steps])
                     record = child_json([*this, "--worker", variant, folder, values])
                 records.append(record)
-                print(f"{variant} {compression:g}: {statistics.median(record['seconds']):.3f} s a step", flush=True)
+                print(
+                    f"{variant} {compression:g}: {statistics.median(record['seconds']):.3f} s a step",
+                    flush=True,
+                )
     return records
 
 
@@ -257,7 +311,11 @@ def main() -> None:
     compressions = [100.0] if args.quick else [10.0, 100.0, 1000.0]
     start, others = time.perf_counter(), others_seconds()
     records = measure_all(args, compressions, torch_works)
-    disturbed = "" if others is None else f"{(others_seconds() - others) / (time.perf_counter() - start):.2f}"
+    disturbed = (
+        ""
+        if others is None
+        else f"{(others_seconds() - others) / (time.perf_counter() - start):.2f}"
+    )
     facts = machine() | {"others_cores": disturbed}
     rows = []
     for variant, compression in dict.fromkeys((r["variant"], r["compression"]) for r in records):

@@ -61,31 +61,43 @@ PADDING = ((1, 1), (1, 1))
 
 def native(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """XLA's own convolution."""
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), PADDING, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), PADDING, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def as_matrices(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The form that the networks take on a CPU."""
-    return layers._convolution_as_matrices(x, kernel, strides=(1, 1), padding=PADDING, precision=None)
+    return layers._convolution_as_matrices(
+        x, kernel, strides=(1, 1), padding=PADDING, precision=None
+    )
 
 
-def with_gradients(convolution: Convolution, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+def with_gradients(
+    convolution: Convolution, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of half the sum of the squared outputs: they need the forward pass and both backward ones."""
     y, transpose = jax.vjp(convolution, x, kernel)
     return transpose(y)
 
 
-def loop(convolution: Convolution, num_steps: jax.Array, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+def loop(
+    convolution: Convolution, num_steps: jax.Array, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, ...]:
     """Steps that each read what the last one wrote. XLA unrolls short loops of a known length, so it is traced."""
 
     def step(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         gradients = with_gradients(convolution, *state)
-        return tuple(value - 1e-6 * gradient for value, gradient in zip(state, gradients, strict=True))
+        return tuple(
+            value - 1e-6 * gradient for value, gradient in zip(state, gradients, strict=True)
+        )
 
     return jax.lax.fori_loop(0, num_steps, step, (x, kernel))
 
 
-def measure_plain(convolution: Convolution, x: jax.Array, kernel: jax.Array, repeats: int) -> list[float]:
+def measure_plain(
+    convolution: Convolution, x: jax.Array, kernel: jax.Array, repeats: int
+) -> list[float]:
     """Seconds of each of `repeats` single calls."""
     run = jax.jit(lambda x, kernel: with_gradients(convolution, x, kernel))
     return timings(lambda: jax.block_until_ready(run(x, kernel)), repeats)
@@ -104,7 +116,10 @@ def measure_loop(
 def random_pair(shape: Shape, batch: int) -> tuple[jax.Array, jax.Array]:
     """Inputs and a kernel that keeps their variance."""
     x_key, kernel_key = jax.random.split(jax.random.key(0))
-    kernel = jax.random.normal(kernel_key, (3, 3, shape.inputs, shape.outputs)) * (9 * shape.inputs) ** -0.5
+    kernel = (
+        jax.random.normal(kernel_key, (3, 3, shape.inputs, shape.outputs))
+        * (9 * shape.inputs) ** -0.5
+    )
     return jax.random.normal(x_key, (batch, shape.side, shape.side, shape.inputs)), kernel
 
 
@@ -157,7 +172,9 @@ def table_row(record: dict[str, Any]) -> list[str]:
         milliseconds(record["native"]),
         milliseconds(record["matrices"]),
         ratio("native", "matrices"),
-        milliseconds(record["loop_native"]) if in_loop else f"not run: about {record['loop_native_predicted']:.0f} s",
+        milliseconds(record["loop_native"])
+        if in_loop
+        else f"not run: about {record['loop_native_predicted']:.0f} s",
         milliseconds(record["loop_matrices"]),
         ratio("loop_native", "loop_matrices") if in_loop else "",
     ]
@@ -165,12 +182,20 @@ def table_row(record: dict[str, Any]) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description="Convolution on a CPU: XLA's own against patches times a matrix.")
+    parser = argparse.ArgumentParser(
+        description="Convolution on a CPU: XLA's own against patches times a matrix."
+    )
     parser.add_argument("--batches", default="1,128", help="separated by commas")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="of the loop, for the form of matrices")
-    parser.add_argument("--limit", type=float, default=20, help="seconds that a native step in a loop may take")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "convolution.json")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="of the loop, for the form of matrices"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=20, help="seconds that a native step in a loop may take"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "convolution.json"
+    )
     args = parser.parse_args()
     try:
         args.batches = [int(batch) for batch in args.batches.split(",")]
@@ -188,14 +213,30 @@ def main() -> None:
     start, others = time.perf_counter(), others_seconds()
     records = measure_all(args)
     if others is not None:
-        facts["others_cores"] = round((others_seconds() - others) / (time.perf_counter() - start), 2)
+        facts["others_cores"] = round(
+            (others_seconds() - others) / (time.perf_counter() - start), 2
+        )
     print_table(
         f"3x3 convolutions and both gradients, in ms; {facts['cpu']}, {facts['cores']} cores",
-        ["", "map", "channels", "batch", "native", "matrices", "ratio", "loop: native", "loop: matrices", "ratio"],
+        [
+            "",
+            "map",
+            "channels",
+            "batch",
+            "native",
+            "matrices",
+            "ratio",
+            "loop: native",
+            "loop: matrices",
+            "ratio",
+        ],
         [table_row(record) for record in records],
         caption=f"Medians of {args.repeats}. The ratio is native / matrices: above 1 the form of matrices is faster.",
     )
-    write_json(args.out, {"machine": facts, "repeats": args.repeats, "steps": args.steps, "results": records})
+    write_json(
+        args.out,
+        {"machine": facts, "repeats": args.repeats, "steps": args.steps, "results": records},
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ import numpy as np
 from measure import ROOT, machine, others_seconds, print_table, write_json
 
 sys.path.insert(0, str(ROOT))
-from synflow_jax import models, pruning, scaling, scores, trees
+from synflow_jax import models, pruning, scores, trees
+from synflow_jax.jaxprs import scaling
 from synflow_jax.models.resnet import Block
 
 Network = tuple[scores.ApplyFn, trees.Params, tuple[int, ...]]
@@ -63,7 +64,10 @@ def build(name: str) -> Network:
     """Network, weights and input shape."""
     if name == "mlp300":
         return residual_mlp(300)
-    model, shape = models.create(name, 10 if name.startswith("cifar") else 200), models.default_input_shape(name)
+    model, shape = (
+        models.create(name, 10 if name.startswith("cifar") else 200),
+        models.default_input_shape(name),
+    )
     params, batch_stats = models.init(model, shape, jax.random.key(0))
     return models.synflow_fn(model, batch_stats), params, shape
 
@@ -83,7 +87,9 @@ def run(
 
     def to_24_bits(params: trees.Params, mask: trees.Mask, key: jax.Array) -> trees.Params:
         found = score_fn(params, mask, key)
-        return jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, exponent_bits=11, mantissa_bits=23), found)
+        return jax.tree.map(
+            lambda leaf: jax.lax.reduce_precision(leaf, exponent_bits=11, mantissa_bits=23), found
+        )
 
     mask, info = pruning.prune(
         to_24_bits if rounded else score_fn, params, compression=compression,
@@ -99,8 +105,12 @@ def errors(network: Network) -> tuple[float, float]:
     found = [jax.tree.map(np.asarray, score_fn(params, trees.prunable(params), jax.random.key(0)))]
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        found.append(jax.tree.map(np.asarray, score_fn(wide, trees.prunable(wide), jax.random.key(0))))
-    ours, right = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in found)
+        found.append(
+            jax.tree.map(np.asarray, score_fn(wide, trees.prunable(wide), jax.random.key(0)))
+        )
+    ours, right = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in found
+    )
     ratios = np.log(ours[right > 0].astype(np.float64) / right[right > 0])
     ratios -= np.median(ratios)  # a factor that all scores have in common ranks nothing
     return float(np.sqrt(np.mean(ratios**2))), float(np.abs(ratios).max())
@@ -108,7 +118,10 @@ def errors(network: Network) -> tuple[float, float]:
 
 def alike(mask: trees.Mask, reference: trees.Mask) -> float:
     """The fraction of bits that are equal."""
-    same = sum(int((a == b).sum()) for a, b in zip(jax.tree.leaves(mask), jax.tree.leaves(reference), strict=True))
+    same = sum(
+        int((a == b).sum())
+        for a, b in zip(jax.tree.leaves(mask), jax.tree.leaves(reference), strict=True)
+    )
     return same / sum(trees.sizes(reference))
 
 
@@ -118,7 +131,9 @@ def first_difference(kept: np.ndarray, reference: np.ndarray) -> int | None:
     return int(np.argmax(differ)) + 1 if differ.any() else None
 
 
-def compare(name: str, compression: float, iterations: int, network: Network, rounded: bool) -> dict[str, Any]:
+def compare(
+    name: str, compression: float, iterations: int, network: Network, rounded: bool
+) -> dict[str, Any]:
     """A row: float32 beside float64."""
     (narrow, kept, seconds), (wide, wide_kept, wide_seconds) = (
         run(network, dtype, compression, iterations) for dtype in ("float32", "float64")
@@ -137,7 +152,10 @@ def compare(name: str, compression: float, iterations: int, network: Network, ro
     }
     if rounded:
         mask, kept, _ = run(network, "float64", compression, iterations, rounded=True)
-        row |= {"rounded_bits_alike": alike(mask, wide), "rounded_first_difference": first_difference(kept, wide_kept)}
+        row |= {
+            "rounded_bits_alike": alike(mask, wide),
+            "rounded_first_difference": first_difference(kept, wide_kept),
+        }
     return row
 
 
@@ -160,12 +178,16 @@ def flows_between_blocks(name: str) -> dict[str, Any]:
             variables = {"params": params, "batch_stats": batch_stats}
             return jnp.sum(model.apply(variables, jnp.ones((1, *shape)), train=False))
 
-    def scaled(params: trees.Params, factors: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def scaled(
+        params: trees.Params, factors: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         found = scaling.evaluate(norm, params, factors)
         return found.value, (found.value, found.exponent)
 
     start = time.perf_counter()
-    gradient = jax.jit(jax.grad(scaled, argnums=(0, 1), has_aux=True)).lower(params, jnp.ones(num_blocks))
+    gradient = jax.jit(jax.grad(scaled, argnums=(0, 1), has_aux=True)).lower(
+        params, jnp.ones(num_blocks)
+    )
     traced = time.perf_counter()
     # It runs once: the compiler's effort would take longer than what it saves.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -174,7 +196,11 @@ def flows_between_blocks(name: str) -> dict[str, Any]:
     (found, flows), (value, exponent) = jax.block_until_ready(program(params, jnp.ones(num_blocks)))
     seconds = time.perf_counter() - compiled
     layers = {
-        layer: float(np.sum(np.asarray(found[layer]["kernel"], np.float64) * np.asarray(params[layer]["kernel"])))
+        layer: float(
+            np.sum(
+                np.asarray(found[layer]["kernel"], np.float64) * np.asarray(params[layer]["kernel"])
+            )
+        )
         for layer in ("conv1", "head")
     }
     cuts = np.array([*np.asarray(flows, np.float64), *layers.values()])
@@ -196,7 +222,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--networks", default="mlp300,cifar_resnet110", help="separated by commas")
     parser.add_argument("--compressions", default="10,100,1000")
     parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--rounded", action="store_true", help="float64 with scores rounded to float32 as well")
+    parser.add_argument(
+        "--rounded", action="store_true", help="float64 with scores rounded to float32 as well"
+    )
     parser.add_argument("--cuts", help="a network whose cuts are looked at instead")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "depth.json")
     return parser.parse_args()
@@ -209,7 +237,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if args.cuts:
         rows.append(flows_between_blocks(args.cuts))
-        columns = ("network", "log10 R", "cuts", "largest residual", "tracing: s", "compiling: s", "a pass: s")
+        columns = (
+            "network",
+            "log10 R",
+            "cuts",
+            "largest residual",
+            "tracing: s",
+            "compiling: s",
+            "a pass: s",
+        )
         table = [
             (
                 r["network"], f"{r['log10_norm']:.1f}", str(r["num_cuts"]), f"{r['residual']:.1e}",

@@ -53,20 +53,28 @@ QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" 
 Row = dict[str, Any]
 
 
-def both_modes(model: nn.Module) -> Callable[[trees.Tree, trees.Tree, trees.Mask, jax.Array], dict[str, jax.Array]]:
+def both_modes(
+    model: nn.Module,
+) -> Callable[[trees.Tree, trees.Tree, trees.Mask, jax.Array], dict[str, jax.Array]]:
     """Logits in evaluation mode and by the batch's statistics."""
 
-    def apply(params: trees.Tree, stats: trees.Tree, mask: trees.Mask, x: jax.Array) -> dict[str, jax.Array]:
+    def apply(
+        params: trees.Tree, stats: trees.Tree, mask: trees.Mask, x: jax.Array
+    ) -> dict[str, jax.Array]:
         variables = {"params": trees.apply_mask(params, mask), "batch_stats": stats}
         # Dropout draws in the shape of the activations: here it is left out of both.
-        with nn.intercept_methods(lambda f, a, k, c: a[0] if isinstance(c.module, nn.Dropout) else f(*a, **k)):
+        with nn.intercept_methods(
+            lambda f, a, k, c: a[0] if isinstance(c.module, nn.Dropout) else f(*a, **k)
+        ):
             train, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
         return {"eval": model.apply(variables, x, train=False), "train": train}
 
     return jax.jit(apply, compiler_options=QUICK)
 
 
-def measure_family(name: str, arrays: data.Arrays, num_steps: int, report: Callable[[Row], None]) -> None:
+def measure_family(
+    name: str, arrays: data.Arrays, num_steps: int, report: Callable[[Row], None]
+) -> None:
     """Reports a row for each rule, compression, state and mode."""
     model = FAMILIES[name]()
     images = data.normalise(jnp.asarray(arrays.train_images[:512]), data.spec("digits"))
@@ -90,7 +98,9 @@ def measure_family(name: str, arrays: data.Arrays, num_steps: int, report: Calla
     @jax.jit
     def train(state: training.TrainState) -> training.TrainState:
         take = lambda i, leaf: jax.lax.dynamic_slice_in_dim(leaf, 64 * (i % 8), 64)
-        return jax.lax.fori_loop(0, num_steps, lambda i, s: step(s, take(i, images), take(i, labels))[0], state)
+        return jax.lax.fori_loop(
+            0, num_steps, lambda i, s: step(s, take(i, images), take(i, labels))[0], state
+        )
 
     full, x = both_modes(model), images[-64:]
     for rule in RULES:
@@ -101,21 +111,39 @@ def measure_family(name: str, arrays: data.Arrays, num_steps: int, report: Calla
             )  # fmt: skip
             row = {"family": name, "rule": rule, "compression": compression}
             if analysis.collapsed(models.synflow_fn(model, stats), shape, params, mask):
-                report({**row, "collapsed": True, "refused": is_refused(model, params, stats, mask, shape)})
+                report(
+                    {
+                        **row,
+                        "collapsed": True,
+                        "refused": is_refused(model, params, stats, mask, shape),
+                    }
+                )
                 continue
             state = train(training.init_state(params, stats, mask, optimizer, jax.random.key(2)))
-            for when, values in (("start", (params, stats)), ("trained", (state.params, state.batch_stats))):
+            for when, values in (
+                ("start", (params, stats)),
+                ("trained", (state.params, state.batch_stats)),
+            ):
                 small = models.compact(model, *values, mask, shape)
                 ours = both_modes(small.model)(small.params, small.batch_stats, small.mask, x)
                 for mode, theirs in full(*values, mask, x).items():
                     largest = float(jnp.max(jnp.abs(theirs)))
-                    row |= {"collapsed": False, "when": when, "mode": mode, "largest_logit": largest}
+                    row |= {
+                        "collapsed": False,
+                        "when": when,
+                        "mode": mode,
+                        "largest_logit": largest,
+                    }
                     row["weights"] = [sum(trees.sizes(params)), sum(trees.sizes(small.params))]
-                    row["difference"] = float(jnp.max(jnp.abs(ours[mode] - theirs))) / max(largest, 1e-30)
+                    row["difference"] = float(jnp.max(jnp.abs(ours[mode] - theirs))) / max(
+                        largest, 1e-30
+                    )
                     report(dict(row))
 
 
-def is_refused(model: nn.Module, params: trees.Tree, stats: trees.Tree, mask: trees.Mask, shape: Any) -> bool:
+def is_refused(
+    model: nn.Module, params: trees.Tree, stats: trees.Tree, mask: trees.Mask, shape: Any
+) -> bool:
     """Whether `compact` names the collapse."""
     try:
         models.compact(model, params, stats, mask, shape)
@@ -131,7 +159,11 @@ def show(rows: list[Row]) -> None:
         for rule in RULES:
             cells = []
             for compression in COMPRESSIONS:
-                here = [r for r in rows if (r["family"], r["rule"], r["compression"]) == (family, rule, compression)]
+                here = [
+                    r
+                    for r in rows
+                    if (r["family"], r["rule"], r["compression"]) == (family, rule, compression)
+                ]
                 if here[0]["collapsed"]:
                     cells.append("refused" if here[0]["refused"] else "NOT REFUSED")
                 else:
@@ -146,11 +178,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compact against masked logits.")
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas")
     parser.add_argument("--steps", type=int, default=60, help="of training, batches of 64")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "exactness.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "exactness.json"
+    )
     args = parser.parse_args()
     unknown = set(args.families.split(",")) - set(FAMILIES)
     if unknown:
-        parser.error(f"--families={args.families}: choose from {', '.join(FAMILIES)}, separated by commas")
+        parser.error(
+            f"--families={args.families}: choose from {', '.join(FAMILIES)}, separated by commas"
+        )
     return args
 
 
@@ -165,7 +201,9 @@ def main() -> None:
         measure_family(name, arrays, args.steps, rows.append)
         write_json(args.out, {"machine": machine(), "rows": rows})
     show(rows)
-    wrong = [r for r in rows if not (r["refused"] if r["collapsed"] else r["difference"] <= TOLERANCE)]
+    wrong = [
+        r for r in rows if not (r["refused"] if r["collapsed"] else r["difference"] <= TOLERANCE)
+    ]
     measured = [row["difference"] for row in rows if not row["collapsed"]]
     print(
         f"{len(measured)} differences, the largest {np.max(measured):.1e}; {len(rows) - len(measured)} masks refused."

@@ -87,11 +87,15 @@ def machine() -> dict[str, Any]:
             versions[package] = None
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": versions,
-        "load_average": [round(load, 2) for load in os.getloadavg()],  # others at work make the figures worse
+        "load_average": [
+            round(load, 2) for load in os.getloadavg()
+        ],  # others at work make the figures worse
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -107,7 +111,10 @@ def others_seconds() -> float | None:
     except (OSError, IndexError):
         return None
     user, nice, system, _, _, irq, softirq = (int(field) for field in fields[:7])
-    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    usages = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+    )
     own = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - own
 
@@ -124,7 +131,11 @@ def _cpu_name() -> str:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median, and the range where there is more than one value: "1.52 (1.49-1.60)"."""
     median = f"{statistics.median(values):.{digits}f}"
-    return median if len(values) == 1 else f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    return (
+        median
+        if len(values) == 1
+        else f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    )
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
@@ -133,7 +144,9 @@ def milliseconds(seconds: Sequence[float]) -> str:
     return f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
+) -> None:
     """Prints rows of text; the first column is flush left, the others right."""
     from rich.console import Console
     from rich.table import Table

@@ -31,7 +31,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import ROOT, Child, machine, others_seconds, peak_mb, print_table, run_child, spread, write_json
+from measure import (
+    ROOT,
+    Child,
+    machine,
+    others_seconds,
+    peak_mb,
+    print_table,
+    run_child,
+    spread,
+    write_json,
+)
 
 DEFAULT_ITERATIONS = 100  # of the configs too
 SIDES = {
@@ -76,11 +86,17 @@ def our_loop(name: str, compression: float, iterations: int) -> Record:
         start = time.perf_counter()
         # As the peer does, and the command, which is measured too.
         result = pruning.prune(
-            score_fn, params, compression=compression, num_iterations=iterations, score_dtype="float32"
+            score_fn,
+            params,
+            compression=compression,
+            num_iterations=iterations,
+            score_dtype="float32",
         )
         mask, _ = jax.block_until_ready(result)
         seconds.append(time.perf_counter() - start)
-    peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))  # before the checks below, which no user runs
+    peak = peak_mb(
+        resource.getrusage(resource.RUSAGE_SELF)
+    )  # before the checks below, which no user runs
     return {
         "model": name,
         "compression": compression,
@@ -119,7 +135,9 @@ def measure_ours(name: str, compression: float, iterations: int) -> dict[str, Re
     return {"ours": last_json(run_or_exit(command, env))}
 
 
-def measure_torch(name: str, compression: float, iterations: int, torch_python: str) -> dict[str, Record]:
+def measure_torch(
+    name: str, compression: float, iterations: int, torch_python: str
+) -> dict[str, Record]:
     """`torch_synflow.py`, which times itself."""
     script = str(ROOT / "benchmarks" / "torch_synflow.py")
     flags = [f"--model={name}", f"--compression={compression:g}", f"--iterations={iterations}"]
@@ -133,7 +151,10 @@ def measure_command(name: str, compression: float, iterations: int) -> dict[str,
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "cache"))}
         for side in ("command_cold", "command_warm"):
             command = [sys.executable, "prune.py", f"--config={NETWORKS[name].config}"]
-            command += [f"--workdir={Path(folder, side)}", f"--config.prune.compression={compression:g}"]
+            command += [
+                f"--workdir={Path(folder, side)}",
+                f"--config.prune.compression={compression:g}",
+            ]
             if iterations != DEFAULT_ITERATIONS:
                 command.append(f"--config.prune.num_iterations={iterations}")
             child = run_or_exit(command, env)
@@ -144,7 +165,10 @@ def measure_command(name: str, compression: float, iterations: int) -> dict[str,
 def check_same_work(name: str, repeat: Mapping[str, Any]) -> None:
     """Both loops must have ended at the same number of weights; only ties at a threshold may differ."""
     ours, theirs = repeat["ours"], repeat["torch"]
-    if not ours["total"] == theirs["total"] == NETWORKS[name].total or abs(ours["kept"] / theirs["kept"] - 1) > 1e-3:
+    if (
+        not ours["total"] == theirs["total"] == NETWORKS[name].total
+        or abs(ours["kept"] / theirs["kept"] - 1) > 1e-3
+    ):
         raise SystemExit(f"The sides did different work on {name}: {ours} against {theirs}.")
 
 
@@ -177,11 +201,14 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> Record:
     medians: Record = {}
     for side in SIDES:
         medians[side] = {
-            figure: statistics.median(repeat[side][figure] for repeat in repeats) for figure in ("seconds", "peak_mb")
+            figure: statistics.median(repeat[side][figure] for repeat in repeats)
+            for figure in ("seconds", "peak_mb")
         }
         if side != "torch":
             for figure in ("seconds", "peak_mb"):
-                medians[side][f"torch_{figure}_ratio"] = round(statistics.median(ratios(repeats, side, figure)), 3)
+                medians[side][f"torch_{figure}_ratio"] = round(
+                    statistics.median(ratios(repeats, side, figure)), 3
+                )
     return medians
 
 
@@ -189,14 +216,20 @@ def check_before_work(torch_python: str, names: Sequence[str]) -> None:
     """Ends with a message if anything that the run needs is missing."""
     unknown = [name for name in names if name not in NETWORKS]
     if unknown or not names:
-        raise SystemExit(f"--models={','.join(names)}: choose from {', '.join(NETWORKS)}, separated by commas.")
+        raise SystemExit(
+            f"--models={','.join(names)}: choose from {', '.join(NETWORKS)}, separated by commas."
+        )
     for file in ("prune.py", *(NETWORKS[name].config for name in names)):
         if not (ROOT / file).exists():
-            raise SystemExit(f"{file} is missing in this checkout; the whole command cannot be timed without it.")
+            raise SystemExit(
+                f"{file} is missing in this checkout; the whole command cannot be timed without it."
+            )
     try:
         found = run_child([torch_python, "-c", "import torch"])
     except OSError as error:
-        raise SystemExit(f"--torch-python={torch_python} does not start: {error.strerror}.") from None
+        raise SystemExit(
+            f"--torch-python={torch_python} does not start: {error.strerror}."
+        ) from None
     if found.status:
         raise SystemExit(
             f"--torch-python={torch_python} cannot import torch:\n{found.stderr.strip()}\n"
@@ -207,13 +240,19 @@ def check_before_work(torch_python: str, names: Sequence[str]) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description="SynFlow's loop and the whole command against PyTorch.")
+    parser = argparse.ArgumentParser(
+        description="SynFlow's loop and the whole command against PyTorch."
+    )
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
-    parser.add_argument("--models", default="vgg16,resnet18", help=f"of {', '.join(NETWORKS)}, separated by commas")
+    parser.add_argument(
+        "--models", default="vgg16,resnet18", help=f"of {', '.join(NETWORKS)}, separated by commas"
+    )
     parser.add_argument("--compression", type=float, default=100.0)
     parser.add_argument("--iterations", type=int, default=DEFAULT_ITERATIONS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prune_speed.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "prune_speed.json"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.iterations < 1 or args.repeats < 1:
@@ -237,16 +276,23 @@ def main() -> None:
             start, others = time.perf_counter(), others_seconds()
             sides = [
                 lambda name=name: measure_ours(name, args.compression, args.iterations),
-                lambda name=name: measure_torch(name, args.compression, args.iterations, args.torch_python),
+                lambda name=name: measure_torch(
+                    name, args.compression, args.iterations, args.torch_python
+                ),
                 lambda name=name: measure_command(name, args.compression, args.iterations),
             ]
             for measure_side in sides[:: -1 if repeat % 2 else 1]:
                 new = measure_side()
                 record.update(new)
                 for side, figures in new.items():
-                    print(f"{name} {repeat + 1}/{args.repeats}, {SIDES[side]}: {figures['seconds']:.2f} s", flush=True)
+                    print(
+                        f"{name} {repeat + 1}/{args.repeats}, {SIDES[side]}: {figures['seconds']:.2f} s",
+                        flush=True,
+                    )
             if others is not None:
-                record["others_cores"] = round((others_seconds() - others) / (time.perf_counter() - start), 2)
+                record["others_cores"] = round(
+                    (others_seconds() - others) / (time.perf_counter() - start), 2
+                )
             check_same_work(name, record)
             runs[name].append(record)
 
@@ -254,12 +300,25 @@ def main() -> None:
     print_table(
         f"SynFlow, {args.iterations} iterations, compression {args.compression:g}, repeats: {args.repeats}; "
         f"{facts['cpu']}, {facts['cores']} cores",
-        ["", "seconds", "compiling, s", "peak, MB", "time: PyTorch / ours", "memory: PyTorch / ours"],
+        [
+            "",
+            "seconds",
+            "compiling, s",
+            "peak, MB",
+            "time: PyTorch / ours",
+            "memory: PyTorch / ours",
+        ],
         [row for name in names for row in table_rows(name, runs[name])],
         caption="Median (least-greatest). Seconds of prune.py are those of the whole command; MB are 2^20 bytes."
-        + (f" DISTURBED: others took up to {others_cores:.1f} cores." if others_cores > 0.1 else ""),
+        + (
+            f" DISTURBED: others took up to {others_cores:.1f} cores." if others_cores > 0.1 else ""
+        ),
     )
-    settings = {"compression": args.compression, "iterations": args.iterations, "repeats": args.repeats}
+    settings = {
+        "compression": args.compression,
+        "iterations": args.iterations,
+        "repeats": args.repeats,
+    }
     medians = {name: summary(runs[name]) for name in names}
     write_json(args.out, {"machine": facts, "settings": settings, "medians": medians, "runs": runs})
 

@@ -36,7 +36,9 @@ def measure_network(name: str, repeats: int) -> dict[str, Any]:
     for label, scaled in (("plain", False), ("scaled", True)):
         score_fn = scores.synflow(models.synflow_fn(model, batch_stats), shape, scaled=scaled)
 
-        def run(params: trees.Params, mask: trees.Mask, score_fn: scores.ScoreFn = score_fn) -> trees.Mask:
+        def run(
+            params: trees.Params, mask: trees.Mask, score_fn: scores.ScoreFn = score_fn
+        ) -> trees.Mask:
             # A mask that depends on the scores, as in the loop, though no score is negative.
             keep = lambda m, s: m & (s >= 0)
             body = lambda i, m: jax.tree.map(keep, m, score_fn(params, m, jax.random.key(0)))
@@ -56,7 +58,9 @@ def measure_network(name: str, repeats: int) -> dict[str, Any]:
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description="Scaled against plain evaluation of SynFlow's scores.")
+    parser = argparse.ArgumentParser(
+        description="Scaled against plain evaluation of SynFlow's scores."
+    )
     parser.add_argument("--networks", default="cifar_vgg16_bn,tiny_resnet18")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scaled.json")

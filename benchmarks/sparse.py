@@ -38,13 +38,19 @@ FORMS = ("dense", "BCOO", "BCSR", "scipy CSR")
 LIMIT = 2.0  # seconds of a first call (it compiles, too) from which on it is not repeated
 
 
-def measure(shape: tuple[int, int], columns: int, density: float, repeats: int) -> dict[str, list[float]]:
+def measure(
+    shape: tuple[int, int], columns: int, density: float, repeats: int
+) -> dict[str, list[float]]:
     """Seconds of each call of each form. Raises AssertionError where two results differ."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal(shape, dtype=np.float32) * (rng.random(shape) < density)
     x = rng.standard_normal((shape[1], columns), dtype=np.float32)
     product = jax.jit(lambda w, x: w @ x)
-    weights = {"dense": jnp.asarray(w), "BCOO": sparse.BCOO.fromdense(w), "BCSR": sparse.BCSR.fromdense(w)}
+    weights = {
+        "dense": jnp.asarray(w),
+        "BCOO": sparse.BCOO.fromdense(w),
+        "BCSR": sparse.BCSR.fromdense(w),
+    }
     on_host = scipy.sparse.csr_array(w)
     on_device = jnp.asarray(x)
     exact = w @ x
@@ -72,8 +78,12 @@ def break_even(densities: list[float], medians: list[dict[str, float]], form: st
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description="Where a sparse product is faster than the dense one.")
-    parser.add_argument("--densities", default="0.001,0.003,0.01,0.03,0.1,0.3", help="separated by commas")
+    parser = argparse.ArgumentParser(
+        description="Where a sparse product is faster than the dense one."
+    )
+    parser.add_argument(
+        "--densities", default="0.001,0.003,0.01,0.03,0.1,0.3", help="separated by commas"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sparse.json")
     args = parser.parse_args()
@@ -82,7 +92,9 @@ def parse_args() -> argparse.Namespace:
     except ValueError:
         parser.error(f"--densities={args.densities} must be numbers, separated by commas")
     if args.densities[0] <= 0 or args.densities[-1] > 1 or args.repeats < 1:
-        parser.error("--densities must lie above 0 and not above 1, and --repeats must be at least 1")
+        parser.error(
+            "--densities must lie above 0 and not above 1, and --repeats must be at least 1"
+        )
     return args
 
 
@@ -98,12 +110,22 @@ def main() -> None:
             all_medians = []
             for density in args.densities:
                 seconds = measure(shape, columns, density, args.repeats)
-                results.append({"shape": shape, "columns": columns, "density": density, "seconds": seconds})
-                rows.append([name, f"{100 * density:g} %", *(milliseconds(seconds[form]) for form in FORMS)])
-                all_medians.append({form: statistics.median(values) for form, values in seconds.items()})
-            summary.append([name, *(break_even(args.densities, all_medians, form) for form in FORMS[1:])])
+                results.append(
+                    {"shape": shape, "columns": columns, "density": density, "seconds": seconds}
+                )
+                rows.append(
+                    [name, f"{100 * density:g} %", *(milliseconds(seconds[form]) for form in FORMS)]
+                )
+                all_medians.append(
+                    {form: statistics.median(values) for form, values in seconds.items()}
+                )
+            summary.append(
+                [name, *(break_even(args.densities, all_medians, form) for form in FORMS[1:])]
+            )
     if others is not None:
-        facts["others_cores"] = round((others_seconds() - others) / (time.perf_counter() - start), 2)
+        facts["others_cores"] = round(
+            (others_seconds() - others) / (time.perf_counter() - start), 2
+        )
     title = f"Masked matrix times columns, ms; {facts['cpu']}, {facts['cores']} cores"
     caption = f"Medians of {args.repeats} calls. Others kept {facts.get('others_cores', '?')} cores busy meanwhile."
     print_table(title, ["matrix", "density", *FORMS], rows, caption=caption)

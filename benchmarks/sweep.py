@@ -23,24 +23,36 @@ from measure import ROOT, machine, print_table, run_child
 
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-SETTINGS = ["--config.width_multiplier=0.5", "--config.train.num_epochs=4", "--config.train.drops=(3,)"]
-RULES, COMPRESSIONS, SEEDS = ("synflow", "snip", "magnitude"), (2.0, 5.0, 10.0, 20.0, 50.0, 100.0), (0, 1, 2)
+SETTINGS = [
+    "--config.width_multiplier=0.5",
+    "--config.train.num_epochs=4",
+    "--config.train.drops=(3,)",
+]
+RULES, COMPRESSIONS, SEEDS = (
+    ("synflow", "snip", "magnitude"),
+    (2.0, 5.0, 10.0, 20.0, 50.0, 100.0),
+    (0, 1, 2),
+)
 
 
 def _config(seeds: tuple[int, ...]) -> Any:
-    from synflow_jax.config import Config, Grid, PruneConfig, TrainConfig
+    from synflow_jax.experiments.config import Config, Grid, PruneConfig, TrainConfig
 
     return Config(
         model="conv",
         dataset="digits",
         width_multiplier=0.5,
         prune=PruneConfig(compression=10.0),
-        train=TrainConfig(num_epochs=4, batch_size=64, learning_rate=0.02, drops=(3,), compact=False),
+        train=TrainConfig(
+            num_epochs=4, batch_size=64, learning_rate=0.02, drops=(3,), compact=False
+        ),
         grid=Grid(pruner=RULES, compression=COMPRESSIONS, seed=seeds),
     )
 
 
-def child(variant: str, workdir: Path, per_device: int, batching: str, devices: int, num_seeds: int) -> None:
+def child(
+    variant: str, workdir: Path, per_device: int, batching: str, devices: int, num_seeds: int
+) -> None:
     """Runs the grid in this process and prints {"seconds", "compilations", "compile_seconds"} as its last line."""
     import jax
 
@@ -48,10 +60,12 @@ def child(variant: str, workdir: Path, per_device: int, batching: str, devices: 
         jax.config.update("jax_num_cpu_devices", devices)
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(seconds) if event.endswith("backend_compile_duration") else None
+        lambda event, seconds, **_: (
+            compiled.append(seconds) if event.endswith("backend_compile_duration") else None
+        )
     )
-    from synflow_jax import cli, config, prune_run, sweep, train_run
-    from synflow_jax.config import SweepConfig
+    from synflow_jax.experiments import cli, config, prune_run, sweep, train_run
+    from synflow_jax.experiments.config import SweepConfig
 
     cli.use_compilation_cache()
     runs = config.expand(_config(SEEDS[:num_seeds]))
@@ -74,7 +88,12 @@ def child(variant: str, workdir: Path, per_device: int, batching: str, devices: 
 
 
 def measure(
-    variant: str, *, per_device: int = 1, batching: str = "map", devices: int = 1, num_seeds: int = len(SEEDS)
+    variant: str,
+    *,
+    per_device: int = 1,
+    batching: str = "map",
+    devices: int = 1,
+    num_seeds: int = len(SEEDS),
 ) -> dict[str, Any]:
     """One variant in a process of its own: what `child` prints, the whole process's seconds and its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +131,9 @@ def fresh(number: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fresh", type=int, default=54, help="fresh processes to run, of 54")
     parser.add_argument("--layouts", action="store_true")
     parser.add_argument("--child")
@@ -123,11 +144,17 @@ def main() -> None:
     parser.add_argument("--num_seeds", type=int, default=len(SEEDS))
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.workdir, args.per_device, args.batching, args.devices, args.num_seeds)
+        child(
+            args.child, args.workdir, args.per_device, args.batching, args.devices, args.num_seeds
+        )
         return
     print(json.dumps(machine()), flush=True)
     if args.layouts:
-        layouts: list[dict[str, Any]] = [{}, {"per_device": 6}, *({"devices": n} for n in (2, 4, 8))]
+        layouts: list[dict[str, Any]] = [
+            {},
+            {"per_device": 6},
+            *({"devices": n} for n in (2, 4, 8)),
+        ]
         variants = {}
         for layout in [*layouts, {"per_device": 6, "batching": "vmap"}]:
             name = ", ".join(f"{key}={value}" for key, value in layout.items()) or "one at a time"
@@ -150,7 +177,9 @@ def main() -> None:
     )  # fmt: skip
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    (results / f"sweep{'_layouts' if args.layouts else ''}.json").write_text(json.dumps(variants, indent=1) + "\n")
+    (results / f"sweep{'_layouts' if args.layouts else ''}.json").write_text(
+        json.dumps(variants, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

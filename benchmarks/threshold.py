@@ -33,7 +33,14 @@ from synflow_jax import masking
 FRACTION = 0.99
 SORT_LIMIT = 10**7
 SORT_NOTE = "not run: 5 s at 1.5e7"
-COLUMNS = ("separators", "kth_smallest", "np.partition", "jnp.sort", "count: sum_of", "count: jnp.sum")
+COLUMNS = (
+    "separators",
+    "kth_smallest",
+    "np.partition",
+    "jnp.sort",
+    "count: sum_of",
+    "count: jnp.sum",
+)
 
 
 def lognormal(size: int) -> np.ndarray:
@@ -68,17 +75,25 @@ def measure_size(size: int, repeats: int, sort: bool) -> dict[str, list[float]]:
     }
     if sort:
         np.testing.assert_array_equal(sort_and_take(scores, ks), exact)
-        seconds["jnp.sort"] = timings(lambda: sort_and_take(scores, ks).block_until_ready(), min(repeats, 3))
+        seconds["jnp.sort"] = timings(
+            lambda: sort_and_take(scores, ks).block_until_ready(), min(repeats, 3)
+        )
     return seconds
 
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description="What the exact k-th smallest score costs.")
-    parser.add_argument("--sizes", default="1e6,1e7,1e8", help="numbers of scores, separated by commas")
+    parser.add_argument(
+        "--sizes", default="1e6,1e7,1e8", help="numbers of scores, separated by commas"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sort-all", action="store_true", help=f"run jnp.sort above {SORT_LIMIT:.0e} scores too")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "threshold.json")
+    parser.add_argument(
+        "--sort-all", action="store_true", help=f"run jnp.sort above {SORT_LIMIT:.0e} scores too"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "threshold.json"
+    )
     args = parser.parse_args()
     try:
         args.sizes = [int(float(size)) for size in args.sizes.split(",")]
@@ -98,20 +113,33 @@ def main() -> None:
     for size in args.sizes:
         seconds = measure_size(size, args.repeats, args.sort_all or size <= SORT_LIMIT)
         results.append({"size": size, "seconds": seconds})
-        rows.append([f"{size:,}", *(milliseconds(seconds[name]) if name in seconds else SORT_NOTE for name in COLUMNS)])
+        rows.append(
+            [
+                f"{size:,}",
+                *(
+                    milliseconds(seconds[name]) if name in seconds else SORT_NOTE
+                    for name in COLUMNS
+                ),
+            ]
+        )
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         print(
             f"{size:,} scores: np.partition takes {medians['np.partition'] / medians['separators']:.1f} times as long"
         )
     if others is not None:
-        facts["others_cores"] = round((others_seconds() - others) / (time.perf_counter() - start), 2)
+        facts["others_cores"] = round(
+            (others_seconds() - others) / (time.perf_counter() - start), 2
+        )
     print_table(
         f"The k-th smallest of n scores, k = {FRACTION:g} n, in ms; {facts['cpu']}, {facts['cores']} cores",
         ["scores", *COLUMNS],
         rows,
         caption=f"Medians of {args.repeats} calls; all results agree to the last bit.",
     )
-    write_json(args.out, {"machine": facts, "fraction": FRACTION, "repeats": args.repeats, "results": results})
+    write_json(
+        args.out,
+        {"machine": facts, "fraction": FRACTION, "repeats": args.repeats, "results": results},
+    )
 
 
 if __name__ == "__main__":

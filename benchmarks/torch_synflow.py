@@ -75,18 +75,30 @@ def vgg19(num_classes: int) -> nn.Module:
             modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
             channels = width
         modules.append(nn.MaxPool2d(2))
-    modules += [nn.Flatten(), nn.Linear(7 * 7 * channels, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
+    modules += [
+        nn.Flatten(),
+        nn.Linear(7 * 7 * channels, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*modules, nn.Linear(4096, num_classes))
 
 
 def resnet18(num_classes: int) -> nn.Module:
     """ResNet-18 for 64x64 images: a 3x3 stem of stride 1 without pooling, eight blocks, a linear layer."""
-    modules: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    modules: list[nn.Module] = [
+        nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+    ]
     channels = 64
     for width, stride in RESNET18_STAGES:
         modules += [Block(channels, width, stride), Block(width, width, 1)]
         channels = width
-    return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    return nn.Sequential(
+        *modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+    )
 
 
 def build(name: str) -> nn.Module:
@@ -112,18 +124,26 @@ def build(name: str) -> nn.Module:
 
 def prunable(model: nn.Module) -> list[torch.Tensor]:
     """The weights of all convolutions and linear layers."""
-    return [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [
+        module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
 
 
-def synflow_scores(model: nn.Module, weights: Sequence[torch.Tensor], ones: torch.Tensor) -> list[torch.Tensor]:
+def synflow_scores(
+    model: nn.Module, weights: Sequence[torch.Tensor], ones: torch.Tensor
+) -> list[torch.Tensor]:
     """|dR/dw * w|, R being the sum of the outputs; all parameters of the model are positive or 0."""
     gradients = torch.autograd.grad(model(ones).sum(), list(weights))
     with torch.no_grad():
-        return [(gradient * weight).abs() for gradient, weight in zip(gradients, weights, strict=True)]
+        return [
+            (gradient * weight).abs() for gradient, weight in zip(gradients, weights, strict=True)
+        ]
 
 
 @torch.no_grad()
-def prune_below_kth(weights: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], k: int) -> None:
+def prune_below_kth(
+    weights: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], k: int
+) -> None:
     """Zeroes what does not score strictly above the k-th smallest score of the whole network."""
     if k < 1:
         return
@@ -173,7 +193,9 @@ def run(name: str, compression: float, iterations: int) -> dict[str, object]:
 
 def main() -> None:
     """Parses the flags, runs, prints."""
-    parser = argparse.ArgumentParser(description="Iterative SynFlow in PyTorch; prints one line of JSON.")
+    parser = argparse.ArgumentParser(
+        description="Iterative SynFlow in PyTorch; prints one line of JSON."
+    )
     parser.add_argument("--model", choices=sorted(TOTAL), default="vgg16")
     parser.add_argument("--compression", type=float, default=100.0)
     parser.add_argument("--iterations", type=int, default=100)

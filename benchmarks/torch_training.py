@@ -49,7 +49,9 @@ def run(name: str, steps: int, batch_size: int, compression: float | None) -> di
         if compression is not None and isinstance(module, nn.Conv2d | nn.Linear):
             mask = (torch.rand_like(module.weight) < 1 / compression).float()
             parametrize.register_parametrization(module, "weight", Masked(mask))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 100, (batch_size,))
     seconds = []
     for _ in range(steps + 1):
@@ -79,11 +81,15 @@ def run(name: str, steps: int, batch_size: int, compression: float | None) -> di
 
 def main() -> None:
     """Parses the flags, runs, prints."""
-    parser = argparse.ArgumentParser(description="Steps of training in PyTorch; prints one line of JSON.")
+    parser = argparse.ArgumentParser(
+        description="Steps of training in PyTorch; prints one line of JSON."
+    )
     parser.add_argument("--model", choices=sorted(STAGES), default="vgg16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--compression", type=float, help="train masked weights; plain ones by default")
+    parser.add_argument(
+        "--compression", type=float, help="train masked weights; plain ones by default"
+    )
     args = parser.parse_args()
     print(json.dumps(run(args.model, args.steps, args.batch_size, args.compression)))
 

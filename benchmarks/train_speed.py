@@ -25,7 +25,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, machine, others_seconds, peak_mb, print_table, run_child, spread, write_json
+from measure import (
+    ROOT,
+    machine,
+    others_seconds,
+    peak_mb,
+    print_table,
+    run_child,
+    spread,
+    write_json,
+)
 
 BATCH = 128
 MODELS = {"vgg11": "cifar_vgg11_bn", "vgg16": "cifar_vgg16_bn"}
@@ -43,17 +52,23 @@ def our_steps(name: str, steps: int) -> Record:
     model = models.create(MODELS[name], 100)
     params, batch_stats = models.init(model, (32, 32, 3), jax.random.key(0))
     optimizer = training.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    state = training.init_state(params, batch_stats, trees.prunable(params), optimizer, jax.random.key(1))
+    state = training.init_state(
+        params, batch_stats, trees.prunable(params), optimizer, jax.random.key(1)
+    )
     rng = np.random.default_rng(0)
     num = 3 * steps * BATCH
     images = jax.device_put(rng.integers(0, 256, (num, 32, 32, 3)).astype(np.uint8))
     labels = jax.device_put(rng.integers(0, 100, num).astype(np.int32))
     step = training.make_step(model, optimizer)
-    epoch = jax.jit(training.make_epoch(step, data.spec("cifar100"), num, BATCH), donate_argnums=(0, 1))
+    epoch = jax.jit(
+        training.make_epoch(step, data.spec("cifar100"), num, BATCH), donate_argnums=(0, 1)
+    )
     info, seconds = training.init_info(1), []
     for number in range(0, 3 * steps, steps):
         start = time.perf_counter()
-        state, info = jax.block_until_ready(epoch(state, info, images, labels, number, number + steps))
+        state, info = jax.block_until_ready(
+            epoch(state, info, images, labels, number, number + steps)
+        )
         seconds.append((time.perf_counter() - start) / steps)
     return {
         "model": name,
@@ -72,7 +87,8 @@ def our_epoch(name: str) -> Record:
     import jax
 
     sys.path.insert(0, str(ROOT))
-    from synflow_jax import data, prune_run, training
+    from synflow_jax import data, training
+    from synflow_jax.experiments import prune_run
 
     settings = importlib.import_module(f"configs.{name}").get_config()
     network = prune_run.build(settings)
@@ -107,7 +123,9 @@ def child_json(command: list[str]) -> Record:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     child = run_child(command, env)
     if child.status:
-        raise SystemExit(f"{child.stdout}{child.stderr}\nStatus {child.status}: {' '.join(command)}")
+        raise SystemExit(
+            f"{child.stdout}{child.stderr}\nStatus {child.status}: {' '.join(command)}"
+        )
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -118,7 +136,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train_speed.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "train_speed.json"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--epoch-worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -138,8 +158,13 @@ def main() -> None:
         return
     found = run_child([args.torch_python, "-c", "import torch"])
     if found.status:
-        raise SystemExit(f"--torch-python={args.torch_python} cannot import torch:\n{found.stderr.strip()}")
-    this, torch_script = str(Path(__file__).resolve()), str(ROOT / "benchmarks" / "torch_training.py")
+        raise SystemExit(
+            f"--torch-python={args.torch_python} cannot import torch:\n{found.stderr.strip()}"
+        )
+    this, torch_script = (
+        str(Path(__file__).resolve()),
+        str(ROOT / "benchmarks" / "torch_training.py"),
+    )
     runs: dict[str, dict[str, list[Record]]] = {}
     start, others = time.perf_counter(), others_seconds()
     for name in args.models.split(","):
@@ -147,23 +172,40 @@ def main() -> None:
         for repeat in range(args.repeats):
             sides = {
                 "ours": [sys.executable, this, f"--worker={name}", f"--steps={args.steps}"],
-                "torch": [args.torch_python, torch_script, f"--model={name}", f"--steps={args.steps}"],
+                "torch": [
+                    args.torch_python,
+                    torch_script,
+                    f"--model={name}",
+                    f"--steps={args.steps}",
+                ],
             }
             for side in list(sides)[:: -1 if repeat % 2 else 1]:
                 record = child_json(sides[side])
                 runs[name][side].append(record)
-                print(f"{name} {side}: {statistics.median(record['seconds']):.3f} s a step", flush=True)
+                print(
+                    f"{name} {side}: {statistics.median(record['seconds']):.3f} s a step",
+                    flush=True,
+                )
     epochs = []
     for name in EPOCHS:
         if name == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
-            print("fashion_mnist is left out: Debian's package dataset-fashion-mnist is not installed")
+            print(
+                "fashion_mnist is left out: Debian's package dataset-fashion-mnist is not installed"
+            )
             continue
         epochs.append(child_json([sys.executable, this, f"--epoch-worker={name}"]))
-    disturbed = "" if others is None else f"{(others_seconds() - others) / (time.perf_counter() - start):.2f}"
+    disturbed = (
+        ""
+        if others is None
+        else f"{(others_seconds() - others) / (time.perf_counter() - start):.2f}"
+    )
     facts = machine()
     rows, medians = [], {}
     for name, sides in runs.items():
-        step = {side: [statistics.median(record["seconds"]) for record in records] for side, records in sides.items()}
+        step = {
+            side: [statistics.median(record["seconds"]) for record in records]
+            for side, records in sides.items()
+        }
         ratios = [ours / torch for ours, torch in zip(step["ours"], step["torch"], strict=True)]
         medians[name] = {"ours_over_torch": statistics.median(ratios)}
         for side, records in sides.items():

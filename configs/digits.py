@@ -7,7 +7,7 @@ Expect 26,039 of 260,384 weights kept in 3 layers, no layer empty, and a test ac
 Measured on two CPU cores, compilation included: 8 s of pruning; training takes 1 s an epoch.
 """
 
-from synflow_jax.config import Config, PruneConfig, TrainConfig
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ Measured on two CPU cores: 28 s an epoch.
 Training needs Debian's package dataset-fashion-mnist, or a folder of the four IDX files: --config.data.dir=DIR.
 """
 
-from synflow_jax.config import Config, PruneConfig, TrainConfig
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
 
 
 def get_config() -> Config:

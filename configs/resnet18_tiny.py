@@ -8,7 +8,7 @@ Measured on two CPU cores, compilation included: 33 s, 25 s from the compilation
 Training needs the unpacked folder of Tiny ImageNet: --config.data.dir=DIR.
 """
 
-from synflow_jax.config import Config, TrainConfig
+from synflow_jax.experiments.config import Config, TrainConfig
 
 
 def get_config() -> Config:

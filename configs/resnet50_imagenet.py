@@ -9,7 +9,7 @@ Measured on two CPU cores, compilation included, one of them partly busy: 88 s.
 Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
-from synflow_jax.config import Config, TrainConfig
+from synflow_jax.experiments.config import Config, TrainConfig
 
 
 def get_config() -> Config:

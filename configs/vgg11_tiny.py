@@ -8,7 +8,7 @@ Its duration was not measured.
 Training needs the unpacked folder of Tiny ImageNet: --config.data.dir=DIR.
 """
 
-from synflow_jax.config import Config, TrainConfig
+from synflow_jax.experiments.config import Config, TrainConfig
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ Measured on two CPU cores, compilation included: 25 s, 17 s from the compilation
 Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
-from synflow_jax.config import Config
+from synflow_jax.experiments.config import Config
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ Its duration was not measured.
 Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
 """
 
-from synflow_jax.config import Config, TrainConfig
+from synflow_jax.experiments.config import Config, TrainConfig
 
 
 def get_config() -> Config:

@@ -19,7 +19,13 @@ import jax.numpy as jnp
 
 from synflow_jax import analysis, models, trees
 
-CANDIDATES = ("cifar_vgg11_bn", "cifar_vgg16_bn", "cifar_resnet20", "cifar_resnet32", "cifar_wide_resnet20")
+CANDIDATES = (
+    "cifar_vgg11_bn",
+    "cifar_vgg16_bn",
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_wide_resnet20",
+)
 
 
 def norm_free(params: trees.Params, batch_stats: Any) -> tuple[trees.Params, Any]:
@@ -29,7 +35,9 @@ def norm_free(params: trees.Params, batch_stats: Any) -> tuple[trees.Params, Any
     set_norm = lambda path, leaf: values.get(kinds[trees.path_name(path)], jnp.asarray)(leaf)
     plain = jax.tree_util.tree_map_with_path(set_norm, params)
     identity = {"mean": jnp.zeros_like, "var": jnp.ones_like}
-    return plain, jax.tree_util.tree_map_with_path(lambda path, leaf: identity[path[-1].key](leaf), batch_stats)
+    return plain, jax.tree_util.tree_map_with_path(
+        lambda path, leaf: identity[path[-1].key](leaf), batch_stats
+    )
 
 
 def main(candidates: Sequence[str] = CANDIDATES) -> list[tuple[str, int, float]]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import synflow_jax
+from synflow_jax import analysis, masking, trees
 
 
 class Network(nn.Module):
@@ -31,14 +32,21 @@ class Network(nn.Module):
             channels = x.shape[-1]
             strides = 2 if i > 1 else 1
             depthwise = nn.Conv(
-                channels, (3, 3), strides, feature_group_count=channels, use_bias=False, name=f"block{i}_depthwise"
+                channels,
+                (3, 3),
+                strides,
+                feature_group_count=channels,
+                use_bias=False,
+                name=f"block{i}_depthwise",
             )
             x = nn.relu(depthwise(x))
             x = nn.relu(nn.Conv(width, (1, 1), use_bias=False, name=f"block{i}_pointwise")(x))
         return nn.Dense(10, use_bias=False, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
-def main(widths: tuple[int, ...] = (16, 32, 64)) -> tuple[synflow_jax.Conservation, dict[str, dict[str, float]]]:
+def main(
+    widths: tuple[int, ...] = (16, 32, 64),
+) -> tuple[analysis.Conservation, dict[str, dict[str, float]]]:
     """The audit, and for each rule the fraction kept in each layer."""
     model, shape = Network(widths), (16, 16, 3)
     params = model.init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
@@ -52,15 +60,17 @@ def main(widths: tuple[int, ...] = (16, 32, 64)) -> tuple[synflow_jax.Conservati
         "magnitude": {"score_fn": synflow_jax.magnitude(), "compression": 30, "num_iterations": 1},
         "certified, to the maximum": {
             "score_fn": score_fn,
-            "compression": synflow_jax.max_compression(apply_fn, shape, synflow_jax.prunable(params), params),
+            "compression": synflow_jax.max_compression(
+                apply_fn, shape, synflow_jax.prunable(params), params
+            ),
             "schedule": "certified",
         },
     }
     fractions = {}
     for name, options in runs.items():
         mask, _ = synflow_jax.prune(params=params, **options)
-        names, sizes = synflow_jax.names(mask), synflow_jax.sizes(mask)
-        kept = [int(n) for n in synflow_jax.count_kept(mask)]
+        names, sizes = trees.names(mask), trees.sizes(mask)
+        kept = [int(n) for n in masking.count_kept(mask)]
         fractions[name] = {n: k / size for n, k, size in zip(names, kept, sizes, strict=True)}
         print(f"\n{name}: collapsed: {synflow_jax.collapsed(apply_fn, shape, params, mask)}")
         for layer, k, size in zip(names, kept, sizes, strict=True):

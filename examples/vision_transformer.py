@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import synflow_jax
+from synflow_jax import analysis, masking, trees
 
 
 class Transformer(nn.Module):
@@ -50,7 +51,10 @@ class Transformer(nn.Module):
         if self.linear:
             return x * scale + bias
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * scale + bias
+        return (
+            centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * scale
+            + bias
+        )
 
     def attention(self, x: jax.Array, name: str) -> jax.Array:
         """Self-attention, or the average of the tokens' values."""
@@ -65,7 +69,7 @@ class Transformer(nn.Module):
         return nn.Dense(self.width, name=f"{name}_out")(mixed)
 
 
-def main() -> tuple[synflow_jax.Conservation, synflow_jax.Conservation, list[int]]:
+def main() -> tuple[analysis.Conservation, analysis.Conservation, list[int]]:
     """The audits of the transformer and of its linear form, and the weights that are left in each layer at the end."""
     shape = (16, 16, 3)
     params = Transformer().init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
@@ -73,7 +77,9 @@ def main() -> tuple[synflow_jax.Conservation, synflow_jax.Conservation, list[int
     true_fn, linear_fn = functools.partial(apply, False), functools.partial(apply, True)
 
     audit = synflow_jax.conservation(true_fn, params, shape)
-    print(f"the transformer: largest residual {audit.residual:.2g}; not homogeneous: {', '.join(audit.broken)}")
+    print(
+        f"the transformer: largest residual {audit.residual:.2g}; not homogeneous: {', '.join(audit.broken)}"
+    )
     linear = synflow_jax.conservation(linear_fn, params, shape)
     print(
         f"its linear form: largest residual {linear.residual:.2g}; not homogeneous: {', '.join(linear.broken) or '-'}"
@@ -83,10 +89,10 @@ def main() -> tuple[synflow_jax.Conservation, synflow_jax.Conservation, list[int
     mask = synflow_jax.prunable(params, exclude="query|key")
     score_fn = synflow_jax.synflow(linear_fn, shape)
     mask, _ = synflow_jax.prune(score_fn, params, mask=mask, compression=100)
-    kept = [int(n) for n in synflow_jax.count_kept(mask)]
-    print(f"compression 100: {sum(kept)} of {sum(synflow_jax.sizes(mask))} weights kept, "
+    kept = [int(n) for n in masking.count_kept(mask)]
+    print(f"compression 100: {sum(kept)} of {sum(trees.sizes(mask))} weights kept, "
           f"collapsed: {synflow_jax.collapsed(linear_fn, shape, params, mask)}")  # fmt: skip
-    for name, number in zip(synflow_jax.names(mask), kept, strict=True):
+    for name, number in zip(trees.names(mask), kept, strict=True):
         print(f"  {name:<22} {number:>5}")
     return audit, linear, kept
 

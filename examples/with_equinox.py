@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 
 import synflow_jax
+from synflow_jax import analysis, trees
 
 
 class Network(eqx.Module):
@@ -31,7 +32,7 @@ class Network(eqx.Module):
         return self.head(jax.nn.relu(self.fc(x)))
 
 
-def main() -> tuple[synflow_jax.Conservation, int]:
+def main() -> tuple[analysis.Conservation, int]:
     """The audit, and how many weights are left."""
     params, static = eqx.partition(Network(jax.random.key(0)), eqx.is_inexact_array)
 
@@ -44,8 +45,10 @@ def main() -> tuple[synflow_jax.Conservation, int]:
 
     kept = int(info.kept[-1].sum())
     print(audit)
-    total = sum(synflow_jax.sizes(mask))
-    print(f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(apply_fn, (784,), params, mask)}")
+    total = sum(trees.sizes(mask))
+    print(
+        f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(apply_fn, (784,), params, mask)}"
+    )
     return audit, kept
 
 

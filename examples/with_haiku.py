@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import synflow_jax
+from synflow_jax import analysis, trees
 
 
 def forward(x: jax.Array) -> jax.Array:
@@ -20,7 +21,7 @@ def forward(x: jax.Array) -> jax.Array:
     return hk.Linear(10, with_bias=False, name="head")(x)
 
 
-def main() -> tuple[synflow_jax.Conservation, int]:
+def main() -> tuple[analysis.Conservation, int]:
     """The audit, and how many weights are left."""
     model = hk.without_apply_rng(hk.transform(forward))
     params = model.init(jax.random.key(0), jnp.ones((1, 784)))
@@ -31,8 +32,10 @@ def main() -> tuple[synflow_jax.Conservation, int]:
 
     kept = int(info.kept[-1].sum())
     print(audit)
-    total = sum(synflow_jax.sizes(mask))
-    print(f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(model.apply, (784,), params, mask)}")
+    total = sum(trees.sizes(mask))
+    print(
+        f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(model.apply, (784,), params, mask)}"
+    )
     return audit, kept
 
 

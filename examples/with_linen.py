@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import synflow_jax
+from synflow_jax import analysis, trees
 
 
 class Network(nn.Module):
@@ -24,7 +25,7 @@ class Network(nn.Module):
         return nn.Dense(10, use_bias=False, name="head")(x)
 
 
-def main() -> tuple[synflow_jax.Conservation, int]:
+def main() -> tuple[analysis.Conservation, int]:
     """The audit, and how many weights are left."""
     model = Network()
     params = model.init(jax.random.key(0), jnp.ones((1, 784)))["params"]
@@ -36,8 +37,10 @@ def main() -> tuple[synflow_jax.Conservation, int]:
 
     kept = int(info.kept[-1].sum())
     print(audit)
-    total = sum(synflow_jax.sizes(mask))
-    print(f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(apply_fn, (784,), params, mask)}")
+    total = sum(trees.sizes(mask))
+    print(
+        f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(apply_fn, (784,), params, mask)}"
+    )
     return audit, kept
 
 

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 import synflow_jax
+from synflow_jax import analysis, trees
 
 
 class Network(nnx.Module):
@@ -25,7 +26,7 @@ class Network(nnx.Module):
         return self.head(nnx.relu(self.fc(x)))
 
 
-def main() -> tuple[synflow_jax.Conservation, int]:
+def main() -> tuple[analysis.Conservation, int]:
     """The audit, and how many weights are left."""
     graph, params = nnx.split(Network(nnx.Rngs(0)))
     apply_fn = lambda params, x: nnx.merge(graph, params)(x)
@@ -36,8 +37,10 @@ def main() -> tuple[synflow_jax.Conservation, int]:
 
     kept = int(info.kept[-1].sum())
     print(audit)
-    total = sum(synflow_jax.sizes(mask))
-    print(f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(apply_fn, (784,), params, mask)}")
+    total = sum(trees.sizes(mask))
+    print(
+        f"{kept} of {total} weights kept, collapsed: {synflow_jax.collapsed(apply_fn, (784,), params, mask)}"
+    )
     return audit, kept
 
 

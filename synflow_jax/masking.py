@@ -1,4 +1,4 @@
-"""Floor 1. From scores to masks: the exact k-th smallest score of a whole tree, without sorting or joining it.
+"""From scores to masks: the exact k-th smallest score of a whole tree, without sorting or joining it.
 
 The k-th smallest is the value at which a count reaches k. `_search` closes a bracket around it: a sorted
 sample of the scores places the first pivots, interpolation between the counts the next ones, and bisection over
@@ -57,7 +57,9 @@ def sum_of(function: Callable[..., Any], *arrays: jax.Array) -> Any:
             return jax.tree.map(jnp.add, sums, terms(*_chunk(flat, i)))
 
         like = jax.eval_shape(terms, *_chunk(flat, jnp.int32(0)))
-        sums = jax.lax.fori_loop(0, num_chunks, add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+        sums = jax.lax.fori_loop(
+            0, num_chunks, add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        )
         rest = whole(*(leaf[num_chunks * _CHUNK :] for leaf in flat))
         return jax.tree.map(lambda x, y: _sum_in_two_steps(x) + y, sums, rest)
 
@@ -133,7 +135,9 @@ def separators(scores: Scores, k: chex.Array, axis_name: str | None = None) -> j
     dtype = jnp.result_type(jnp.float32, *leaves)
     sizes = np.array([leaf.size for leaf in leaves]) * _num_devices(axis_name)
     if sizes.sum() >= 2**31:
-        raise ValueError(f"scores have {sizes.sum()} elements; counts are int32, so at most 2^31 - 1 can be ranked.")
+        raise ValueError(
+            f"scores have {sizes.sum()} elements; counts are int32, so at most 2^31 - 1 can be ranked."
+        )
 
     def count_at_most(values: jax.Array) -> jax.Array:
         counts = jnp.stack(
@@ -142,10 +146,15 @@ def separators(scores: Scores, k: chex.Array, axis_name: str | None = None) -> j
                 for leaf, value in zip(leaves, jnp.broadcast_to(values, len(leaves)), strict=True)
             ]
         )
-        return sum_over(counts if per_leaf else jnp.sum(counts, keepdims=True, dtype=jnp.int32), axis_name)
+        return sum_over(
+            counts if per_leaf else jnp.sum(counts, keepdims=True, dtype=jnp.int32), axis_name
+        )
 
     strides = [_stride(size if per_leaf else sizes.sum()) for size in sizes]
-    samples = [leaf.reshape(-1).astype(dtype)[::stride] for leaf, stride in zip(leaves, strides, strict=True)]
+    samples = [
+        leaf.reshape(-1).astype(dtype)[::stride]
+        for leaf, stride in zip(leaves, strides, strict=True)
+    ]
     samples = samples if per_leaf else [jnp.concatenate(samples)]
     if axis_name is not None:  # every device must look at the same pivots
         samples = [jax.lax.all_gather(sample, axis_name, tiled=True) for sample in samples]
@@ -168,7 +177,10 @@ class _Bracket(NamedTuple):
 
 
 def _search(
-    count_at_most: Callable[[jax.Array], jax.Array], k: jax.Array, num_scores: jax.Array, samples: list[jax.Array]
+    count_at_most: Callable[[jax.Array], jax.Array],
+    k: jax.Array,
+    num_scores: jax.Array,
+    samples: list[jax.Array],
 ) -> jax.Array:
     dtype = samples[0].dtype
     lowest, highest = _to_key(jnp.array(-jnp.inf, dtype)), _to_key(jnp.array(jnp.inf, dtype))
@@ -199,11 +211,15 @@ def _search(
         in_floats = _to_key(low + (high - low) * aim)
         low_key, width = _to_key(low), _to_key(high) - _to_key(low)
         in_keys = low_key + (width.astype(dtype) * aim).astype(low_key.dtype)
-        return jnp.where(b.num_pivots % 2 == 0, in_floats, in_keys)  # keys suit scores of many magnitudes
+        return jnp.where(
+            b.num_pivots % 2 == 0, in_floats, in_keys
+        )  # keys suit scores of many magnitudes
 
     def close(b: _Bracket) -> _Bracket:
         # Between the k-th score and the next, if those in the bracket are spread evenly.
-        aim = ((k - b.count_low).astype(dtype) + 0.5) / ((b.count_high - b.count_low).astype(dtype) + 1)
+        aim = ((k - b.count_low).astype(dtype) + 0.5) / (
+            (b.count_high - b.count_low).astype(dtype) + 1
+        )
         sampled, num_inside = from_sample(b, aim)
         pivot = jnp.where(num_inside >= 2, sampled, from_ends(b, aim))
         pivot = jnp.where(b.num_pivots == _TIE_CHECK, b.high - 1, pivot)
@@ -272,11 +288,18 @@ def local_mask(scores: Scores, k: chex.Array, axis_name: str | None = None) -> M
     leaves, structure = jax.tree.flatten(scores)
     k = jnp.asarray(k, jnp.int32)
     values = separators(leaves, k, axis_name)
-    return jax.tree.unflatten(structure, [(s > values[j]) | (k[j] < 1) for j, s in enumerate(leaves)])
+    return jax.tree.unflatten(
+        structure, [(s > values[j]) | (k[j] < 1) for j, s in enumerate(leaves)]
+    )
 
 
 def affordable_mask(
-    scores: Scores, mask: Mask, budget: chex.Numeric, most: chex.Numeric, *, at_least_one: chex.Numeric = -1.0
+    scores: Scores,
+    mask: Mask,
+    budget: chex.Numeric,
+    most: chex.Numeric,
+    *,
+    at_least_one: chex.Numeric = -1.0,
 ) -> Mask:
     """Prunes the smallest scores as long as their total is within a budget: as many weights as can be.
 
@@ -305,7 +328,9 @@ def affordable_mask(
 
     def at_most(value: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The number and the total of the scores up to a value."""
-        sums = [sum_of(lambda s: (s <= value, jnp.where(s <= value, s, 0)), leaf) for leaf in leaves]
+        sums = [
+            sum_of(lambda s: (s <= value, jnp.where(s <= value, s, 0)), leaf) for leaf in leaves
+        ]
         count, total = zip(*sums, strict=True)
         return functools.reduce(jnp.add, count), functools.reduce(jnp.add, total)
 

@@ -1,4 +1,4 @@
-"""Floor 3. The loop: score, threshold, mask (Algorithm 1).
+"""The loop: score, threshold, mask (Algorithm 1).
 
 `prune_loop` is pure: it takes (params, counts, key, mask) and can be jitted, vmapped and pmapped.
 `prune` stands around it on the host: it checks its arguments, computes the counts, and never returns a mask
@@ -80,7 +80,12 @@ def python_loop(lower: int, upper: int, body: Callable[[int, Any], Any], init: A
 
 
 def init_state(
-    mask: Mask, num_iterations: int, dtype: Any = jnp.float32, *, objective: bool = False, certified: bool = False
+    mask: Mask,
+    num_iterations: int,
+    dtype: Any = jnp.float32,
+    *,
+    objective: bool = False,
+    certified: bool = False,
 ) -> PruneState:
     """The state before the first iteration; `objective` says whether one will be recorded."""
     num_leaves = len(jax.tree.leaves(mask))
@@ -93,7 +98,9 @@ def init_state(
         cut=unknown,
         exponent=jnp.zeros(num_iterations, jnp.int32),
         objective=unknown if objective else None,
-        removed_in=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.uint16), mask) if certified else None,
+        removed_in=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.uint16), mask)
+        if certified
+        else None,
     )
     return PruneState(mask, info, jnp.bool_(True), jnp.bool_(False))
 
@@ -130,7 +137,9 @@ def prune_loop(
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was, and the info
       holds their totals in that iteration's row and NaN below it: see `check_finite`.
     """
-    state = init_state(mask, counts.shape[0], score_type(params, mask), objective=objective is not None)
+    state = init_state(
+        mask, counts.shape[0], score_type(params, mask), objective=objective is not None
+    )
     state = advance(
         score_fn, params, counts, key, state, 0, counts.shape[0],
         scope=scope, nested=nested, objective=objective, loop_fn=loop_fn,
@@ -164,7 +173,11 @@ def advance(
 
     def propose(iteration: jax.Array, mask: Mask, flow: Flow) -> Mask:
         # -inf ranks what is pruned below all that is alive, whatever the sign of a rule's scores.
-        ranked = jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), mask, flow.scores) if nested else flow.scores
+        ranked = (
+            jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), mask, flow.scores)
+            if nested
+            else flow.scores
+        )
         if real is not None:
             ranked = jax.tree.map(lambda r, s: jnp.where(r, s, jnp.inf), real, ranked)
         if scope == "global":
@@ -176,9 +189,17 @@ def advance(
 
     def body(iteration: jax.Array, state: PruneState) -> PruneState:
         step = functools.partial(
-            _step, score_fn, params, key, objective, functools.partial(propose, iteration), axis_name=axis_name
+            _step,
+            score_fn,
+            params,
+            key,
+            objective,
+            functools.partial(propose, iteration),
+            axis_name=axis_name,
         )
-        return jax.lax.cond(state.done, lambda state: state, functools.partial(step, iteration), state)
+        return jax.lax.cond(
+            state.done, lambda state: state, functools.partial(step, iteration), state
+        )
 
     return loop_fn(start, stop, body, state)
 
@@ -203,7 +224,9 @@ def advance_certified(
 
     def propose(mask: Mask, flow: Flow) -> Mask:
         most = jnp.sum(masking.count_kept(mask), dtype=jnp.int32) - num_kept
-        budget, limit = (jnp.asarray(fraction, flow.cut.dtype) * flow.cut for fraction in (cut_fraction, _SAFE))
+        budget, limit = (
+            jnp.asarray(fraction, flow.cut.dtype) * flow.cut for fraction in (cut_fraction, _SAFE)
+        )
         return masking.affordable_mask(flow.scores, mask, budget, most, at_least_one=limit)
 
     def body(state: PruneState) -> PruneState:
@@ -216,7 +239,8 @@ def advance_certified(
         num_left = jnp.sum(state.info.kept[state.info.num_done - 1], dtype=jnp.int32)
         stuck = num_left == jnp.sum(masking.count_kept(before), dtype=jnp.int32)
         return state._replace(
-            info=state.info._replace(removed_in=removed_in), done=state.done | stuck | (num_left <= num_kept)
+            info=state.info._replace(removed_in=removed_in),
+            done=state.done | stuck | (num_left <= num_kept),
         )
 
     return jax.lax.while_loop(lambda state: ~state.done & (state.info.num_done < stop), body, state)
@@ -243,10 +267,14 @@ def _step(
     proposed = propose(old, flow)
     # In one pass over the scores: the total of what was kept, and of what goes.
     sums = [
-        masking.sum_of(lambda m, p, s: tuple(jnp.where(w, s.astype(dtype), 0) for w in (m, m & ~p)), m, p, s)
+        masking.sum_of(
+            lambda m, p, s: tuple(jnp.where(w, s.astype(dtype), 0) for w in (m, m & ~p)), m, p, s
+        )
         for m, p, s in zip(*map(jax.tree.leaves, (old, proposed, flow.scores)), strict=True)
     ]
-    total, pruned = (masking.sum_over(jnp.stack(column), axis_name) for column in zip(*sums, strict=True))
+    total, pruned = (
+        masking.sum_over(jnp.stack(column), axis_name) for column in zip(*sums, strict=True)
+    )
     finite = jnp.all(jnp.isfinite(total))
     mask = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, old)
     objectives = info.objective
@@ -264,11 +292,21 @@ def _step(
     return PruneState(mask, info, finite, ~finite)
 
 
-def flow_of(score_fn: Callable[..., Scores | Flow], params: Params, mask: Mask, key: chex.PRNGKey, dtype: Any) -> Flow:
+def flow_of(
+    score_fn: Callable[..., Scores | Flow],
+    params: Params,
+    mask: Mask,
+    key: chex.PRNGKey,
+    dtype: Any,
+) -> Flow:
     """A score function's scores with the cut where the rule knows it; NaN, in `dtype`, where it does not."""
     flow_fn = with_cut(score_fn)
     scores = (score_fn if flow_fn is None else flow_fn)(params, mask, key)
-    return scores if isinstance(scores, Flow) else Flow(scores, jnp.asarray(jnp.nan, dtype), jnp.int32(0))
+    return (
+        scores
+        if isinstance(scores, Flow)
+        else Flow(scores, jnp.asarray(jnp.nan, dtype), jnp.int32(0))
+    )
 
 
 def score_type(params: Params, mask: Mask) -> Any:
@@ -385,7 +423,11 @@ def prune(
         if wide:
             score_fn, params, objective = widen((score_fn, params, objective))
         state = init_state(
-            mask, num_iterations, score_type(params, mask), objective=objective is not None, certified=certified
+            mask,
+            num_iterations,
+            score_type(params, mask),
+            objective=objective is not None,
+            certified=certified,
         )
         for start, stop in stretches(num_iterations, certified, on_progress is not None):
             if certified:
@@ -414,7 +456,9 @@ def check_request(params: Params, mask: Mask, compression: float, scope: str) ->
     if scope not in ("global", "local"):
         raise ValueError(f"scope={scope!r} is unknown. Choose 'global' or 'local'.")
     trees.check_mask(mask, params)
-    if sum(trees.sizes(mask)) < compression < np.inf:  # what is no number at all, schedules.prune_counts refuses
+    if (
+        sum(trees.sizes(mask)) < compression < np.inf
+    ):  # what is no number at all, schedules.prune_counts refuses
         raise ValueError(
             f"compression={compression} leaves none of the {sum(trees.sizes(mask))} prunable weights: it must be at "
             "most that."
@@ -423,9 +467,16 @@ def check_request(params: Params, mask: Mask, compression: float, scope: str) ->
 
 def _check_counts(counts: np.ndarray, sizes: Sequence[int], certified: bool) -> None:
     if certified:
-        raise ValueError("counts do not go with schedule='certified', which finds them itself: leave them out.")
+        raise ValueError(
+            "counts do not go with schedule='certified', which finds them itself: leave them out."
+        )
     counts = np.asarray(counts)
-    if counts.ndim != 2 or counts.shape[1] != len(sizes) or not len(counts) or counts.dtype.kind not in "iu":
+    if (
+        counts.ndim != 2
+        or counts.shape[1] != len(sizes)
+        or not len(counts)
+        or counts.dtype.kind not in "iu"
+    ):
         raise ValueError(
             f"counts is {counts.dtype}{list(counts.shape)}; it must be int[num_iterations, {len(sizes)}], with "
             f"num_iterations at least 1: a column for {'each leaf' if len(sizes) > 1 else 'all weights'}."
@@ -434,7 +485,9 @@ def _check_counts(counts: np.ndarray, sizes: Sequence[int], certified: bool) -> 
         raise ValueError(f"counts={counts.tolist()} must be from 0 to the sizes, {list(sizes)}.")
 
 
-def _check_certified(score_fn: ScoreFn, cut_fraction: float, scope: str, nested: bool, loop_fn: LoopFn) -> None:
+def _check_certified(
+    score_fn: ScoreFn, cut_fraction: float, scope: str, nested: bool, loop_fn: LoopFn
+) -> None:
     if with_cut(score_fn) is None:
         raise ValueError(
             "schedule='certified' bounds the scores of SynFlow by those of a cut, and score_fn is another rule, whose "
@@ -446,7 +499,9 @@ def _check_certified(score_fn: ScoreFn, cut_fraction: float, scope: str, nested:
             f"leave scope, nested and loop_fn at their defaults (they are {scope!r}, {nested}, {loop_fn.__name__})."
         )
     if not 0 < cut_fraction < 1:
-        raise ValueError(f"cut_fraction={cut_fraction} must be above 0 and below 1: a fraction of a cut.")
+        raise ValueError(
+            f"cut_fraction={cut_fraction} must be above 0 and below 1: a fraction of a cut."
+        )
 
 
 def _for_paths(params: Params, mask: Mask) -> Params:
@@ -477,7 +532,9 @@ def stretches(num_iterations: int, certified: bool, reports: bool) -> list[tuple
 def _until(info: PruneInfo, num_done: int) -> PruneInfo:
     """The rows of the iterations that were done."""
     rows = ("kept", "score_total", "pruned_score", "cut", "exponent", "objective")
-    return info._replace(**{name: jax.tree.map(lambda row: row[:num_done], getattr(info, name)) for name in rows})
+    return info._replace(
+        **{name: jax.tree.map(lambda row: row[:num_done], getattr(info, name)) for name in rows}
+    )
 
 
 def _warn_of_shortfall(info: PruneInfo, num_kept: int, done: bool) -> None:
@@ -533,16 +590,22 @@ def is_wide(score_dtype: Any, params: Params, mask: Mask) -> bool:
         cheap = jax.default_backend() == "cpu" and sum(trees.sizes(mask)) < _WIDE_BELOW
         return cheap or params_dtype == jnp.float64
     if score_dtype not in ("float32", "float64", jnp.float32, jnp.float64):
-        raise ValueError(f"score_dtype={score_dtype!r} is unknown. Choose 'float32' or 'float64', or None for either.")
+        raise ValueError(
+            f"score_dtype={score_dtype!r} is unknown. Choose 'float32' or 'float64', or None for either."
+        )
     if jnp.dtype(score_dtype).itemsize < params_dtype.itemsize:
-        raise ValueError(f"score_dtype={score_dtype!r} is narrower than the parameters, which are {params_dtype}.")
+        raise ValueError(
+            f"score_dtype={score_dtype!r} is narrower than the parameters, which are {params_dtype}."
+        )
     return jnp.dtype(score_dtype) == jnp.float64
 
 
 def widen(tree: trees.Tree) -> trees.Tree:
     """All floats as float64; what a score function binds too."""
     is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree
+    )
 
 
 def check_finite(info: PruneInfo, mask: Mask, plain_steps: Sequence[str] = ()) -> None:
@@ -555,7 +618,11 @@ def check_finite(info: PruneInfo, mask: Mask, plain_steps: Sequence[str] = ()) -
     if broken.any():
         iteration = int(np.argmax(broken.any(axis=1)))
         leaf = int(np.argmax(broken[iteration]))
-        plain = f"These steps have no scaled form and may overflow: {', '.join(plain_steps)}. " if plain_steps else ""
+        plain = (
+            f"These steps have no scaled form and may overflow: {', '.join(plain_steps)}. "
+            if plain_steps
+            else ""
+        )
         raise FloatingPointError(
             f"scores of layer {trees.names(mask)[leaf]!r} are not finite in iteration {iteration + 1} of "
             f"{len(totals)}: they add up to {totals[iteration, leaf]}. {plain}The network is too deep or its weights "

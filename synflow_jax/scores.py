@@ -1,4 +1,4 @@
-"""Floor 2. What a weight is worth: the objective R and its saliency, and the five rules of the paper.
+"""What a weight is worth: the objective R and its saliency, and the five rules of the paper.
 
 A score function is called with the parameters, the mask so far and a key, and returns a score for every
 prunable weight; larger = keep. The rules that differentiate do so at the masked parameters, and each is one
@@ -24,14 +24,18 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from synflow_jax import scaling
+from synflow_jax.jaxprs import scaling
 from synflow_jax.trees import Mask, Params, Scores, apply_mask, map_prunable, merge, select
 
 Batch = Any  # a pytree of arrays with a leading axis of examples
 Objective = Callable[[Params], jax.Array]  # R(theta): parameters -> scalar
 LossFn = Callable[[Params, Batch], jax.Array]  # parameters, batch -> the mean loss of its examples
-ApplyFn = Callable[[Params, jax.Array], jax.Array]  # parameters, inputs [batch, ...] -> outputs [batch, ...]
-ScoreFn = Callable[[Params, Mask, chex.PRNGKey], Scores]  # the protocol of every rule, and of a user's own
+ApplyFn = Callable[
+    [Params, jax.Array], jax.Array
+]  # parameters, inputs [batch, ...] -> outputs [batch, ...]
+ScoreFn = Callable[
+    [Params, Mask, chex.PRNGKey], Scores
+]  # the protocol of every rule, and of a user's own
 
 
 def as_partial(function: Callable[..., Any]) -> Partial:
@@ -117,7 +121,9 @@ def _plain(objective: Callable[..., jax.Array], *args: Any) -> scaling.Scaled:
     return scaling.Scaled(objective(*args), jnp.int32(0))
 
 
-def _synflow(evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+def _synflow(
+    evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey
+) -> Scores:
     return _synflow_and_cut(evaluate, params, mask, key).scores
 
 
@@ -153,15 +159,21 @@ def unscaled(score_fn: ScoreFn, params: Params) -> tuple[str, ...]:
     return scaling.unscaled(score_fn.args[0].args[0], params)  # type: ignore[attr-defined]
 
 
-def _synflow_and_cut(evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey) -> Flow:
+def _synflow_and_cut(
+    evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey
+) -> Flow:
     del key  # no data and no chance
     selected = select(apply_mask(params, mask), mask)
     input_scale = jnp.ones((), jnp.result_type(*jax.tree.leaves(params)))
     (gradient, cut), exponent = jax.grad(
-        lambda prunable, scale: evaluate(merge(prunable, params), scale), argnums=(0, 1), has_aux=True
+        lambda prunable, scale: evaluate(merge(prunable, params), scale),
+        argnums=(0, 1),
+        has_aux=True,
     )(selected, input_scale)
     # A pruned weight scores 0 whatever its gradient is.
-    scores = map_prunable(lambda m, g, theta: jnp.where(m, g * theta, jnp.zeros_like(theta)), mask, gradient, selected)
+    scores = map_prunable(
+        lambda m, g, theta: jnp.where(m, g * theta, jnp.zeros_like(theta)), mask, gradient, selected
+    )
     return Flow(scores, cut, jnp.where(cut > 0, exponent, 0))
 
 
@@ -178,9 +190,13 @@ def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
     return Partial(_snip, as_partial(loss_fn), _stack(batches))
 
 
-def _snip(loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+def _snip(
+    loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey
+) -> Scores:
     del key
-    scores = _sum_over(batches, lambda batch: saliency(lambda theta: loss_fn(theta, batch), params, mask), params)
+    scores = _sum_over(
+        batches, lambda batch: saliency(lambda theta: loss_fn(theta, batch), params, mask), params
+    )
     scores = jax.tree.map(jnp.abs, scores)
     total = _by_itself(_total, params, scores)
     return jax.tree.map(lambda s: s / total, scores)
@@ -202,12 +218,16 @@ def grasp(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
     return Partial(_grasp, as_partial(loss_fn), _stack(batches))
 
 
-def _grasp(loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+def _grasp(
+    loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey
+) -> Scores:
     del key
     masked = apply_mask(params, mask)
 
     def gradient(theta: Params, batch: Batch) -> Params:
-        return jax.grad(lambda prunable: loss_fn(merge(prunable, theta), batch))(select(theta, mask))
+        return jax.grad(lambda prunable: loss_fn(merge(prunable, theta), batch))(
+            select(theta, mask)
+        )
 
     g = _sum_over(batches, lambda batch: gradient(masked, batch), params)
 
@@ -215,7 +235,9 @@ def _grasp(loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask
         products = jax.tree.map(lambda a, b: jnp.sum(a * b), g, gradient(theta, batch))
         return jax.tree.reduce(jnp.add, products)
 
-    scores = _sum_over(batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask), params)
+    scores = _sum_over(
+        batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask), params
+    )
     total = jnp.abs(_by_itself(_total, params, scores)) + 1e-10
     return jax.tree.map(lambda s: s / total, scores)
 
@@ -238,7 +260,9 @@ def random() -> ScoreFn:
 def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     leaves, structure = jax.tree.flatten(select(params, mask))
     keys = jax.random.split(key, len(leaves))
-    draws = [jax.random.normal(k, leaf.shape, jnp.float32) for k, leaf in zip(keys, leaves, strict=True)]
+    draws = [
+        jax.random.normal(k, leaf.shape, jnp.float32) for k, leaf in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, draws)
 
 
@@ -257,8 +281,12 @@ def inverted(score_fn: ScoreFn) -> ScoreFn:
 def _inverted(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     leaves, structure = jax.tree.flatten(score_fn(params, mask, key))
     rows = zip(jax.random.split(jax.random.fold_in(key, 1), len(leaves)), leaves, strict=True)
-    tiny = lambda k, leaf: jnp.exp2(-100 - 20 * jax.random.uniform(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
-    return jax.tree.unflatten(structure, [jnp.where(leaf == 0, tiny(k, leaf), -leaf) for k, leaf in rows])
+    tiny = lambda k, leaf: jnp.exp2(
+        -100 - 20 * jax.random.uniform(k, leaf.shape, jnp.float32)
+    ).astype(leaf.dtype)
+    return jax.tree.unflatten(
+        structure, [jnp.where(leaf == 0, tiny(k, leaf), -leaf) for k, leaf in rows]
+    )
 
 
 def without_cut(score_fn: ScoreFn) -> ScoreFn:
@@ -297,7 +325,9 @@ def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
     return Partial(_cross_entropy, as_partial(apply_fn), temperature)
 
 
-def _cross_entropy(apply_fn: ApplyFn, temperature: chex.Numeric, params: Params, batch: Batch) -> jax.Array:
+def _cross_entropy(
+    apply_fn: ApplyFn, temperature: chex.Numeric, params: Params, batch: Batch
+) -> jax.Array:
     inputs, labels = batch
     logits = apply_fn(params, inputs)
     chex.assert_rank([logits, labels], [2, 1])
@@ -328,7 +358,11 @@ def _shapes(batch: Batch) -> Any:
     return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "num_batches"), meta_fields=("axis_name",))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("groups", "num_batches"),
+    meta_fields=("axis_name",),
+)
 @dataclasses.dataclass(frozen=True)
 class _Shares:
     """Batches dealt out to the devices of an axis, round by round: batch i of a group to device i mod D.
@@ -387,21 +421,29 @@ def _sum_over_devices(shares: _Shares, function: Callable[[Batch], Scores]) -> S
         return jax.lax.all_to_all(padded, shares.axis_name, 0, 0)
 
     def whole(part: jax.Array, like: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(part, shares.axis_name, tiled=True)[: like.size].reshape(like.shape)
+        return jax.lax.all_gather(part, shares.axis_name, tiled=True)[: like.size].reshape(
+            like.shape
+        )
 
-    def add_round(num_batches: jax.Array, carry: tuple[Scores, jax.Array], batch: Batch) -> tuple[Any, None]:
+    def add_round(
+        num_batches: jax.Array, carry: tuple[Scores, jax.Array], batch: Batch
+    ) -> tuple[Any, None]:
         total, num_added = carry
         values = jax.tree.map(part, function(jax.tree.map(lambda leaf: leaf[0], batch)))
         for i in range(num_devices):
             counts = num_added + i < num_batches
-            total = jax.tree.map(lambda t, v, i=i, counts=counts: jnp.where(counts, t + v[i], t), total, values)
+            total = jax.tree.map(
+                lambda t, v, i=i, counts=counts: jnp.where(counts, t + v[i], t), total, values
+            )
         return (total, num_added + num_devices), None
 
     example = jax.tree.map(lambda leaf: leaf[0, 0], shares.groups[0])
     like = jax.eval_shape(function, example)
     total = jax.tree.map(lambda leaf: jnp.zeros(-(-leaf.size // num_devices), leaf.dtype), like)
     for group, num_batches in zip(shares.groups, shares.num_batches, strict=True):
-        (total, _), _ = jax.lax.scan(functools.partial(add_round, num_batches), (total, jnp.int32(0)), group)
+        (total, _), _ = jax.lax.scan(
+            functools.partial(add_round, num_batches), (total, jnp.int32(0)), group
+        )
     return jax.tree.map(whole, total, like)
 
 
@@ -414,10 +456,14 @@ def _by_itself(function: Callable[[Any], Any], probe: Params, argument: Any) -> 
     """
     like = jax.eval_shape(function, argument)
     broken = lambda _: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), like)
-    return jax.lax.cond(jnp.isnan(jax.tree.leaves(probe)[0].reshape(-1)[0]), broken, function, argument)
+    return jax.lax.cond(
+        jnp.isnan(jax.tree.leaves(probe)[0].reshape(-1)[0]), broken, function, argument
+    )
 
 
-def _sum_over(stacked: list[Batch] | _Shares, function: Callable[[Batch], Scores], probe: Params) -> Scores:
+def _sum_over(
+    stacked: list[Batch] | _Shares, function: Callable[[Batch], Scores], probe: Params
+) -> Scores:
     """The sum of `function(batch)` over all batches, one at a time, so that one batch's memory is enough.
 
     probe: parameters that the function takes.

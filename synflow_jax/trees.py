@@ -1,4 +1,4 @@
-"""Floor 0. Parameter trees with holes: which leaves can be pruned, their names and sizes.
+"""Parameter trees with holes: which leaves can be pruned, their names and sizes.
 
 A `Mask` has the structure of the parameters, with a bool array where a leaf is prunable (True = kept) and
 `None`, a hole, where it is not. `Scores` have floats in the same places. JAX sees `None` as an empty
@@ -41,7 +41,12 @@ def sizes(tree: Tree) -> list[int]:
 
 
 def prunable(
-    params: Params, *, kernels: bool = True, biases: bool = False, norms: bool = False, exclude: str | None = None
+    params: Params,
+    *,
+    kernels: bool = True,
+    biases: bool = False,
+    norms: bool = False,
+    exclude: str | None = None,
 ) -> Mask:
     """The full mask over the parameters that may be pruned: True arrays there, holes elsewhere.
 
@@ -68,7 +73,13 @@ def prunable(
         raise ValueError(
             f"exclude={exclude!r} is not a regular expression: {error}. Name leaves by a pattern such as 'head'."
         ) from error
-    wanted = {"kernel": kernels, "bias": biases, "norm scale": norms, "norm bias": norms, "other": False}
+    wanted = {
+        "kernel": kernels,
+        "bias": biases,
+        "norm scale": norms,
+        "norm bias": norms,
+        "other": False,
+    }
     kinds = leaf_kinds(params)
 
     def leaf_mask(path: tuple, leaf: jax.Array) -> jax.Array | None:
@@ -88,7 +99,10 @@ def prunable(
 
 def leaf_kinds(params: Params) -> dict[str, str]:
     """Each leaf's name and its kind: "kernel", "bias", "norm scale", "norm bias" or "other"; see `prunable`."""
-    leaves = {path_name(path): jnp.ndim(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {
+        path_name(path): jnp.ndim(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
     def is_scale(name: str) -> bool:
         last = name.rpartition("/")[2]
@@ -115,14 +129,20 @@ def without_biases(params: Params) -> Params:
     """
     kinds = leaf_kinds(params)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.zeros_like(leaf) if kinds[path_name(path)].endswith("bias") else leaf, params
+        lambda path, leaf: (
+            jnp.zeros_like(leaf) if kinds[path_name(path)].endswith("bias") else leaf
+        ),
+        params,
     )
 
 
 def map_prunable(function: Callable[..., Any], mask: Mask, *trees: Tree) -> Tree:
     """`function(mask leaf, leaf of each tree, ...)` where the mask has a leaf, a hole where it has none."""
     return jax.tree.map(
-        lambda m, *leaves: None if m is None else function(m, *leaves), mask, *trees, is_leaf=lambda leaf: leaf is None
+        lambda m, *leaves: None if m is None else function(m, *leaves),
+        mask,
+        *trees,
+        is_leaf=lambda leaf: leaf is None,
     )
 
 
@@ -134,7 +154,10 @@ def select(params: Params, mask: Mask) -> Params:
 def merge(selected: Params, params: Params) -> Params:
     """`params` with the leaves of `selected` in their places: the inverse of `select`."""
     return jax.tree.map(
-        lambda new, old: old if new is None else new, selected, params, is_leaf=lambda leaf: leaf is None
+        lambda new, old: old if new is None else new,
+        selected,
+        params,
+        is_leaf=lambda leaf: leaf is None,
     )
 
 
@@ -144,7 +167,9 @@ def apply_mask(params: Params, mask: Mask) -> Params:
     >>> apply_mask({"w": jnp.array([3.0, 4.0]), "b": 5.0}, {"w": jnp.array([True, False]), "b": None})["w"]
     Array([3., 0.], dtype=float32)
     """
-    return merge(map_prunable(lambda m, leaf: jnp.where(m, leaf, jnp.zeros_like(leaf)), mask, params), params)
+    return merge(
+        map_prunable(lambda m, leaf: jnp.where(m, leaf, jnp.zeros_like(leaf)), mask, params), params
+    )
 
 
 def check_mask(mask: Mask, params: Params) -> None:
@@ -160,7 +185,9 @@ def check_mask(mask: Mask, params: Params) -> None:
         raise ValueError("mask has no prunable leaf, only holes. Make one with prunable(params).")
     for (path, leaf), m in zip(flat_params, flat_mask, strict=True):
         if m is not None and not hasattr(m, "shape"):
-            raise ValueError(f"mask at {path_name(path)!r} is a {type(m).__name__}; it must be a bool array or None.")
+            raise ValueError(
+                f"mask at {path_name(path)!r} is a {type(m).__name__}; it must be a bool array or None."
+            )
         if m is not None and (jnp.shape(m) != jnp.shape(leaf) or jnp.result_type(m) != jnp.bool_):
             raise ValueError(
                 f"mask at {path_name(path)!r} is {jnp.result_type(m)}{list(jnp.shape(m))}; it must be "

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 # Most time of the tests is compilation, whose last stage need not try hardest: it saves a fifth of the processor time,
 # and golden masks take as long as ever (at level 0 twice as long). For the commands that tests start, too.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+)
 
 import jax
 import pytest

@@ -31,7 +31,9 @@ def _load(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["with_linen", "with_nnx", "with_haiku", "with_equinox"])
-def test_a_library_is_scored_pruned_and_audited(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_library_is_scored_pruned_and_audited(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     audit, kept = _load(name).main()
     assert audit.conserved and audit.residual < 1e-5
     (hidden,) = audit.units.values()
@@ -39,7 +41,9 @@ def test_a_library_is_scored_pruned_and_audited(name: str, capsys: pytest.Captur
     assert kept == 15_880 - int(0.99 * 15_880)
     printed = capsys.readouterr().out
     assert f"{kept} of 15880 weights kept, collapsed: False" in printed
-    assert f"{kept} of 15880 weights kept, collapsed: False" in (EXAMPLES / f"{name}.py").read_text()
+    assert (
+        f"{kept} of 15880 weights kept, collapsed: False" in (EXAMPLES / f"{name}.py").read_text()
+    )
 
 
 def test_the_same_weights_give_the_same_mask_in_every_library() -> None:
@@ -67,7 +71,11 @@ def test_the_same_weights_give_the_same_mask_in_every_library() -> None:
     graph, state = nnx.split(module)
 
     haiku = hk.without_apply_rng(
-        hk.transform(lambda x: hk.Linear(3, with_bias=False, name="head")(jax.nn.relu(hk.Linear(8, name="fc")(x))))
+        hk.transform(
+            lambda x: hk.Linear(3, with_bias=False, name="head")(
+                jax.nn.relu(hk.Linear(8, name="fc")(x))
+            )
+        )
     )
 
     def equinox(params: Any, x: jax.Array) -> jax.Array:
@@ -78,7 +86,9 @@ def test_the_same_weights_give_the_same_mask_in_every_library() -> None:
         "head": eqx.nn.Linear(8, 3, use_bias=False, key=jax.random.key(0)),
     }
     where = lambda tree: (tree["fc"].weight, tree["fc"].bias, tree["head"].weight)
-    layers, static = eqx.partition(eqx.tree_at(where, layers, (w1.T, b1, w2.T)), eqx.is_inexact_array)
+    layers, static = eqx.partition(
+        eqx.tree_at(where, layers, (w1.T, b1, w2.T)), eqx.is_inexact_array
+    )
 
     networks = {
         "linen": (lambda p, x: Linen().apply({"params": p}, x), linen),
@@ -88,7 +98,9 @@ def test_the_same_weights_give_the_same_mask_in_every_library() -> None:
     }
     found = {}
     for name, (apply_fn, params) in networks.items():
-        mask, _ = pruning.prune(scores.synflow(apply_fn, (6,)), params, compression=6, num_iterations=10)
+        mask, _ = pruning.prune(
+            scores.synflow(apply_fn, (6,)), params, compression=6, num_iterations=10
+        )
         kernels = [np.asarray(leaf) for leaf in jax.tree.leaves(mask)]
         assert [kernel.size for kernel in kernels] == [48, 24], trees.names(mask)
         found[name] = [kernel.T if name == "equinox" else kernel for kernel in kernels]
@@ -124,8 +136,18 @@ def test_architecture_search() -> None:
 
 def test_norms_are_the_identity_for_the_search() -> None:
     example = _load("architecture_search")
-    params = {"conv": {"kernel": jnp.ones((2, 2))}, "norm": {"scale": jnp.full(2, 3.0), "bias": jnp.full(2, 4.0)}}
-    plain, statistics = example.norm_free(params, {"norm": {"mean": jnp.full(2, 5.0), "var": jnp.full(2, 6.0)}})
+    params = {
+        "conv": {"kernel": jnp.ones((2, 2))},
+        "norm": {"scale": jnp.full(2, 3.0), "bias": jnp.full(2, 4.0)},
+    }
+    plain, statistics = example.norm_free(
+        params, {"norm": {"mean": jnp.full(2, 5.0), "var": jnp.full(2, 6.0)}}
+    )
     assert plain["norm"]["scale"].tolist() == [1, 1] and plain["norm"]["bias"].tolist() == [0, 0]
-    assert statistics["norm"]["mean"].tolist() == [0, 0] and statistics["norm"]["var"].tolist() == [1, 1]
-    assert plain["conv"]["kernel"] is params["conv"]["kernel"] or (plain["conv"]["kernel"] == 1).all()
+    assert statistics["norm"]["mean"].tolist() == [0, 0] and statistics["norm"]["var"].tolist() == [
+        1,
+        1,
+    ]
+    assert (
+        plain["conv"]["kernel"] is params["conv"]["kernel"] or (plain["conv"]["kernel"] == 1).all()
+    )

@@ -1,4 +1,4 @@
-"""The house: imports go down the floors only, every public name is documented, the configs all load."""
+"""The house: which wing imports which, what each needs from outside, and that everything is documented."""
 
 from __future__ import annotations
 
@@ -6,80 +6,61 @@ import ast
 import importlib
 import inspect
 import pathlib
+import subprocess
 import sys
 
 import pytest
 
 import synflow_jax
-from synflow_jax import config, data
+from synflow_jax import data
+from synflow_jax.experiments import config
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "synflow_jax"
 
-FLOORS = {
-    "trees": 0,
-    "jaxprs": 0,
-    "masking": 1,
-    "schedules": 1,
-    "scaling": 1,
-    "tracing": 1,
-    "scores": 2,
-    "layerwise": 2,
-    "units": 2,
-    "pruning": 3,
-    "compaction": 3,
-    "analysis": 4,
-    "sharded": 4,
-    "models": 4,
-    "data": 4,
-    "storage": 4,
-    "hosts": 4,
-    "checkpoints": 4,
-    "training": 5,
-    "forms": 5,
-    "exchange": 5,
-    "config": 6,
-    "imp": 6,
-    "cli": 7,
-    "prune_run": 7,
-    "certificates": 8,
-    "prune_grid": 8,
-    "train_run": 8,
-    "export_run": 9,
-    "imp_run": 9,
-    "figures": 9,
-    "sweep": 10,
-    "report": 10,
+# The wings, in the order of reading. A wing imports itself, the wings above it in this table that
+# it names, and the outside packages that it names. NumPy, JAX and chex are free to all.
+CORE = ("trees", "schedules", "masking", "scores", "pruning", "certified")
+WINGS: dict[str, tuple[set[str], set[str]]] = {
+    "jaxprs": (set(), set()),
+    "core": ({"jaxprs"}, set()),
+    "units": ({"jaxprs", "core"}, set()),
+    "analysis": ({"jaxprs", "core", "units"}, set()),
+    "parallel": ({"core"}, set()),
+    "models": ({"core", "units"}, {"flax"}),
+    "data": (set(), {"PIL", "grain", "sklearn", "tensorflow_datasets"}),
+    "training": ({"core", "units", "analysis", "models", "data"}, {"flax", "optax"}),
+    "storage": ({"core", "models"}, {"flax", "orbax", "safetensors", "tensorstore"}),
+    "experiments": (
+        {
+            "jaxprs",
+            "core",
+            "units",
+            "analysis",
+            "parallel",
+            "models",
+            "data",
+            "training",
+            "storage",
+        },
+        {"absl", "flax", "matplotlib", "ml_collections", "optax", "rich"},
+    ),
 }
-# Packages beside the standard library, and the one floor or file that may import them.
-ALLOWED = {
-    "numpy": set(FLOORS),
-    "jax": set(FLOORS),
-    "chex": set(FLOORS),
-    "flax": {"models", "forms", "training", "exchange", "prune_run"},
-    "optax": {"training", "train_run"},
-    "orbax": {"checkpoints"},
-    "tensorstore": {"checkpoints"},
-    "sklearn": {"data"},
-    "PIL": {"data"},
-    "tensorflow_datasets": {"data"},
-    "grain": {"data"},
-    "safetensors": {"storage", "exchange"},
-    "matplotlib": {"figures"},
-    "rich": {"report", "figures"},
-    "absl": {"cli", "figures"},
-    "ml_collections": {"cli"},
-}
+FREE = {"numpy", "jax", "chex"}
 
 
-def _modules() -> list[tuple[str, pathlib.Path]]:
-    """(top-level module name, file) of every file of the package but its __init__."""
-    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
-    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(files)]
+def wing_of(module: str) -> str:
+    """The wing of a dotted module name below the package."""
+    first = module.split(".")[0]
+    return "core" if first in CORE else first
 
 
-def _imports(path: pathlib.Path) -> list[str]:
-    """Dotted names of what a file imports; "from synflow_jax import x" as synflow_jax.x."""
+def files() -> list[pathlib.Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imports(path: pathlib.Path) -> list[str]:
+    """Dotted names of what a file imports; `from synflow_jax import x` counts as synflow_jax.x."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -92,55 +73,67 @@ def _imports(path: pathlib.Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module, path", _modules(), ids=lambda value: getattr(value, "stem", value))
-def test_imports_go_down(module: str, path: pathlib.Path) -> None:
-    for name in _imports(path):
+def test_the_table_names_every_wing_and_has_no_circle() -> None:
+    assert {
+        wing_of(str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."))
+        for path in files()
+    } == set(WINGS)
+    above: set[str] = set()
+    for wing, (allowed, _) in WINGS.items():
+        assert allowed <= above, f"{wing} may import {allowed - above}, which the table names later"
+        above.add(wing)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_table(path: pathlib.Path) -> None:
+    wing = wing_of(str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."))
+    wings, outside = WINGS[wing]
+    for name in imports(path):
         package, _, rest = name.partition(".")
         if package == "synflow_jax":
-            imported = rest.split(".")[0]
-            own_folder = imported == module and path.parent != PACKAGE
-            assert own_folder or FLOORS[imported] < FLOORS[module], (
-                f"{path.name} imports {name}, which is no lower floor"
-            )
+            imported = wing_of(rest)
+            assert imported in wings | {wing}, f"{path.name} ({wing}) imports {name}"
         elif package not in sys.stdlib_module_names:
-            assert module in ALLOWED.get(package, set()), f"{path.name} imports {name}"
+            assert package in FREE | outside, f"{path.name} ({wing}) imports {name}"
 
 
-def test_floors_name_every_module() -> None:
-    assert {module for module, _ in _modules()} == set(FLOORS)
-
-
-def test_docstrings_state_the_floor() -> None:
-    for module, path in _modules():
-        if path.parent == PACKAGE or path.name == "__init__.py":
-            assert str(ast.get_docstring(ast.parse(path.read_text()))).startswith(f"Floor {FLOORS[module]}. "), path
-
-
-def test_core_needs_no_flax() -> None:
-    for name in _imports(PACKAGE / "__init__.py"):
-        assert FLOORS[name.split(".")[1]] <= FLOORS["analysis"] and name.split(".")[1] not in ALLOWED["flax"]
+def test_importing_the_package_loads_neither_flax_nor_units() -> None:
+    code = "import sys, synflow_jax; print(*(n for n in ('flax', 'synflow_jax.units') if n in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("name", synflow_jax.__all__)
 def test_public_names_are_documented(name: str) -> None:
     thing = getattr(synflow_jax, name)
-    documentation = inspect.getdoc(thing)
-    assert documentation, f"{name} has no docstring"
+    assert inspect.getdoc(thing), f"{name} has no docstring"
     if inspect.isfunction(thing):
         signature = inspect.signature(thing)
         assert signature.return_annotation is not inspect.Signature.empty
         for parameter in signature.parameters.values():
-            assert parameter.annotation is not inspect.Parameter.empty, f"{name}({parameter.name}) has no type"
+            assert parameter.annotation is not inspect.Parameter.empty, (
+                f"{name}({parameter.name}) has no type"
+            )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_configs_load_and_state_their_command(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+CONFIGS = [*(ROOT / "configs").glob("*.py"), *(ROOT / "paper" / "configs").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda path: path.stem)
+def test_configs_load_and_state_their_command(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(data, "check_readable", lambda *_: None)  # the files of most sets are not here
+    monkeypatch.setattr(
+        data, "check_readable", lambda *_: None
+    )  # the files of most sets are not here
     config.check(module.get_config())
-    commands = (f"python {script} --config=configs/{path.name}" for script in ("prune.py", "train.py"))
-    assert any(command in module.__doc__ for command in commands)
-    assert "@" not in module.__doc__
+    name = path.relative_to(ROOT)
+    assert any(
+        f"python {script} --config={name}" in module.__doc__ for script in ("prune.py", "train.py")
+    )

@@ -1,4 +1,4 @@
-"""Floor 4. What a mask has done, and whether the paper's laws hold for a model."""
+"""What a mask has done, and whether the paper's laws hold for a model."""
 
 from synflow_jax.analysis.conservation import Conservation, conservation
 from synflow_jax.analysis.paths import (

@@ -10,16 +10,20 @@ derivative of R with respect to that 1 is the operand's flow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from synflow_jax import scaling, trees, units
+from synflow_jax import trees
+from synflow_jax.jaxprs import scaling
 from synflow_jax.scores import ApplyFn
 from synflow_jax.trees import Mask, Params
+
+if TYPE_CHECKING:
+    from synflow_jax.units import Group
 
 
 class Cut(NamedTuple):
@@ -67,7 +71,9 @@ class Conservation(NamedTuple):
     @property
     def residual(self) -> float:
         """The largest residual of all cuts and units."""
-        return max([c.residual for c in self.cuts] + [u.residual for u in self.units.values()], default=0.0)
+        return max(
+            [c.residual for c in self.cuts] + [u.residual for u in self.units.values()], default=0.0
+        )
 
     @property
     def conserved(self) -> bool:
@@ -83,7 +89,9 @@ class Conservation(NamedTuple):
             found = f" {cut.flow:12.5g} {cut.residual:10.1e}" if cut else ""
             lines.append(f"{name:<40} {score:12.5g}{found}")
         worst = max((u.residual for u in self.units.values()), default=0.0)
-        lines.append(f"units: {sum(u.incoming.size for u in self.units.values())}, largest residual {worst:.1e}")
+        lines.append(
+            f"units: {sum(u.incoming.size for u in self.units.values())}, largest residual {worst:.1e}"
+        )
         for primitive, residual in self.broken.items():
             lines.append(f"not homogeneous of degree one: {primitive} (residual {residual:.1e})")
         if self.exponent:
@@ -130,7 +138,9 @@ def conservation(
     (False, ['tanh'])
     """
     if (inputs is None) != (loss is None) or (inputs is None) == (input_shape is None):
-        raise ValueError("conservation takes either input_shape, for SynFlow, or inputs and loss, for a training loss.")
+        raise ValueError(
+            "conservation takes either input_shape, for SynFlow, or inputs and loss, for a training loss."
+        )
     params = params if mask is None else trees.apply_mask(params, mask)
     if inputs is None or loss is None:
         params = jax.tree.map(jnp.abs, params)
@@ -143,28 +153,49 @@ def conservation(
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     audited = jax.jit(
         lambda p, x, eps: jax.grad(
-            lambda p, eps: _both(evaluate(_run(program, loss), p, x, eps)), argnums=(0, 1), has_aux=True
+            lambda p, eps: _both(evaluate(_run(program, loss), p, x, eps)),
+            argnums=(0, 1),
+            has_aux=True,
         )(p, eps),
         compiler_options=quick,
     )
     dtype = jnp.result_type(*jax.tree.leaves(params))
     eps = [jnp.ones(edge.lengths, dtype) for edge in program.edges]
     (gradient, flows), log2_unit = audited(params, inputs, eps)
-    exponent = int(log2_unit) if abs(int(log2_unit)) > _IN_FLOAT64 else 0  # beyond it, a float holds no flow
+    exponent = (
+        int(log2_unit) if abs(int(log2_unit)) > _IN_FLOAT64 else 0
+    )  # beyond it, a float holds no flow
     unit = 1.0 if exponent else 2.0 ** int(log2_unit)
-    found = jax.tree.map(lambda g, w: unit * np.asarray(g, np.float64) * np.asarray(w, np.float64), gradient, params)
-    layers = {n: float(s.sum()) for n, s in zip(trees.names(found), jax.tree.leaves(found), strict=True)}
+    found = jax.tree.map(
+        lambda g, w: unit * np.asarray(g, np.float64) * np.asarray(w, np.float64), gradient, params
+    )
+    layers = {
+        n: float(s.sum()) for n, s in zip(trees.names(found), jax.tree.leaves(found), strict=True)
+    }
     by_edge = [unit * np.asarray(flow, np.float64) for flow in flows]
-    if not (np.isfinite(list(layers.values())).all() and all(np.isfinite(flow).all() for flow in by_edge)):
+    if not (
+        np.isfinite(list(layers.values())).all()
+        and all(np.isfinite(flow).all() for flow in by_edge)
+    ):
         plain = ", ".join(scaling.unscaled(apply_fn, params, inputs)) or "none"
         raise ValueError(
             "the flow is not finite: the model's outputs or derivatives overflow. Steps that are evaluated at plain "
             f"values, which may overflow: {plain}."
         )
-    total = sum(float(f) for f, edge in zip(by_edge, program.edges, strict=True) if _is_output(edge))
-    scale = max([abs(total), float(np.finfo(np.float32).tiny), *[np.abs(flow).max(initial=0) for flow in by_edge]])
+    total = sum(
+        float(f) for f, edge in zip(by_edge, program.edges, strict=True) if _is_output(edge)
+    )
+    scale = max(
+        [
+            abs(total),
+            float(np.finfo(np.float32).tiny),
+            *[np.abs(flow).max(initial=0) for flow in by_edge],
+        ]
+    )
     cuts = _cuts(program, by_edge, total, scale)
     broken = _broken(program, by_edge, scale)
+    from synflow_jax import units  # `import synflow_jax` does without it
+
     by_unit = _by_unit(units.groups(apply_fn, params, inputs.shape[1:], inputs.dtype), found)
     return Conservation(float(total), exponent, layers, by_unit, cuts, broken)
 
@@ -173,10 +204,23 @@ _BEGIN = -1  # what makes the inputs
 _END = 2**31  # the step that takes in the outputs
 _TOLERANCE = 1e-4
 _IN_FLOAT64 = 900
-_BESIDE_A_CONSTANT = "with an array that has no such units"  # why `units` holds units that meet batch statistics
+_BESIDE_A_CONSTANT = (
+    "with an array that has no such units"  # why `units` holds units that meet batch statistics
+)
 # Steps whose result is a sum, or a choice, of entries of their operands: what is not data in them is a source of flow.
 _ADDITIVE = frozenset(
-    ("add", "sub", "add_any", "max", "min", "clamp", "concatenate", "select_n", "pad", "dynamic_update_slice")
+    (
+        "add",
+        "sub",
+        "add_any",
+        "max",
+        "min",
+        "clamp",
+        "concatenate",
+        "select_n",
+        "pad",
+        "dynamic_update_slice",
+    )
 )
 _CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
 
@@ -253,17 +297,25 @@ class _Program:
         return jax.tree.unflatten(jax.tree.structure(self.shape), self.ended(outputs, one))
 
     def ended(self, outputs: Sequence[_Value], one: _One) -> list[Any]:
-        return [_taken(_END, value, one) if _is_float(value.array) else value.array for value in outputs]
+        return [
+            _taken(_END, value, one) if _is_float(value.array) else value.array for value in outputs
+        ]
 
-    def follow(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value], one: _One) -> list[_Value]:
-        found = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(_constant, consts), *args], strict=True))
+    def follow(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value], one: _One
+    ) -> list[_Value]:
+        found = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*map(_constant, consts), *args], strict=True)
+        )
         read = lambda atom: _constant(atom.val) if isinstance(atom, core.Literal) else found[atom]
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
             if name in scaling.CALLS and name not in _CUSTOM:
                 inner = eqn.params[scaling.CALLS[name]]
-                outs = self.follow(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, one)
+                outs = self.follow(
+                    getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, one
+                )
             elif name == "scan" and any(operand.producer is not None for operand in operands):
                 outs = self.follow_scan(eqn, operands, one)
             else:
@@ -284,7 +336,9 @@ class _Program:
             for i, operand in enumerate(operands):
                 if _is_float(operand.array) and (additive or operand.producer is not None):
                     arrays[i] = _taken(number, operand, one)
-            factors = [leaf for operand in operands if operand.producer is None for leaf in operand.leaves]
+            factors = [
+                leaf for operand in operands if operand.producer is None for leaf in operand.leaves
+            ]
             multiplies = factors[0] if factors and (from_indices or not additive) else ""
             self.steps.append(_Step(_name(eqn), multiplies, self.scan))
         results = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
@@ -292,7 +346,10 @@ class _Program:
         if from_indices and not leaves:  # still an input, such as a one-hot vector
             return [_Value(x, _BEGIN) for x in results]
         # What is computed of data but is no float (an index, a comparison) has no flow.
-        return [_Value(x, number) if results_are_data and _is_float(x) else _Value(x, None, leaves) for x in results]
+        return [
+            _Value(x, number) if results_are_data and _is_float(x) else _Value(x, None, leaves)
+            for x in results
+        ]
 
     def follow_scan(self, eqn: Any, operands: list[_Value], one: _One) -> list[_Value]:
         """A scan whose edges have a 1, and so a flow, for every iteration."""
@@ -307,7 +364,9 @@ class _Program:
         def body(one: _One, carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             values = [
                 _Value(x, _BEGIN) if within else _Value(x, None, operand.leaves)
-                for x, within, operand in zip([*arrays[:num_consts], *carry, *xs], from_inputs, operands, strict=True)
+                for x, within, operand in zip(
+                    [*arrays[:num_consts], *carry, *xs], from_inputs, operands, strict=True
+                )
             ]
             self.steps = [*self.steps[:number], _Step("scan", "", outside, is_scan=True)]
             self.scan = scan
@@ -320,13 +379,22 @@ class _Program:
         while True:
             edges = _recorded(lambda one: body(one, carry, jax.tree.map(lambda x: x[0], xs)))
             before = from_inputs[num_consts : num_consts + num_carry]
-            carried = [a or out.producer is not None for a, out in zip(before, outs[:num_carry], strict=True)]
+            carried = [
+                a or out.producer is not None
+                for a, out in zip(before, outs[:num_carry], strict=True)
+            ]
             if carried == before:
                 break
-            from_inputs[num_consts : num_consts + num_carry] = carried  # from the second iteration on
+            from_inputs[num_consts : num_consts + num_carry] = (
+                carried  # from the second iteration on
+            )
         for i in range(num_carry):
             operand = operands[num_consts + i]
-            if from_inputs[num_consts + i] and operand.producer is None and _is_float(operand.array):
+            if (
+                from_inputs[num_consts + i]
+                and operand.producer is None
+                and _is_float(operand.array)
+            ):
                 carry[i] = _taken(number, operand, one)  # a first state that is learned: a source
         multiplied = next((step.multiplies for step in self.steps[number:] if step.multiplies), "")
         inside = self.steps[number + 1 :]
@@ -335,10 +403,16 @@ class _Program:
             lambda carry, xs: body(_in_turn(xs[1]), carry, xs[0]), [jnp.asarray(x) for x in carry], (xs, ones),
             length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"],
         )  # fmt: skip
-        self.steps = [*self.steps[:number], _Step("scan", multiplied, outside, is_scan=True), *inside]
+        self.steps = [
+            *self.steps[:number],
+            _Step("scan", multiplied, outside, is_scan=True),
+            *inside,
+        ]
         leaves = tuple(dict.fromkeys(leaf for operand in operands for leaf in operand.leaves))
         return [
-            _Value(x, number if _is_float(x) else _BEGIN) if out.producer is not None else _Value(x, None, leaves)
+            _Value(x, number if _is_float(x) else _BEGIN)
+            if out.producer is not None
+            else _Value(x, None, leaves)
             for x, out in zip([*carry, *ys], outs, strict=True)
         ]
 
@@ -386,7 +460,11 @@ def _is_float(array: Any) -> bool:
 
 def _is_neutral(array: Any) -> bool:
     """Whether a literal adds no flow, as a zero or an infinity: left as it is, it also needs no alignment."""
-    return not isinstance(array, jax.core.Tracer) and np.ndim(array) == 0 and bool(array == 0 or np.isinf(array))
+    return (
+        not isinstance(array, jax.core.Tracer)
+        and np.ndim(array) == 0
+        and bool(array == 0 or np.isinf(array))
+    )
 
 
 def _is_data(value: _Value) -> bool:
@@ -412,10 +490,14 @@ def _run(program: _Program, loss: Callable[[Any], jax.Array]) -> Callable[..., j
     return run
 
 
-def _cuts(program: _Program, flows: Sequence[np.ndarray], total: float, scale: float) -> tuple[Cut, ...]:
+def _cuts(
+    program: _Program, flows: Sequence[np.ndarray], total: float, scale: float
+) -> tuple[Cut, ...]:
     num_steps = len(program.recorded)
     sources = np.zeros(num_steps)
-    passing = np.zeros(num_steps + 2)  # differences: an edge passes every cut after its producer, up to its step
+    passing = np.zeros(
+        num_steps + 2
+    )  # differences: an edge passes every cut after its producer, up to its step
     for flow, edge in zip(flows, program.edges, strict=True):
         if edge.is_data and not edge.lengths:
             passing[edge.producer + 1] += flow
@@ -423,7 +505,9 @@ def _cuts(program: _Program, flows: Sequence[np.ndarray], total: float, scale: f
         elif not edge.is_data and edge.step != _END:
             scan = program.recorded[edge.step].scan
             sources[edge.step if scan < 0 else scan] += flow.sum()
-    found = np.cumsum(passing)[: num_steps + 1] + np.cumsum([0, *sources[::-1]])[::-1]  # what passes, what is yet added
+    found = (
+        np.cumsum(passing)[: num_steps + 1] + np.cumsum([0, *sources[::-1]])[::-1]
+    )  # what passes, what is yet added
     return tuple(
         Cut(step.multiplies, float(found[i]), float(abs(found[i] - total) / scale))
         for i, step in enumerate(program.recorded)
@@ -449,16 +533,25 @@ def _broken(program: _Program, flows: Sequence[np.ndarray], scale: float) -> dic
     return broken
 
 
-def _by_unit(groups: Sequence[units.Group], found: trees.Scores) -> dict[str, UnitResidual]:
+def _by_unit(groups: Sequence[Group], found: trees.Scores) -> dict[str, UnitResidual]:
     hidden = [group for group in groups if not group.is_input]
-    reasons = [[r for r in group.fixed.split(", ") if r and not r.endswith(_BESIDE_A_CONSTANT)] for group in hidden]
+    reasons = [
+        [r for r in group.fixed.split(", ") if r and not r.endswith(_BESIDE_A_CONSTANT)]
+        for group in hidden
+    ]
     if not any(reasons):  # else what a unit is added to may be the mixture of others
         apart = hidden
     else:
         apart = [group for group in hidden if not group.fixed]
     residuals = {}
-    for name, (incoming, outgoing) in units.unit_scores([g for g in apart if not g.is_output], found).items():
+    from synflow_jax import units
+
+    for name, (incoming, outgoing) in units.unit_scores(
+        [g for g in apart if not g.is_output], found
+    ).items():
         largest = max(np.abs(incoming).max(initial=0), np.abs(outgoing).max(initial=0))
         difference = np.abs(incoming - outgoing).max(initial=0)
-        residuals[name] = UnitResidual(incoming, outgoing, float(difference / largest) if largest > 0 else 0.0)
+        residuals[name] = UnitResidual(
+            incoming, outgoing, float(difference / largest) if largest > 0 else 0.0
+        )
     return residuals

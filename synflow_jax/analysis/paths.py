@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import pruning, scaling, scores, trees
+from synflow_jax import pruning, scores, trees
+from synflow_jax.jaxprs import scaling
 from synflow_jax.scores import ApplyFn, Objective, ScoreFn, path_norm
 from synflow_jax.trees import Mask, Params
 
 
-def log10_path_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> float:
+def log10_path_norm(
+    apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask
+) -> float:
     """log10 of SynFlow's objective (Eq. 4) of the masked network; -inf where it is 0.
 
     Args:
@@ -37,10 +40,15 @@ def log10_path_norm(apply_fn: ApplyFn, input_shape: Sequence[int], params: Param
 
 def collapsed(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> bool:
     """Whether no path of kept, nonzero weights leads from the input to the output. Arguments as `log10_path_norm`."""
-    return _log10_norm(apply_fn, input_shape, trees.without_biases(trees.apply_mask(params, mask))) == -math.inf
+    return (
+        _log10_norm(apply_fn, input_shape, trees.without_biases(trees.apply_mask(params, mask)))
+        == -math.inf
+    )
 
 
-def max_compression(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, params: Params) -> float:
+def max_compression(
+    apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, params: Params
+) -> float:
     """The largest compression that leaves a path: total / `shortest_path`, N / L on a chain (Section 3)."""
     return sum(trees.sizes(mask)) / max(1, shortest_path(apply_fn, input_shape, mask, params))
 
@@ -65,7 +73,9 @@ def shortest_path(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, par
 
     def norm(t: float) -> Params:
         # Divided by the fan-in, so that what flows through a layer stays near t whatever its size.
-        weights = trees.map_prunable(lambda m, w: jnp.full_like(w, t / max(1, w.size // w.shape[-1])), mask, params)
+        weights = trees.map_prunable(
+            lambda m, w: jnp.full_like(w, t / max(1, w.size // w.shape[-1])), mask, params
+        )
         return trees.merge(weights, params)
 
     for evaluate in (_evaluate, _evaluate_in_float64):
@@ -81,7 +91,9 @@ def shortest_path(apply_fn: ApplyFn, input_shape: Sequence[int], mask: Mask, par
     )
 
 
-def effective_mask(apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask) -> Mask:
+def effective_mask(
+    apply_fn: ApplyFn, input_shape: Sequence[int], params: Params, mask: Mask
+) -> Mask:
     """The kept weights that lie on a path from input to output; the others change no output.
 
     total / kept of this mask is the *effective* compression, which is at least that of `mask`.
@@ -131,11 +143,18 @@ def critical_compression(
     mask = trees.prunable(params) if mask is None else mask
     if num_iterations == 1:
         key, dtype = options.get("key"), options.get("score_dtype")
-        score_fn = scores.fixed(pruning.first_scores(score_fn, params, key=key, mask=mask, score_dtype=dtype))
+        score_fn = scores.fixed(
+            pruning.first_scores(score_fn, params, key=key, mask=mask, score_dtype=dtype)
+        )
 
     def survives(compression: float) -> bool:
         found, _ = pruning.prune(
-            score_fn, params, compression=compression, mask=mask, num_iterations=num_iterations, **options
+            score_fn,
+            params,
+            compression=compression,
+            mask=mask,
+            num_iterations=num_iterations,
+            **options,
         )
         return not collapsed(apply_fn, input_shape, params, found)
 

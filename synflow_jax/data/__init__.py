@@ -1,4 +1,4 @@
-"""Floor 4. Data sets: what they are, how they are read, and how a training batch is made of them on the device."""
+"""Data sets: what they are, how they are read, and how a training batch is made of them on the device."""
 
 from synflow_jax.data.augmentation import augment, normalise
 from synflow_jax.data.batches import prune_batches

@@ -35,7 +35,9 @@ def _random_crop(key: chex.PRNGKey, images: jax.Array, padding: int) -> jax.Arra
     """Moves each image by up to `padding` pixels either way; zeros, that is black, come in from outside."""
     offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    crop = lambda image, offset: jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+    crop = lambda image, offset: jax.lax.dynamic_slice(
+        image, (offset[0], offset[1], 0), images.shape[1:]
+    )
     return jax.vmap(crop)(padded, offsets)
 
 

@@ -11,7 +11,9 @@ from synflow_jax.data.augmentation import normalise
 from synflow_jax.data.specs import STREAMED, ImageShape, spec
 
 
-def _choose_balanced(labels: np.ndarray, examples_per_class: int, seed: int, num_classes: int) -> np.ndarray:
+def _choose_balanced(
+    labels: np.ndarray, examples_per_class: int, seed: int, num_classes: int
+) -> np.ndarray:
     """Indices of the same number of examples of each class, shuffled.
 
     Raises:
@@ -58,10 +60,14 @@ def prune_batches(
             f"examples_per_class={examples_per_class} and batch_size={batch_size} must each be at least 1."
         )
     if dataset in STREAMED:
-        images, labels = streaming.balanced_examples(dataset, image_shape, directory, examples_per_class, seed)
+        images, labels = streaming.balanced_examples(
+            dataset, image_shape, directory, examples_per_class, seed
+        )
     else:
         arrays = readers.load(dataset, image_shape, directory)
-        order = _choose_balanced(arrays.train_labels, examples_per_class, seed, spec(dataset).num_classes)
+        order = _choose_balanced(
+            arrays.train_labels, examples_per_class, seed, spec(dataset).num_classes
+        )
         images, labels = arrays.train_images[order], arrays.train_labels[order]
     normalised = normalise(images, spec(dataset))
     return [

@@ -25,7 +25,9 @@ from synflow_jax.data.specs import STREAMED, ImageShape, spec
 
 _IDX = ("mnist", "fashion_mnist")
 _TFDS = {"imagenet": "imagenet2012"}  # names that tensorflow-datasets has otherwise
-_DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+_DEBIAN_FASHION = (
+    "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+)
 
 
 class Arrays(NamedTuple):
@@ -62,7 +64,9 @@ def load(dataset: str, image_shape: ImageShape, directory: str | None = None) ->
     """
     check_readable(dataset, directory)
     if dataset in STREAMED:
-        raise ValueError(f"dataset={dataset!r} does not fit into memory: read it by synflow_jax.data.streaming.")
+        raise ValueError(
+            f"dataset={dataset!r} does not fit into memory: read it by synflow_jax.data.streaming."
+        )
     if dataset == "digits":
         arrays = _digits(image_shape)
     elif dataset == "tiny_imagenet":
@@ -76,7 +80,9 @@ def load(dataset: str, image_shape: ImageShape, directory: str | None = None) ->
     return arrays
 
 
-def _check_split(dataset: str, split: str, images: np.ndarray, labels: np.ndarray, image_shape: ImageShape) -> None:
+def _check_split(
+    dataset: str, split: str, images: np.ndarray, labels: np.ndarray, image_shape: ImageShape
+) -> None:
     what = f"the {split} split of {dataset!r}"
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != tuple(image_shape):
         raise ValueError(
@@ -105,7 +111,9 @@ def _digits(image_shape: ImageShape) -> Arrays:
 
     digits = sklearn.datasets.load_digits()
     height, width, channels = image_shape
-    resized = jax.image.resize(jnp.asarray(digits.images, jnp.float32), (len(digits.images), height, width), "linear")
+    resized = jax.image.resize(
+        jnp.asarray(digits.images, jnp.float32), (len(digits.images), height, width), "linear"
+    )
     pixels = np.rint(np.asarray(resized) * (255 / 16)).astype(np.uint8)
     images, labels = np.repeat(pixels[..., None], channels, axis=-1), digits.target.astype(np.int32)
     test = np.arange(len(labels)) % 5 == 4
@@ -149,7 +157,9 @@ def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path:
     for ending in ("-ubyte.gz", "-ubyte"):
         if (folder / (name + ending)).is_file():
             return folder / (name + ending)
-    raise ValueError(f"data.dir={str(folder)!r} has no {name}-ubyte.gz. Copy all four IDX files of the data set there.")
+    raise ValueError(
+        f"data.dir={str(folder)!r} has no {name}-ubyte.gz. Copy all four IDX files of the data set there."
+    )
 
 
 def _read_idx(path: pathlib.Path) -> np.ndarray:
@@ -165,7 +175,9 @@ def _read_idx(path: pathlib.Path) -> np.ndarray:
     shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
     if values.size != math.prod(shape):
-        raise ValueError(damaged.format(f"its header promises {math.prod(shape)} bytes, it has {values.size}"))
+        raise ValueError(
+            damaged.format(f"its header promises {math.prod(shape)} bytes, it has {values.size}")
+        )
     return values.reshape(shape)
 
 
@@ -188,19 +200,28 @@ def _tiny_imagenet(folder: pathlib.Path) -> Arrays:
     """Images as their files have them; grey ones get three equal channels."""
     classes = {name: i for i, name in enumerate((folder / "wnids.txt").read_text().split())}
     train = [
-        (path, label) for name, label in classes.items() for path in sorted((folder / "train" / name).rglob("*.JPEG"))
+        (path, label)
+        for name, label in classes.items()
+        for path in sorted((folder / "train" / name).rglob("*.JPEG"))
     ]
     test = []
-    for number, line in enumerate((folder / "val" / "val_annotations.txt").read_text().splitlines(), 1):
+    for number, line in enumerate(
+        (folder / "val" / "val_annotations.txt").read_text().splitlines(), 1
+    ):
         name, _, label = line.partition("\t")
         label = label.partition("\t")[0]
         if label not in classes:
-            raise ValueError(f"val_annotations.txt, line {number}: {label!r} is no class of wnids.txt. Unpack anew.")
+            raise ValueError(
+                f"val_annotations.txt, line {number}: {label!r} is no class of wnids.txt. Unpack anew."
+            )
         test.append((folder / "val" / "images" / name, classes[label]))
     parts: list[np.ndarray] = []
     for split in (train, test):
         images = _decode_all([path for path, _ in split], _decode_file)
-        parts += [_stack_images(images, str(folder)), np.array([label for _, label in split], np.int32)]
+        parts += [
+            _stack_images(images, str(folder)),
+            np.array([label for _, label in split], np.int32),
+        ]
     return Arrays(*parts)
 
 
@@ -211,7 +232,9 @@ def _decode_file(path: pathlib.Path) -> np.ndarray:
         with PIL.Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}. Unpack the data set anew.") from error
+        raise ValueError(
+            f"image {str(path)!r} cannot be read: {error}. Unpack the data set anew."
+        ) from error
 
 
 def _decode_all(items: Sequence[Any], decode: Callable[[Any], Any]) -> list[Any]:
@@ -223,7 +246,9 @@ def _decode_all(items: Sequence[Any], decode: Callable[[Any], Any]) -> list[Any]
 def _stack_images(images: Sequence[np.ndarray], where: str) -> np.ndarray:
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
-        raise ValueError(f"data.dir={where!r} has images of {len(shapes)} shapes: {sorted(shapes)[:4]}. Get it anew.")
+        raise ValueError(
+            f"data.dir={where!r} has images of {len(shapes)} shapes: {sorted(shapes)[:4]}. Get it anew."
+        )
     return np.stack(images)
 
 
@@ -258,9 +283,13 @@ def _tfds_builder(dataset: str, directory: str | None) -> Any:
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         prepared = set(builder.info.splits)
     except Exception as error:
-        raise ValueError(f"dataset={dataset!r} cannot be opened by tensorflow-datasets: {error} {prepare}") from error
+        raise ValueError(
+            f"dataset={dataset!r} cannot be opened by tensorflow-datasets: {error} {prepare}"
+        ) from error
     if not prepared:
-        raise ValueError(f"dataset={dataset!r} has not been prepared: nothing in {str(builder.data_dir)!r}. {prepare}")
+        raise ValueError(
+            f"dataset={dataset!r} has not been prepared: nothing in {str(builder.data_dir)!r}. {prepare}"
+        )
     return builder
 
 

@@ -20,7 +20,13 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def train_batches(
-    dataset: str, image_shape: ImageShape, directory: str | None, *, batch_size: int, seed: int, first_step: int = 0
+    dataset: str,
+    image_shape: ImageShape,
+    directory: str | None,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
     """Endless training batches from step `first_step` on, each epoch in another order, without a partial last batch.
 
@@ -41,12 +47,16 @@ def train_batches(
     yield from examples[first_step:].to_iter_dataset()
 
 
-def test_batches(dataset: str, image_shape: ImageShape, directory: str | None, *, batch_size: int) -> Iterator[Batch]:
+def test_batches(
+    dataset: str, image_shape: ImageShape, directory: str | None, *, batch_size: int
+) -> Iterator[Batch]:
     """The test split once, in its order, centrally cropped; the last batch may be smaller."""
     import grain
 
     records = readers.source(dataset, "test", directory, decode=False)
-    examples = grain.MapDataset.source(records).map(lambda record: _test_example(record, image_shape))
+    examples = grain.MapDataset.source(records).map(
+        lambda record: _test_example(record, image_shape)
+    )
     yield from examples.batch(batch_size).to_iter_dataset()
 
 
@@ -86,7 +96,9 @@ def _open(record: Any) -> Any:
     return PIL.Image.open(io.BytesIO(record["image"])).convert("RGB")
 
 
-def _train_example(record: Any, image_shape: ImageShape, rng: np.random.Generator) -> tuple[np.ndarray, np.int32]:
+def _train_example(
+    record: Any, image_shape: ImageShape, rng: np.random.Generator
+) -> tuple[np.ndarray, np.int32]:
     """8 % to 100 % of the area at an aspect of 3/4 to 4/3, resized; the central square where ten tries fail."""
     import PIL.Image
 
@@ -118,4 +130,6 @@ def _test_example(record: Any, image_shape: ImageShape) -> tuple[np.ndarray, np.
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(size, PIL.Image.Resampling.BILINEAR)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height))), np.int32(record["label"])
+    return np.asarray(image.crop((left, top, left + width, top + height))), np.int32(
+        record["label"]
+    )

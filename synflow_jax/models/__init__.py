@@ -1,4 +1,4 @@
-"""Floor 4. The networks of the paper, by name."""
+"""The networks of the paper, by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def _widen(width: int, multiplier: float) -> int:
 
 
 def _vgg(
-    num_classes: int, width: float, *, depth: int, batch_norm: bool, hidden: tuple[int, ...], cifar: bool
+    num_classes: int,
+    width: float,
+    *,
+    depth: int,
+    batch_norm: bool,
+    hidden: tuple[int, ...],
+    cifar: bool,
 ) -> nn.Module:
     return VGG(
         num_classes,
@@ -82,22 +88,38 @@ def _registry() -> dict[str, tuple[Callable[[int, float], nn.Module], tuple[int,
         "fc": (lambda classes, width: MLP(classes, (_widen(100, width),) * 5), (28, 28, 1)),
         "conv": (lambda classes, width: ConvNet(classes, (_widen(32, width),) * 2), (28, 28, 1)),
     }
-    for family, side, hidden in (("cifar", 32, ()), ("tiny", 64, (1024, 1024)), ("imagenet", 224, (4096, 4096))):
+    for family, side, hidden in (
+        ("cifar", 32, ()),
+        ("tiny", 64, (1024, 1024)),
+        ("imagenet", 224, (4096, 4096)),
+    ):
         for depth in (11, 13, 16, 19):
             for suffix in ("", "_bn"):
                 build = functools.partial(
-                    _vgg, depth=depth, batch_norm=bool(suffix), hidden=hidden, cifar=family == "cifar"
+                    _vgg,
+                    depth=depth,
+                    batch_norm=bool(suffix),
+                    hidden=hidden,
+                    cifar=family == "cifar",
                 )
                 registry[f"{family}_vgg{depth}{suffix}"] = (build, (side, side, 3))
     for depth in (20, 32, 44, 56, 110, 1202):
         for prefix, base in (("", 16), ("wide_", 32)):
             build = functools.partial(_cifar_resnet, depth=depth, base=base)
             registry[f"cifar_{prefix}resnet{depth}"] = (build, (32, 32, 3))
-    for family, side, wide_depths in (("tiny", 64, (18, 34, 50, 101, 152)), ("imagenet", 224, (50, 101))):
+    for family, side, wide_depths in (
+        ("tiny", 64, (18, 34, 50, 101, 152)),
+        ("imagenet", 224, (50, 101)),
+    ):
         for wide, depths in ((False, tuple(_RESIDUAL)), (True, wide_depths)):
             for depth in depths:
-                build = functools.partial(_resnet, depth=depth, wide=wide, imagenet=family == "imagenet")
-                registry[f"{family}_{'wide_' if wide else ''}resnet{depth}"] = (build, (side, side, 3))
+                build = functools.partial(
+                    _resnet, depth=depth, wide=wide, imagenet=family == "imagenet"
+                )
+                registry[f"{family}_{'wide_' if wide else ''}resnet{depth}"] = (
+                    build,
+                    (side, side, 3),
+                )
     return registry
 
 
@@ -155,7 +177,9 @@ def _families() -> str:
         if not (name.endswith("_bn") and name.removesuffix("_bn") in NAMES):
             family = re.sub(r"\d+", "{}", name) + ("[_bn]" if f"{name}_bn" in NAMES else "")
             depths.setdefault(family, []).extend(re.findall(r"\d+", name))
-    return ", ".join(family.replace("{}", f"{{{','.join(found)}}}") for family, found in depths.items())
+    return ", ".join(
+        family.replace("{}", f"{{{','.join(found)}}}") for family, found in depths.items()
+    )
 
 
 def init(model: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tuple[Params, Tree]:
@@ -215,7 +239,9 @@ def synflow_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
 def _apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
     # One function per module, so that its jitted users find their trace again.
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
-        variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+        variables = (
+            {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+        )
         return jnp.asarray(model.apply(variables, x, train=False))
 
     return apply
@@ -224,9 +250,13 @@ def _apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
 @functools.cache
 def _apply_train(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
-        variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+        variables = (
+            {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+        )
         rngs = {"dropout": jax.random.key(0)}
-        return jnp.asarray(model.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)[0])
+        return jnp.asarray(
+            model.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)[0]
+        )
 
     return apply
 
@@ -241,12 +271,16 @@ def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str
 
     def apply(key: jax.Array) -> Tree:
         x = jnp.zeros((1, *input_shape))
-        is_layer = lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__"
+        is_layer = lambda module, method: (
+            isinstance(module, nn.Conv | nn.Dense) and method == "__call__"
+        )
         _, state = model.init_with_output(key, x, train=False, capture_intermediates=is_layer)
         return state["intermediates"]
 
     outputs = jax.tree_util.tree_leaves_with_path(jax.eval_shape(apply, jax.random.key(0)))
     return {
-        path_name(path[:-2]) + "/kernel": math.prod(leaf.shape[1:-1])  # the path ends in __call__, 0
+        path_name(path[:-2]) + "/kernel": math.prod(
+            leaf.shape[1:-1]
+        )  # the path ends in __call__, 0
         for path, leaf in outputs
     }

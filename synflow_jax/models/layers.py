@@ -25,7 +25,9 @@ TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_default_bias(fan_in: int) -> Initializer:
     """PyTorch's default for biases: uniform in +-1 / sqrt(fan_in), fan_in being that of the layer's kernel."""
 
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+    def init(
+        key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
+    ) -> jax.Array:
         bound = fan_in**-0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
@@ -70,7 +72,10 @@ def convolution(
     if feature_group_count != 1 or any(d != 1 for d in (*lhs_dilation, *rhs_dilation)):
         return native(inputs, kernel)
     as_matrices = functools.partial(
-        _convolution_as_matrices, strides=strides, padding=padding, precision=kwargs.get("precision")
+        _convolution_as_matrices,
+        strides=strides,
+        padding=padding,
+        precision=kwargs.get("precision"),
     )
     return jax.lax.platform_dependent(inputs, kernel, cpu=as_matrices, default=native)
 
@@ -91,7 +96,9 @@ def _convolution_as_matrices(
         return flat.reshape(*x.shape[:-1], matrix.shape[-1])
 
     if strides[0] != 1 or kernel_height * kernel_width * channels <= features:
-        patches = jnp.concatenate(_windows(inputs, (kernel_height, kernel_width), strides, padding, fill), axis=-1)
+        patches = jnp.concatenate(
+            _windows(inputs, (kernel_height, kernel_width), strides, padding, fill), axis=-1
+        )
         return product(patches, kernel.reshape(-1, features))
 
     def by_rows(inputs: jax.Array) -> jax.Array:
@@ -102,13 +109,18 @@ def _convolution_as_matrices(
         parts = product(jnp.concatenate(rows, axis=-1), matrix)
         parts = jax.lax.pad(parts, fill, [(0, 0, 0), (*padding[0], 0), (0, 0, 0), (0, 0, 0)])
         height = parts.shape[1] - kernel_height + 1
-        shifted = [parts[:, i : i + height, :, i * features : (i + 1) * features] for i in range(kernel_height)]
+        shifted = [
+            parts[:, i : i + height, :, i * features : (i + 1) * features]
+            for i in range(kernel_height)
+        ]
         return functools.reduce(jnp.add, shifted)
 
     # The rows and the parts are several times what enters and leaves. A few images at a time they stay in the
     # processor's cache, and are gathered again for the gradient instead of kept.
     widths = kernel_width * channels + kernel_height * features
-    num_chunks = _num_chunks(inputs.shape[0], math.prod(inputs.shape[1:3]) * widths * inputs.dtype.itemsize)
+    num_chunks = _num_chunks(
+        inputs.shape[0], math.prod(inputs.shape[1:3]) * widths * inputs.dtype.itemsize
+    )
     if num_chunks == 1:
         return by_rows(inputs)
     chunks = inputs.reshape(num_chunks, -1, *inputs.shape[1:])
@@ -116,7 +128,9 @@ def _convolution_as_matrices(
     return outputs.reshape(-1, *outputs.shape[2:])
 
 
-_CHUNK_BYTES = 8 * 2**20  # of what is gathered for a few images: 4 to 16 MB are within a tenth of each other
+_CHUNK_BYTES = (
+    8 * 2**20
+)  # of what is gathered for a few images: 4 to 16 MB are within a tenth of each other
 
 
 def _num_chunks(batch: Any, image_bytes: int) -> int:
@@ -146,7 +160,12 @@ def _windows(
         jax.lax.slice(
             x,
             (0, row, column, 0),
-            (batch, row + (out[0] - 1) * strides[0] + 1, column + (out[1] - 1) * strides[1] + 1, channels),
+            (
+                batch,
+                row + (out[0] - 1) * strides[0] + 1,
+                column + (out[1] - 1) * strides[1] + 1,
+                channels,
+            ),
             (1, *strides, 1),
         )
         for row in range(window[0])
@@ -232,5 +251,13 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
             f"a map of {x.shape[1]}x{x.shape[2]} is too small for a {window}x{window} max pool: take larger images, "
             "or a network with fewer poolings, such as one of cifar_*."
         )
-    windows = _windows(x, (window, window), (stride, stride), [(padding, padding)] * 2, jnp.array(-jnp.inf, x.dtype))
-    return functools.reduce(lambda best, new: jnp.where((new > best) | jnp.isnan(new), new, best), windows)
+    windows = _windows(
+        x,
+        (window, window),
+        (stride, stride),
+        [(padding, padding)] * 2,
+        jnp.array(-jnp.inf, x.dtype),
+    )
+    return functools.reduce(
+        lambda best, new: jnp.where((new > best) | jnp.isnan(new), new, best), windows
+    )

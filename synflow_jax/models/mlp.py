@@ -22,7 +22,12 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths, 1):
             x = nn.relu(
-                nn.Dense(width, kernel_init=TORCH_DEFAULT, bias_init=torch_default_bias(x.shape[-1]), name=f"fc{i}")(x)
+                nn.Dense(
+                    width,
+                    kernel_init=TORCH_DEFAULT,
+                    bias_init=torch_default_bias(x.shape[-1]),
+                    name=f"fc{i}",
+                )(x)
             )
         return _head(self.num_classes, x)
 
@@ -43,7 +48,11 @@ class ConvNet(nn.Module):
         del train
         for i, width in enumerate(self.widths, 1):
             bias_init = torch_default_bias(9 * x.shape[-1])
-            x = nn.relu(conv(width, 3, bias=True, init=TORCH_DEFAULT, bias_init=bias_init, name=f"conv{i}")(x))
+            x = nn.relu(
+                conv(width, 3, bias=True, init=TORCH_DEFAULT, bias_init=bias_init, name=f"conv{i}")(
+                    x
+                )
+            )
         return _head(self.num_classes, x.reshape(x.shape[0], -1))
 
     def resized(self, params: Params) -> ConvNet:

@@ -47,11 +47,15 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[batch, height, width, channels] -> logits [batch, num_classes]."""
         size, stride = (7, 2) if self.imagenet_stem else (3, 1)
-        x = layers.conv(self.stem_width, size, stride=stride, bias=False, init=self.kernel_init, name="conv1")(x)
+        x = layers.conv(
+            self.stem_width, size, stride=stride, bias=False, init=self.kernel_init, name="conv1"
+        )(x)
         x = nn.relu(layers.batch_norm(train, name="conv1_norm")(x))
         if self.imagenet_stem:
             x = layers.max_pool(x, 3, 2, padding=1)
-        for i, (stage, num_blocks) in enumerate(zip(self.all_widths(), self.num_blocks, strict=True)):
+        for i, (stage, num_blocks) in enumerate(
+            zip(self.all_widths(), self.num_blocks, strict=True)
+        ):
             for j, widths in enumerate(stage, 1):
                 block = Block(
                     widths=widths,
@@ -72,23 +76,35 @@ class ResNet(nn.Module):
         """The output channels of every convolution, per stage and block."""
         if self.conv_widths is not None:
             return self.conv_widths
-        inner = lambda width: (width * self.bottleneck_multiplier,) * 2 if self.bottleneck else (width,)
+        inner = lambda width: (
+            (width * self.bottleneck_multiplier,) * 2 if self.bottleneck else (width,)
+        )
         blocks = [(*inner(width), 4 * width if self.bottleneck else width) for width in self.widths]
         return tuple((block,) * num for block, num in zip(blocks, self.num_blocks, strict=True))
 
     def has_stem_shortcut(self) -> bool:
         """Whether the input of the first block passes a convolution: where its shape differs from the output's."""
-        return self.stem_width != self.all_widths()[0][0][-1] if self.stem_shortcut is None else self.stem_shortcut
+        return (
+            self.stem_width != self.all_widths()[0][0][-1]
+            if self.stem_shortcut is None
+            else self.stem_shortcut
+        )
 
     def resized(self, params: Params) -> ResNet:
         """The network of the same layers whose parameters have these shapes."""
         num_convs = 3 if self.bottleneck else 2
         width = lambda layer: layer["kernel"].shape[-1]
-        blocks = [[params[block_name(i, j, num)] for j in range(1, num + 1)] for i, num in enumerate(self.num_blocks)]
+        blocks = [
+            [params[block_name(i, j, num)] for j in range(1, num + 1)]
+            for i, num in enumerate(self.num_blocks)
+        ]
         return self.clone(
             stem_width=width(params["conv1"]),
             conv_widths=tuple(
-                tuple(tuple(width(block[f"conv{k}"]) for k in range(1, num_convs + 1)) for block in stage)
+                tuple(
+                    tuple(width(block[f"conv{k}"]) for k in range(1, num_convs + 1))
+                    for block in stage
+                )
                 for stage in blocks
             ),
             stem_shortcut=self.has_stem_shortcut(),
@@ -119,9 +135,15 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] -> the same, at 1 / stride of height and width."""
         conv = functools.partial(layers.conv, bias=False, init=self.kernel_init)
-        sizes, strides = ((1, 3, 1), (1, self.stride, 1)) if len(self.widths) == 3 else ((3, 3), (self.stride, 1))
+        sizes, strides = (
+            ((1, 3, 1), (1, self.stride, 1))
+            if len(self.widths) == 3
+            else ((3, 3), (self.stride, 1))
+        )
         y = x
-        for i, (features, size, stride) in enumerate(zip(self.widths, sizes, strides, strict=True), 1):
+        for i, (features, size, stride) in enumerate(
+            zip(self.widths, sizes, strides, strict=True), 1
+        ):
             y = conv(features, size, stride=stride, name=f"conv{i}")(y)
             y = layers.batch_norm(train, name=f"conv{i}_norm")(y)
             y = nn.relu(y) if i < len(self.widths) else y

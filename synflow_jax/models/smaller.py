@@ -8,9 +8,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from synflow_jax import compaction
-from synflow_jax.compaction import Plan
 from synflow_jax.trees import Mask, Params, Tree, check_mask
+from synflow_jax.units import compaction
+from synflow_jax.units.compaction import Plan
 
 
 class Compact(NamedTuple):
@@ -71,7 +71,9 @@ def compact(
             "shapes: write one, or take compaction.compact_tree and build the smaller network yourself."
         )
     check_mask(mask, params)
-    variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+    variables = (
+        {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
+    )
     small, small_mask, plan, bounds = compaction.compact_tree(
         lambda variables, x: jnp.asarray(model.apply(variables, x, train=False)),
         variables,

@@ -53,7 +53,8 @@ class VGG(nn.Module):
         width = lambda name: params[name]["kernel"].shape[-1]
         return self.clone(
             widths=tuple(
-                tuple(width(f"conv{i}_{j}") for j in range(1, len(stage) + 1)) for i, stage in enumerate(self.widths, 1)
+                tuple(width(f"conv{i}_{j}") for j in range(1, len(stage) + 1))
+                for i, stage in enumerate(self.widths, 1)
             ),
             hidden=tuple(width(f"fc{i}") for i in range(1, len(self.hidden) + 1)),
         )
@@ -66,5 +67,6 @@ def stage_widths(depth: int, width_multiplier: float = 1.0) -> tuple[tuple[int, 
     ((16,), (32,), (64, 64), (128, 128), (128, 128))
     """
     return tuple(
-        (max(1, round(width * width_multiplier)),) * num for width, num in zip(WIDTHS, STAGES[depth], strict=True)
+        (max(1, round(width * width_multiplier)),) * num
+        for width, num in zip(WIDTHS, STAGES[depth], strict=True)
     )

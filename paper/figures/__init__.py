@@ -1,0 +1,1 @@
+"""The drawing of each figure, from rows alone."""

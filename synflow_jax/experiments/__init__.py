@@ -1,0 +1,1 @@
+"""Turns configs into runs: resolves them, prunes, trains, writes files and reports."""

@@ -1,0 +1,1 @@
+"""One network over several devices, and several processes as one job."""

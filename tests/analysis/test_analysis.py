@@ -1,0 +1,164 @@
+"""Paths: the maximal compression, collapse and the path norm, against hand-made networks and closed forms."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from synflow_jax import analysis, models, pruning, scores, trees
+from synflow_jax.models.resnet import ResNet
+
+
+def _mlp(params: trees.Params, x: jax.Array) -> jax.Array:
+    for name in sorted(params)[:-1]:
+        x = jax.nn.relu(x @ params[name]["w"] + params[name]["b"][None])
+    last = params[sorted(params)[-1]]
+    return x @ last["w"] + last["b"][None]
+
+
+def _mlp_params(widths: list[int], seed: int = 0) -> trees.Params:
+    rng = np.random.default_rng(seed)
+    return {
+        f"layer{i}": {"w": jnp.asarray(rng.normal(size=(a, b)), jnp.float32), "b": jnp.full(b, 0.5)}
+        for i, (a, b) in enumerate(itertools.pairwise(widths))
+    }
+
+
+def test_path_norm_is_the_product_of_absolute_matrices() -> None:
+    params = _mlp_params([5, 7, 3])
+    params = jax.tree.map(lambda leaf: leaf if leaf.ndim == 2 else jnp.zeros_like(leaf), params)
+    expected = np.sum(np.abs(params["layer0"]["w"]) @ np.abs(params["layer1"]["w"]))
+    norm = analysis.log10_path_norm(_mlp, (5,), params, trees.prunable(params))
+    assert norm == pytest.approx(math.log10(expected), abs=1e-6)
+
+
+def test_an_emptied_layer_collapses_a_chain_whatever_its_biases() -> None:
+    params = _mlp_params([5, 7, 7, 3])
+    mask = trees.prunable(params)
+    assert not analysis.collapsed(_mlp, (5,), params, mask)
+    mask["layer1"]["w"] = jnp.zeros((7, 7), bool)
+    assert analysis.collapsed(_mlp, (5,), params, mask)
+    # The biases still make output, so the path norm itself is not 0.
+    assert analysis.log10_path_norm(_mlp, (5,), params, mask) > -math.inf
+
+
+def test_a_cut_without_an_empty_layer_collapses() -> None:
+    params = _mlp_params([4, 6, 4])
+    mask = trees.prunable(params)
+    # What enters the first half of the units cannot leave them, and the other way round.
+    mask["layer0"]["w"] = mask["layer0"]["w"].at[:, 3:].set(False)
+    mask["layer1"]["w"] = mask["layer1"]["w"].at[:3].set(False)
+    assert all(bool(leaf.any()) for leaf in jax.tree.leaves(mask))
+    assert analysis.collapsed(_mlp, (4,), params, mask)
+
+
+def test_an_empty_shortcut_is_no_collapse() -> None:
+    model = ResNet(2, num_blocks=(1, 1), widths=(4, 8), stem_width=4)
+    params, batch_stats = models.init(model, (8, 8, 3), jax.random.key(0))
+    mask = trees.prunable(params)
+    apply_fn = models.synflow_fn(model, batch_stats)
+    mask["conv3_1"]["shortcut"]["kernel"] &= False
+    assert not analysis.collapsed(apply_fn, (8, 8, 3), params, mask)
+    mask["conv3_1"]["conv2"]["kernel"] &= False
+    assert analysis.collapsed(apply_fn, (8, 8, 3), params, mask)
+    # Stem, the shortcut and the head.
+    assert analysis.shortest_path(apply_fn, (8, 8, 3), mask, params) == 3
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6, 40])
+def test_maximal_compression_of_a_chain_is_weights_over_layers(depth: int) -> None:
+    params = _mlp_params([6] * (depth + 1))
+    mask = trees.prunable(params)
+    assert analysis.shortest_path(_mlp, (6,), mask, params) == depth
+    assert analysis.max_compression(_mlp, (6,), mask, params) == 36
+    if depth > 1:  # a layer that is not prunable costs no weight
+        mask["layer0"]["w"] = None
+        assert analysis.shortest_path(_mlp, (6,), mask, params) == depth - 1
+
+
+def test_skips_shorten_the_path() -> None:
+    def residual(params: trees.Params, x: jax.Array) -> jax.Array:
+        for name in sorted(params)[:-1]:
+            x = x + jax.nn.relu(x @ params[name]["w"])
+        return x @ params[sorted(params)[-1]]["w"]
+
+    params = {f"layer{i:03d}": {"w": jnp.ones((4, 4))} for i in range(100)}
+    assert analysis.shortest_path(residual, (4,), trees.prunable(params), params) == 1
+
+
+def test_a_network_that_ignores_its_input_has_no_path() -> None:
+    params = {"w": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match="shortest path"):
+        analysis.shortest_path(lambda p, x: 0 * (x @ p["w"]), (3,), trees.prunable(params), params)
+
+
+def test_path_norms_beyond_float32_are_found() -> None:
+    params = jax.tree.map(lambda leaf: 1e12 * leaf, _mlp_params([5, 5, 5, 5, 5]))
+    mask = trees.prunable(params)
+    assert 48 < analysis.log10_path_norm(_mlp, (5,), params, mask) < 60
+    small = jax.tree.map(lambda leaf: 1e-24 * leaf, params)
+    assert -60 < analysis.log10_path_norm(_mlp, (5,), small, mask) < -10
+    assert not analysis.collapsed(_mlp, (5,), small, mask)
+
+
+def test_multiply_adds_of_vgg16() -> None:
+    model = models.create("cifar_vgg16_bn", 100)
+    shapes, _ = jax.eval_shape(lambda key: models.init(model, (32, 32, 3), key), jax.random.key(0))
+    mask = trees.prunable(shapes)
+    kept, total = analysis.multiply_adds(mask, models.output_positions(model, (32, 32, 3)))
+    assert kept == total == 313_247_744
+
+
+def test_weights_on_no_path_do_not_count() -> None:
+    params = _mlp_params([4, 6, 4])
+    mask = trees.prunable(params)
+    mask["layer0"]["w"] = mask["layer0"]["w"].at[:, 3:].set(False)  # nothing enters units 3 to 5
+    mask["layer1"]["w"] = mask["layer1"]["w"].at[2].set(False)  # nothing leaves unit 2
+    params["layer0"]["w"] = params["layer0"]["w"].at[0, 0].set(0)
+    found = analysis.effective_mask(_mlp, (4,), params, mask)
+    assert trees.names(found) == ["layer0/w", "layer1/w"]
+    expected = np.zeros((4, 6), bool)
+    expected[:, :2] = True
+    expected[0, 0] = False
+    np.testing.assert_array_equal(found["layer0"]["w"], expected)
+    np.testing.assert_array_equal(found["layer1"]["w"], np.arange(6)[:, None] < np.full((1, 4), 2))
+
+
+def test_paths_far_thinner_than_others_count() -> None:
+    """Their share of the flow is below what float32 resolves beside the others."""
+    params = _mlp_params([2, 2, 2, 2])
+    params = jax.tree.map(lambda w: jnp.eye(2) if w.ndim == 2 else w, params)
+    params = jax.tree.map(lambda w: w.at[1].mul(1e-20) if w.ndim == 2 else w, params)
+    mask = trees.prunable(params)
+    found = analysis.effective_mask(_mlp, (2,), params, mask)
+    for leaf in jax.tree.leaves(found):
+        np.testing.assert_array_equal(leaf, np.eye(2, dtype=bool))
+
+
+def test_the_critical_compression_is_where_a_rule_collapses() -> None:
+    params = _mlp_params([8, 16, 16, 4], seed=3)
+    full = trees.prunable(params)
+    for rule, options in ((scores.magnitude(), {}), (scores.random(), {"key": jax.random.key(4)})):
+        critical = analysis.critical_compression(
+            rule, _mlp, (8,), params, resolution=0.002, **options
+        )
+        prune = functools.partial(pruning.prune, rule, params, num_iterations=1, **options)
+        assert not analysis.collapsed(_mlp, (8,), params, prune(compression=critical)[0])
+        assert analysis.collapsed(_mlp, (8,), params, prune(compression=critical * 10**0.002)[0])
+    assert critical < analysis.max_compression(_mlp, (8,), full, params)
+
+
+def test_certified_synflow_reaches_the_maximum() -> None:
+    params = _mlp_params([8, 16, 16, 4], seed=3)
+    maximum = analysis.max_compression(_mlp, (8,), trees.prunable(params), params)
+    rule = scores.synflow(_mlp, (8,))
+    critical = analysis.critical_compression(
+        rule, _mlp, (8,), params, num_iterations=4096, schedule="certified"
+    )
+    assert critical == maximum == sum(trees.sizes(trees.prunable(params))) / 3

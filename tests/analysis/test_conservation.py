@@ -1,0 +1,137 @@
+"""The audit: Theorems 1 and 2 on random networks in float32, and what breaks them is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synflow_jax import analysis, trees
+
+LAYERS = st.lists(
+    st.tuples(st.sampled_from([1, 2]), st.booleans(), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=3,
+)
+
+
+def _network(
+    params: trees.Params, x: jax.Array, layers: list[tuple[int, bool, bool, bool]]
+) -> jax.Array:
+    """A convolution a layer: (stride, has a bias, max pool after it, a skip around it)."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    for i, (stride, bias, pool, skip) in enumerate(layers):
+        layer = params[f"conv{i}"]
+        y = jax.lax.conv_general_dilated(
+            x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=numbers
+        )
+        y = jax.nn.relu(y + layer["bias"][None, None, None] if bias else y)
+        x = x[:, ::stride, ::stride] + y if skip else y
+        if pool:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "SAME")
+    return jnp.mean(x, axis=(1, 2)) @ params["head"]["kernel"]
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(LAYERS, st.integers(0, 2**31))
+def test_random_networks_conserve(layers: list[tuple[int, bool, bool, bool]], seed: int) -> None:
+    """With biases of any sign, strides, pools and skips: all units and cuts, below 1e-5."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {
+        f"conv{i}": {"kernel": draw(3, 3, 3, 3), **({"bias": draw(3)} if bias else {})}
+        for i, (_, bias, _, _) in enumerate(layers)
+    }
+    params["head"] = {"kernel": draw(3, 2)}
+    audit = analysis.conservation(lambda p, x: _network(p, x, layers), params, (6, 6, 3))
+    assert audit.conserved and audit.residual < 1e-5, str(audit)
+    assert len(audit.cuts) == len(layers) + 1 and audit.total > 0
+    # The head is a cut by itself: its scores are R, to which every bias has added.
+    np.testing.assert_allclose(audit.layers["head/kernel"], audit.total, rtol=1e-5)
+
+
+def test_negative_biases_make_no_negative_flow() -> None:
+    """Biases and weights of either sign, as training leaves them: what flows in with the biases is what flows out."""
+    rng = np.random.default_rng(1)
+    params = {
+        "fc": {
+            "kernel": rng.standard_normal((4, 6), np.float32),
+            "bias": -rng.random(6, np.float32),
+        },
+        "head": {"kernel": rng.standard_normal((6, 2), np.float32)},
+    }
+    apply_fn = lambda p, x: (
+        jax.nn.relu(x @ p["fc"]["kernel"] + p["fc"]["bias"][None]) @ p["head"]["kernel"]
+    )
+    audit = analysis.conservation(apply_fn, jax.tree.map(jnp.asarray, params), (4,))
+    assert audit.conserved and min(audit.layers.values()) > 0
+    np.testing.assert_allclose(
+        audit.layers["fc/kernel"] + audit.layers["fc/bias"], audit.total, rtol=1e-5
+    )
+
+
+def test_a_training_loss_is_conserved_and_gelu_is_named() -> None:
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {"fc": {"kernel": draw(4, 6)}, "head": {"kernel": draw(6, 2)}}
+
+    def apply_fn(p: trees.Params, x: jax.Array, activation: object = jax.nn.relu) -> jax.Array:
+        return activation(x @ p["fc"]["kernel"]) @ p["head"]["kernel"]  # type: ignore[operator]
+
+    loss = lambda y: -jnp.mean(jax.nn.log_softmax(y)[:, 0])
+    audit = analysis.conservation(apply_fn, params, inputs=draw(5, 4), loss=loss)
+    assert audit.conserved
+    np.testing.assert_allclose(
+        audit.layers["fc/kernel"], audit.layers["head/kernel"], rtol=1e-4, atol=1e-6
+    )
+    broken = analysis.conservation(lambda p, x: apply_fn(p, x, jax.nn.gelu), params, (4,))
+    assert not broken.conserved and broken.residual > 1e-2 and "tanh" in broken.broken
+
+
+def _centred(h: jax.Array, axis: int) -> jax.Array:
+    return h - jnp.mean(h, axis=axis, keepdims=True)
+
+
+def _normalised(h: jax.Array, axis: int) -> jax.Array:
+    centred = _centred(h, axis)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=axis, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "broken"),
+    [
+        (jax.nn.softmax, {"exp", "div"}),
+        (lambda h: _normalised(h, -1), {"rsqrt", "integer_pow", "mul"}),  # a layer norm
+        (
+            lambda h: _normalised(h, 0),
+            {"rsqrt", "integer_pow", "mul"},
+        ),  # a batch norm in training mode
+        (lambda h: _centred(h, 0), set()),  # and its mean alone: linear, so that it conserves
+    ],
+)
+def test_what_is_not_homogeneous_is_named(
+    step: Callable[[jax.Array], jax.Array], broken: set[str]
+) -> None:
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {"fc": {"kernel": draw(4, 6)}, "head": {"kernel": draw(6, 2)}}
+    apply_fn = lambda p, x: jax.nn.relu(step(x @ p["fc"]["kernel"])) @ p["head"]["kernel"]
+    audit = analysis.conservation(
+        apply_fn, params, inputs=draw(8, 4), loss=lambda y: jnp.sum(y[:, 0])
+    )
+    assert set(audit.broken) == broken and audit.conserved == (not broken)
+    for primitive in broken:
+        assert f"not homogeneous of degree one: {primitive}" in str(audit)
+
+
+def test_a_mean_of_the_batch_takes_all_flow_of_one_input() -> None:
+    """Why SynFlow in training mode fails: its single input is its own mean."""
+    params = {"fc": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
+    apply_fn = lambda p, x: _centred(x @ p["fc"]["kernel"], 0) @ p["head"]["kernel"]
+    audit = analysis.conservation(apply_fn, params, (4,))
+    assert audit.total == 0 and "nothing flows" in str(audit)

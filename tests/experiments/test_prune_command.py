@@ -1,0 +1,327 @@
+"""`python prune.py` as a user runs it: what it prints and writes, what it finds again, and bad input.
+
+Bad input ends with one message that names the argument, the value and the cure, with a status that is not 0,
+before any work, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import commands
+import jax
+import numpy as np
+import pytest
+
+from synflow_jax import storage
+from synflow_jax.experiments import prune_run
+from synflow_jax.experiments.config import Config, PruneConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _prune(cache: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "prune.py", *flags]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}", "--config.model=fc")
+    first = _prune(cache, *flags)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+
+    (row,) = storage.read_rows(tmp_path / "rows.jsonl")
+    expected = {
+        "model": "fc", "dataset": "digits", "pruner": "synflow", "compression": 10.0, "seed": 0,
+        "num_iterations": 100, "schedule": "exponential", "scope": "global", "total": 119_400, "kept": 11_940,
+        "collapsed": False, "max_compression": 19_900.0,
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == expected
+    assert row["seconds"] > 0 and 0 < row["log10_objective"] < 6
+    assert [layer["name"] for layer in row["layers"]] == [
+        *(f"fc{i}/kernel" for i in range(1, 6)),
+        "head/kernel",
+    ]
+    assert row["layers"][0]["shape"] == [784, 100] and row["layers"][0]["size"] == 78_400
+    assert sum(layer["kept"] for layer in row["layers"]) == row["kept"]
+    assert (
+        row["iterations"]["kept"][-1] == row["kept"]
+        and len(row["iterations"]["min_layer_score"]) == 100
+    )
+    # The kernel of every layer is a cut of a network whose biases are far smaller than its flow: the scores agree.
+    assert max(layer["score"] for layer in row["layers"]) < 1.3 * min(
+        layer["score"] for layer in row["layers"]
+    )
+
+    mask = storage.load_mask(tmp_path / "masks" / f"{row['run_id']}.safetensors")
+    assert {name: int(m.sum()) for name, m in mask.items()} == {
+        x["name"]: x["kept"] for x in row["layers"]
+    }
+    assert json.loads((tmp_path / "config.json").read_text()) == row["config"]
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    for text in (
+        "119,400 prunable weights",
+        "fc1/kernel",
+        "compression 10.00",
+        "not collapsed",
+        row["run_id"],
+    ):
+        assert text in first.stdout
+
+    written = (tmp_path / "rows.jsonl").read_bytes()
+    second = _prune(cache, *flags)
+    assert (
+        second.returncode == 0 and "already in" in second.stdout and "fc1/kernel" in second.stdout
+    )
+    assert (tmp_path / "rows.jsonl").read_bytes() == written
+
+    again = _prune(cache, *flags, "--overwrite")
+    assert again.returncode == 0 and "already in" not in again.stdout
+    (new,) = storage.read_rows(tmp_path / "rows.jsonl")
+    assert new["mask_sha256"] == row["mask_sha256"] and new["seconds"] != row["seconds"]
+
+    # A damaged mask is found before anything is said of the old run; --overwrite cures it.
+    path = tmp_path / "masks" / f"{row['run_id']}.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    damaged = _prune(cache, *flags)
+    assert (
+        damaged.returncode != 0
+        and "cannot be read" in damaged.stderr
+        and "--overwrite" in damaged.stderr
+    )
+    (tmp_path / "rows.jsonl").write_text('{"run_id": "half')
+    damaged = _prune(cache, *flags, "--overwrite")
+    assert damaged.returncode != 0 and "line 1" in damaged.stderr
+
+
+def test_a_certificate_is_written_and_can_be_verified(
+    tmp_path: pathlib.Path, cache: pathlib.Path
+) -> None:
+    """At the maximal compression, three weights in three layers; and a certificate that was tampered with."""
+    flags = (
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path}",
+        "--config.prune.schedule=certified",
+    )
+    first = _prune(cache, *flags, f"--config.prune.compression={260_384 / 3!r}")
+    assert first.returncode == 0 and first.stderr == "", first.stderr
+    assert "no iteration of" in first.stdout and "certificates/" in first.stdout
+    (row,) = storage.read_rows(tmp_path / "rows.jsonl")
+    assert [layer["kept"] for layer in row["layers"]] == [1, 1, 1] and not row["collapsed"]
+    assert row["largest_cut_fraction"] < 1
+
+    path = tmp_path / row["certificate"]
+    certificate, removed_in = storage.load_certificate(path)
+    assert [step["kept"] for step in certificate["iterations"]] == row["iterations"]["kept"]
+    assert certificate["mask_sha256"] == row["mask_sha256"]
+    verified = _prune(cache, f"--verify={path}")
+    assert verified.returncode == 0 and "holds: none of its" in verified.stdout, verified.stderr
+
+    # The last iteration but one is said to have pruned all but the last weights: more than a cut.
+    last = len(certificate["iterations"])
+    early = {
+        name: np.where((n > 0) & (n < last), 1, n).astype(np.uint16)
+        for name, n in removed_in.items()
+    }
+    for changed, message in (
+        ({**certificate, "mask_sha256": "0" * 64}, "is of another mask than it says"),
+        (certificate, "does not hold: iteration 1 pruned"),
+    ):
+        storage.save_certificate(tmp_path / "forged.json", changed, early)
+        forged = _prune(cache, f"--verify={tmp_path / 'forged.json'}")
+        assert (
+            forged.returncode == 2 and message in forged.stderr and forged.stderr.count("\n") == 1
+        ), forged.stderr
+    missing = _prune(cache, "--verify=none.json")
+    assert missing.returncode == 2 and "'none.json' does not exist" in missing.stderr
+
+
+def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
+    text = _prune(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
+    values = dataclasses.asdict(Config())
+    keys = [
+        key for key in values if key not in ("data", "prune", "train", "sweep", "grid", "grids")
+    ]
+    keys += [f"{part}.{key}" for part in ("data", "prune", "grid") for key in values[part]]
+    assert re.split(r",\s+", text.strip()) == keys
+
+
+def test_one_network_on_several_devices(
+    tmp_path: pathlib.Path, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches on three devices: the row has the name, and the mask the hash, of one device."""
+    monkeypatch.setenv("NPROC", "8")  # the threads of XLA's products decide how they are rounded
+    flags = ("--config=configs/digits.py", "--config.model=fc", "--config.prune.pruner=snip")
+    for name, more in (("one", ()), ("three", ("--cpu_devices=3", "--config.prune.over_devices"))):
+        folder = f"--workdir={tmp_path / name}"
+        result = _prune(cache, *flags, "--config.prune.batch_size=30", folder, *more)
+        assert result.returncode == 0, result.stderr
+    (one,), (three,) = (
+        storage.read_rows(tmp_path / name / "rows.jsonl") for name in ("one", "three")
+    )
+    assert one["run_id"] == three["run_id"] and one["mask_sha256"] == three["mask_sha256"]
+
+
+@pytest.mark.parametrize("rule", ["snip", "grasp", "random"])
+def test_rules_on_real_digits(tmp_path: pathlib.Path, cache: pathlib.Path, rule: str) -> None:
+    result = _prune(
+        cache, "--config=configs/digits.py", f"--workdir={tmp_path}", "--config.model=fc",
+        f"--config.prune.pruner={rule}", "--config.prune.dense_classifier", "--config.prune.scope=local",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (row,) = storage.read_rows(tmp_path / "rows.jsonl")
+    assert row["num_iterations"] == 1
+    assert [layer["kept"] for layer in row["layers"]] == [
+        7840,
+        1000,
+        1000,
+        1000,
+        1000,
+    ]  # the head is not prunable
+
+
+BAD = {
+    "network": (["--config.model=cifar_vgg17"], "model='cifar_vgg17'", "cifar_vgg16"),
+    "rule": (["--config.prune.pruner=snop"], "prune.pruner='snop'", "snip"),
+    "schedule": (["--config.prune.schedule=cosine"], "schedule='cosine'", "exponential"),
+    "scope": (["--config.prune.scope=layer"], "scope='layer'", "local"),
+    "dataset": (["--config.dataset=cifar"], "dataset='cifar'", "cifar10"),
+    "key": (
+        ["--config.prune.compresion=3"],
+        "--config.prune.compresion",
+        "--config.prune.compression",
+    ),
+    "type": (["--config.prune.num_iterations=ten"], "num_iterations", "ten"),
+    "compression below 1": (["--config.prune.compression=0.5"], "compression=0.5", "at least 1"),
+    "compression NaN": (["--config.prune.compression=nan"], "compression=nan", "finite"),
+    "compression above the maximum": (
+        ["--config.prune.compression=1e5"],
+        "compression=100000",
+        "86794.66667",
+    ),
+    "no iterations": (["--config.prune.num_iterations=0"], "num_iterations=0", "at least 1"),
+    "data that is not here": (
+        ["--config.prune.pruner=snip", "--config.dataset=cifar100"],
+        "dataset='cifar100'",
+        "--config.dataset=digits",
+    ),
+    "certified needs synflow": (
+        ["--config.prune.schedule=certified", "--config.prune.pruner=magnitude"],
+        "prune.pruner='magnitude'",
+        "it takes 'synflow'",
+    ),
+    "fraction of a cut": (
+        ["--config.prune.schedule=certified", "--config.prune.cut_fraction=1.5"],
+        "prune.cut_fraction=1.5",
+        "below 1",
+    ),
+    "nothing prunable": (["--config.prune.exclude=."], "exclude='.'", "another pattern"),
+    "pattern": (["--config.prune.exclude=("], "exclude='('", "regular expression"),
+    "images too small": (
+        ["--config.model=imagenet_vgg11", "--config.dataset=mnist"],
+        "model='imagenet_vgg11' does not take mnist's images: a map of 1x1",
+        "cifar_",
+    ),
+    "part of a config file": (
+        ["--config=paper/configs/fig6.py:vgg12_c10"],
+        "fig6.py:vgg12_c10",
+        "vgg11, vgg16",
+    ),
+    "key without its part": (
+        ["--config.compression=3"],
+        "--config.compression",
+        "--config.prune.compression",
+    ),
+    "function": (
+        ["--config.train.make_optimizer=adam"],
+        "train.make_optimizer",
+        "in the config file",
+    ),
+    "words of a grid": (["--config.grid.pruner=snip,grasp"], "'snip,grasp'", "('snip','grasp')"),
+    "examples": (
+        ["--config.prune.examples_per_class=0"],
+        "prune.examples_per_class=0",
+        "at least 1",
+    ),
+    "pattern of nothing": (["--config.prune.exclude=fc7"], "exclude='fc7'", "mend the pattern"),
+    "no folder": (["--workdir="], "--workdir=''", "--workdir=DIR"),
+    "flag": (["--seed=3"], "seed", "Unknown command line flag"),
+    "word": (["seed"], "'seed'", "Flags begin with --"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(
+    tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The folder of the folders that the commands were given, and what they said."""
+    folder = tmp_path_factory.mktemp("bad")
+    cases = {
+        case: ["--config=configs/digits.py", f"--workdir={folder / case}", *flags]
+        for case, (flags, *_) in BAD.items()
+    }
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return folder, commands.run_all("prune", cases, environment)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None:
+    (_, argument, cure), workdir, result = BAD[case], bad[0] / case, bad[1][case]
+    assert result.returncode != 0
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert argument in result.stderr and cure in result.stderr
+    assert result.stdout == ""
+    assert not workdir.exists() or not list(workdir.iterdir())
+
+
+def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    broken, foreign = tmp_path / "broken.py", tmp_path / "foreign.py"
+    broken.write_text("def get_config(:\n")
+    foreign.write_text(
+        "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict()\n"
+    )
+    for flags, message in (
+        (["--config=none.py"], "no such file"),
+        ([f"--config={broken}"], "does not load: SyntaxError"),
+        ([f"--config={foreign}"], "--config is a ConfigDict"),
+        ([], "--config is missing"),
+    ):
+        result = _prune(cache, *flags, f"--workdir={tmp_path / 'work'}")
+        assert (
+            result.returncode != 0 and message in result.stderr and result.stderr.count("\n") == 1
+        )
+    assert not (tmp_path / "work").exists()
+
+
+def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = _prune(cache, "--config=configs/digits.py", f"--workdir={tmp_path / 'file'}")
+    assert (
+        result.returncode != 0
+        and "cannot be written" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
+
+
+def test_overflow_names_the_layer_and_writes_nothing(tmp_path: pathlib.Path) -> None:
+    settings = Config(
+        model="fc", dataset="digits", prune=PruneConfig(compression=10.0, scaled=False)
+    )
+    network = prune_run.build(settings)
+    network = network._replace(params=jax.tree.map(lambda leaf: 1e8 * leaf, network.params))
+    with pytest.raises(
+        FloatingPointError, match="layer 'fc1/kernel' are not finite in iteration 1 of 100"
+    ):
+        prune_run.prune(settings, network, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,284 @@
+"""Sweeps: the same rows on any layout of devices and processes, after any number of kills, and what fails alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from synflow_jax import storage
+from synflow_jax.experiments import config, prune_grid, prune_run, report, sweep, train_run
+from synflow_jax.experiments.config import Config, Grid, PruneConfig, SweepConfig, TrainConfig
+from synflow_jax.experiments.prune_grid import Outcome
+from synflow_jax.storage import checkpoints
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLAGS = (
+    "--config=configs/digits.py", "--config.model=fc", "--config.width_multiplier=0.2", "--config.train.num_epochs=3",
+    "--config.train.drops=(2,)", "--config.train.compact=False", "--config.grid.seed=0,1",
+    "--config.grid.pruner=('snip','random')", "--config.grid.compression=2,10",
+)  # fmt: skip
+
+
+def _start(cache: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
+    # XLA splits a product of matrices over its threads, whose number decides how it is rounded. It makes at least as
+    # many as there are devices, and as NPROC says.
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "PYTHONUNBUFFERED": "1",
+        "NPROC": "8",
+    }
+    return subprocess.Popen(
+        [sys.executable, "train.py", *FLAGS, f"--workdir={workdir}", *flags],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _finish(*processes: subprocess.Popen[str]) -> str:
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:  # the others of one that hangs would wait for it
+            process.kill()
+    for process, (_, stderr) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, stderr
+    return outputs[0][0]
+
+
+def _rows(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """By name; how long a pruning run took is no part of what it computed."""
+    files = [workdir / "rows.jsonl", *workdir.glob("rows-*.jsonl")]
+    rows = [row for file in files for row in storage.read_rows(file)]
+    assert len({row["run_id"] for row in rows}) == len(rows), "a row is there twice"
+    return {
+        row["run_id"]: {key: value for key, value in row.items() if key != "seconds"}
+        for row in rows
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A sweep of one process with one device."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    output = _finish(_start(cache, workdir))
+    assert "8 of 8 runs finished" in output
+    return workdir
+
+
+def test_layouts_of_devices_and_processes(
+    cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """1 process x 1 device, 1 x 8 and 2 x 4: the same rows, hashes of masks and of trained weights among them."""
+    expected = _rows(undisturbed)
+    assert (
+        len(expected) == 16
+        and len({row["mask_sha256"] for row in expected.values() if "layers" in row}) == 8
+    )
+    _finish(_start(cache, tmp_path / "1x8", "--cpu_devices=8"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ("--cpu_devices=4", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    _finish(*(_start(cache, tmp_path / "2x4", *flags, f"--process_id={i}") for i in range(2)))
+    assert _rows(tmp_path / "1x8") == expected
+    assert _rows(tmp_path / "2x4") == expected
+    for index in range(2):  # each has its own file
+        assert len(storage.read_rows(tmp_path / "2x4" / f"rows-{index:04d}.jsonl")) == 8
+    assert not (tmp_path / "2x4" / "rows.jsonl").exists()
+    for folder in (
+        undisturbed / "checkpoints"
+    ).iterdir():  # what every process has saved is there, for any other
+        arrays, others = (
+            checkpoints.read_latest(path)[0]
+            for path in (folder, tmp_path / "2x4" / "checkpoints" / folder.name)
+        )
+        jax.tree.map(np.testing.assert_array_equal, arrays, others)
+
+
+def test_killed_sweeps_go_on(
+    cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """SIGKILL at three random moments; then the same rows, none twice and none lost."""
+    begun = tmp_path / "checkpoints"
+    for _ in range(3):
+        process = _start(cache, tmp_path)
+        deadline = time.monotonic() + 120
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    _finish(_start(cache, tmp_path))
+    assert _rows(tmp_path) == _rows(undisturbed)
+
+
+def test_changed_config_and_damaged_rows(cache: pathlib.Path, undisturbed: pathlib.Path) -> None:
+    process = _start(cache, undisturbed, "--config.train.num_epochs=4", "--config.grid.seed=0,1,2")
+    _, stderr = process.communicate(timeout=120)
+    assert (
+        process.returncode == 2
+        and "train.num_epochs was 3 and is 4" in stderr
+        and "--workdir" in stderr
+    )
+    runs = config.expand(_grid(seed=(0, 1)))
+    rows = undisturbed / "rows-0007.jsonl"
+    rows.write_text('{"run_id": "x"}\n{"run_id": \n')
+    try:
+        with pytest.raises(ValueError, match=r"rows-0007.jsonl', line 2.*Delete that line"):
+            list(sweep.run(runs, undisturbed))
+    finally:
+        rows.unlink()
+
+
+def _grid(**values: Any) -> Config:
+    return Config(
+        model="fc",
+        dataset="digits",
+        width_multiplier=0.1,
+        prune=PruneConfig(pruner="random", compression=2.0),
+        train=TrainConfig(num_epochs=2, batch_size=128, learning_rate=0.1, drops=(), compact=False),
+        grid=Grid(**values),
+    )
+
+
+def _sweep(runs: Sequence[Config], workdir: pathlib.Path, **options: Any) -> list[Outcome]:
+    for run in runs:
+        run.sweep = SweepConfig(**options)
+    return list(sweep.run(runs, workdir))
+
+
+def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
+    """A Python loop over runs, `pmap` alone, `lax.map` and `vmap` in it: the same masks, and losses to rounding."""
+    runs = config.expand(_grid(seed=(0, 1, 2)))
+    alone = _sweep(runs, tmp_path / "alone")
+    results = {
+        name: _sweep(runs, tmp_path / name, runs_per_device=2, batching=name)
+        for name in ("map", "vmap")
+    }
+    results["loop"] = []
+    for settings in runs:
+        network = prune_run.build(settings)
+        prune_run.prune(settings, network, tmp_path / "loop")
+        mask, _ = prune_run.find_mask(settings, network, tmp_path / "loop")
+        results["loop"].append(
+            Outcome(settings, train_run.train(settings, network, mask, tmp_path / "loop"))
+        )
+    for name, outcomes in results.items():
+        assert len(outcomes) == 3
+        for expected, outcome in zip(alone, outcomes, strict=True):
+            masks = [
+                storage.read_all_rows(folder) for folder in (tmp_path / "alone", tmp_path / name)
+            ]
+            hashes = [
+                {r["run_id"]: r["mask_sha256"] for r in rows if "layers" in r} for rows in masks
+            ]
+            assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+            for split in ("train_loss", "test_loss"):
+                np.testing.assert_allclose(
+                    outcome.row["last"][split], expected.row["last"][split], rtol=1e-4
+                )
+
+
+def test_a_run_that_fails_stops_no_other(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three that are trained together has weights that are not finite; another has lost its mask."""
+    runs = config.expand(_grid(seed=(0, 1, 2, 3)))
+    first_state = train_run.first_state
+
+    def poisoned(settings: Config, *args: Any) -> Any:
+        state = first_state(settings, *args)
+        spoil = lambda leaf: leaf * float("inf") if settings.seed == 1 else leaf
+        return state._replace(params=jax.tree.map(spoil, state.params))
+
+    monkeypatch.setattr(train_run, "first_state", poisoned)
+    pruned = list(prune_grid.run(runs, tmp_path))
+    (tmp_path / "masks" / f"{pruned[3].row['run_id']}.safetensors").write_bytes(b"damaged")
+    outcomes = {
+        outcome.settings.seed: outcome for outcome in _sweep(runs, tmp_path, runs_per_device=4)
+    }
+    assert outcomes[0].row is not None and outcomes[2].row is not None
+    assert "not finite at step 1 " in outcomes[1].error and "cannot be read" in outcomes[3].error
+    failed = {entry["run_id"] for entry in json.loads((tmp_path / "failed.json").read_text())}
+    assert failed == {config.train_id(outcomes[seed].settings) for seed in (1, 3)}
+    monkeypatch.undo()
+    again = {
+        outcome.settings.seed: outcome for outcome in _sweep(runs[:3], tmp_path, runs_per_device=4)
+    }
+    assert (
+        again[0].found
+        and again[2].found
+        and again[1].row is not None
+        and not (tmp_path / "failed.json").exists()
+    )
+
+
+def test_a_device_without_memory_gets_fewer_runs(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = config.expand(_grid(seed=(0, 1, 2)))
+    make_programs, asked, said = sweep.make_programs, [], []
+
+    def small_device(settings: Config, model: Any, plan: Any, layout: sweep.Layout) -> Any:
+        asked.append(layout.per_device)
+        if layout.per_device > 1:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."
+            )
+        return make_programs(settings, model, plan, layout)
+
+    monkeypatch.setattr(sweep, "make_programs", small_device)
+    for run in runs:
+        run.sweep = SweepConfig(runs_per_device=3)
+    outcomes = list(sweep.run(runs, tmp_path, say=said.append))
+    assert (
+        asked == [3, 1]
+        and all(outcome.row is not None for outcome in outcomes)
+        and len(outcomes) == 3
+    )
+    assert (
+        "3 runs of fc do not fit into the memory of" in said[0]
+        and "with 1 of them a device" in said[0]
+    )
+
+
+def test_compact_runs_train_by_themselves(tmp_path: pathlib.Path) -> None:
+    """Runs of different shapes, and one that has collapsed and is trained as it is."""
+    grid = _grid(compression=(30.0, 1000.0))
+    grid.train.compact = None
+    runs = config.expand(grid)
+    compact, collapsed = sorted(
+        _sweep(runs, tmp_path), key=lambda outcome: outcome.settings.prune.compression
+    )
+    assert compact.row is not None and collapsed.row is not None
+    assert compact.row["compact"] and not collapsed.row["compact"]
+
+
+def test_the_table_of_a_sweep() -> None:
+    runs = config.expand(_grid(seed=(0, 1), compression=(2.0, 10.0), pruner=("random", "snip")))
+    cells = report.Cells(runs)
+    row = {"last": {"test_top1": 0.5}}
+    cells.outcomes = {
+        config.train_id(runs[0]): Outcome(runs[0], row), config.train_id(runs[4]): Outcome(runs[4], error="no"),
+    }  # fmt: skip
+    cells.fraction[config.train_id(runs[1])] = 0.5
+    text = io.StringIO()
+    rich.console.Console(file=text, width=100).print(cells)
+    line = next(line for line in text.getvalue().splitlines() if "random" in line)
+    assert line.split() == ["random", "50.0", "1", "failed", "25", "%"], line
+    assert "2 of 8 runs finished, 1 failed" in text.getvalue()

@@ -1,0 +1,369 @@
+"""`python train.py` as a user runs it: what it leaves, how it stops and goes on, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+
+from synflow_jax import data, storage, training
+from synflow_jax.data import readers
+from synflow_jax.experiments import config, prune_run, train_run
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax.storage import checkpoints
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUICK = ("--config=configs/digits.py", "--config.model=fc", "--config.train.batch_size=128")
+
+
+def _start(cache: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "train.py", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def _train(
+    cache: pathlib.Path, *flags: str, max_file_size: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    process = _start(cache, *flags)
+    if max_file_size is not None:  # as a disk that is full after so many bytes of a file
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def _train_row(workdir: pathlib.Path) -> dict[str, Any]:
+    (row,) = [
+        row
+        for row in storage.read_rows(workdir / "rows.jsonl")
+        if row["run_id"].startswith("train-")
+    ]
+    return row
+
+
+def _read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came: {process.communicate()[1]}")
+
+
+def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}", "--config.train.num_epochs=3")
+    first = _train(cache, *flags)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    for text in (
+        "pruned by synflow to compression 10",
+        "epoch 1/3",
+        "epoch 3/3",
+        "images/s",
+        "last",
+        "best",
+    ):
+        assert text in first.stdout
+    row = _train_row(tmp_path)
+    assert row["num_steps"] == 66 and row["last"]["epoch"] == 3 and row["kept"] == 26_039
+    assert row["best"]["test_top1"] >= row["last"]["test_top1"] > 0.9
+    curve = train_run.read_curve(tmp_path / row["curve"])
+    assert [point["epoch"] for point in curve] == [1, 2, 3] and set(curve[0]) == {
+        "epoch",
+        *training.CURVE,
+    }
+    assert {name: curve[-1][name] for name in training.CURVE} == {
+        name: row["last"][name] for name in training.CURVE
+    }
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    pruned = storage.read_rows(tmp_path / "rows.jsonl")[0]
+    assert pruned["run_id"] == row["prune_run_id"]
+    # The checkpoint holds what was trained, with the mask at exactly 0.
+    kept = sorted(path.name for path in (tmp_path / "checkpoints" / row["run_id"]).iterdir())
+    assert kept == ["44", "66"]
+
+    written = (tmp_path / "rows.jsonl").read_bytes()
+    second = _train(cache, *flags)
+    assert second.returncode == 0 and "already in" in second.stdout
+    assert (tmp_path / "rows.jsonl").read_bytes() == written
+    again = _train(cache, *flags, "--overwrite")
+    assert again.returncode == 0 and "already in" not in again.stdout
+    assert _train_row(tmp_path) == row
+
+    # A run of another recipe takes the mask that is there.
+    other = _train(
+        cache, *flags, "--config.train.num_epochs=1", "--config.train.label_smoothing=0.1"
+    )
+    assert (
+        other.returncode == 0
+        and "iterations" not in other.stdout
+        and "26,039 weights kept" not in other.stdout
+    )
+
+
+def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
+    text = _train(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
+    listed = set(re.split(r",\s+", text.strip()))
+    values = dataclasses.asdict(Config())
+    parts = ("data", "prune", "train", "sweep", "grid")
+    keys = {f"{part}.{key}" for part in parts for key in values[part]} | (values.keys() - {*parts})
+    beyond = {
+        "train.make_optimizer",
+        "grids",
+    }  # a function, and several grids, which only a config file can give
+    assert keys == listed | beyond and not listed & beyond
+
+
+def test_killed_and_stopped_runs_end_as_one_that_was_left_alone(
+    tmp_path: pathlib.Path, cache: pathlib.Path
+) -> None:
+    flags = (*QUICK, "--config.train.num_epochs=40")
+    whole = _train(cache, *flags, f"--workdir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+
+    chance = random.Random()
+    killed = 0
+    for number, sign in enumerate([signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]):
+        process = _start(cache, *flags, f"--workdir={tmp_path / 'parts'}")
+        _read_until(process, f"epoch {3 + 9 * number}/40")
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(sign)
+        _, stderr = process.communicate(timeout=60)
+        if process.returncode != 0:  # else it was done before the signal came
+            killed += 1
+            assert process.returncode == (143 if sign == signal.SIGTERM else -9)
+            assert sign == signal.SIGKILL or "on from there" in stderr
+    assert killed >= 1
+    last = _train(cache, *flags, f"--workdir={tmp_path / 'parts'}")
+    assert last.returncode == 0, last.stderr
+    assert _train_row(tmp_path / "parts") == _train_row(tmp_path / "whole")
+    curve = _train_row(tmp_path / "whole")["curve"]
+    assert (tmp_path / "parts" / curve).read_bytes() == (tmp_path / "whole" / curve).read_bytes()
+
+
+BAD = {
+    "data that is not here": (
+        ["--config.dataset=cifar10"],
+        "dataset='cifar10'",
+        "--config.dataset=digits",
+    ),
+    "folder": (
+        ["--config.dataset=mnist", "--config.data.dir=/nowhere"],
+        "data.dir='/nowhere'",
+        "IDX",
+    ),
+    "epochs": (["--config.train.num_epochs=0"], "train.num_epochs=0", "at least 1"),
+    "batch": (["--config.train.batch_size=2000"], "batch_size=2000", "1438"),
+    "rate": (["--config.train.learning_rate=nan"], "train.learning_rate=nan", "at least 0"),
+    "drops": (["--config.train.drops=(3,2)"], "train.drops=(3, 2)", "rising"),
+    "dtype": (
+        ["--config.train.compute_dtype=float16"],
+        "train.compute_dtype='float16'",
+        "bfloat16",
+    ),
+    "key": (["--config.train.lr=1"], "--config.train.lr", "train.learning_rate"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(
+    tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The folder of the folders that the commands were given, and what they said."""
+    folder = tmp_path_factory.mktemp("bad")
+    cases = {
+        case: [*QUICK, f"--workdir={folder / case}", *flags] for case, (flags, *_) in BAD.items()
+    }
+    return folder, commands.run_all(
+        "train", cases, {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    )
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None:
+    (_, argument, cure), workdir, result = BAD[case], bad[0] / case, bad[1][case]
+    assert result.returncode != 0
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert argument in result.stderr and cure in result.stderr
+    assert not list(workdir.glob("checkpoints/*/*"))
+
+
+def test_a_loss_that_is_not_finite_names_the_step(
+    tmp_path: pathlib.Path, cache: pathlib.Path
+) -> None:
+    # Good for one epoch of 11 steps, then a rate that nothing survives.
+    flags = (
+        "--config.train.drops=(1,)",
+        "--config.train.drop_factor=1e30",
+        "--config.train.num_epochs=9",
+    )
+    result = _train(cache, *QUICK, f"--workdir={tmp_path}", *flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "the loss is not finite at step 1" in result.stderr and "(epoch 2 of 9)" in result.stderr
+    assert (
+        "The checkpoint after step 11 stays" in result.stderr
+        and "train.learning_rate=0.02" in result.stderr
+    )
+    assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["11"]
+    assert not any(
+        row["run_id"].startswith("train-") for row in storage.read_rows(tmp_path / "rows.jsonl")
+    )
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(
+    tmp_path: pathlib.Path, cache: pathlib.Path
+) -> None:
+    flags = (*QUICK, f"--workdir={tmp_path}", "--config.train.num_epochs=2")
+    result = _train(cache, *flags, max_file_size=40_000)
+    assert result.returncode == 2, result.stderr
+    message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and "could not be written" in message[0] and "make room" in message[0]
+    result = _train(cache, *flags)
+    assert result.returncode == 0, result.stderr
+    assert _train_row(tmp_path)["num_steps"] == 22
+
+
+RUN = {"run_id": "a", "config": {"model": "fc", "drops": (3, 4)}}
+
+
+def _tree(value: float = 1.0) -> Any:
+    return {
+        "w": jnp.full((2, 3), value),
+        "hole": None,
+        "key": jax.random.key(7),
+        "step": jnp.int32(3),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax
+def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with checkpoints.open_folder(folder, RUN, 2) as opened:
+        assert checkpoints.restore_latest(opened, _tree()) is None
+        for step in (1, 2, 3):
+            checkpoints.save(opened, step, _tree(float(step)))
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+    with checkpoints.open_folder(folder, RUN, 2) as opened:
+        restored = checkpoints.restore_latest(opened, _tree())
+        assert restored is not None
+        step, tree = restored
+        assert (
+            step == 3
+            and tree["hole"] is None
+            and tree["step"] == 3
+            and tree["step"].dtype == jnp.int32
+        )
+        np.testing.assert_array_equal(tree["w"], np.full((2, 3), 3.0))
+        assert jax.random.bits(tree["key"]) == jax.random.bits(jax.random.key(7))
+        for like, message in (
+            ({**_tree(), "w": jnp.ones((2, 4))}, r"another network: 'w' is \(\(2, 3\)"),
+            ({**_tree(), "more": jnp.ones(1)}, "'more' is missing there"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                checkpoints.restore_latest(opened, like)
+    with (
+        checkpoints.open_folder(folder, {**RUN, "config": {"model": "conv"}}, 2) as opened,
+        pytest.raises(ValueError, match=r"belongs to another run: its config is .*'fc'"),
+    ):
+        checkpoints.restore_latest(opened, _tree())
+    for path in (folder / "3").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with (
+        checkpoints.open_folder(folder, RUN, 2) as opened,
+        pytest.raises(
+            ValueError, match=r"checkpoints/3' is damaged.*goes on from the checkpoint before"
+        ),
+    ):
+        checkpoints.restore_latest(opened, _tree())
+
+
+@pytest.mark.filterwarnings("ignore")  # of grain and orbax
+def test_streamed_runs_go_on_as_others_do(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(i: int) -> dict[str, Any]:
+        content = io.BytesIO()
+        PIL.Image.fromarray(np.full((40, 44, 3), 20 * (i % 10), np.uint8)).save(content, "PNG")
+        return {"image": content.getvalue(), "label": i % 10}
+
+    splits = {"train": [record(i) for i in range(50)], "test": [record(i) for i in range(21)]}
+    monkeypatch.setattr(readers, "source", lambda dataset, split, directory, decode: splits[split])
+    small = data.DATASETS["imagenet"]._replace(num_classes=10, image_shape=(32, 32, 3))
+    monkeypatch.setitem(data.DATASETS, "imagenet", small)
+    settings = Config(
+        model="conv", dataset="imagenet", width_multiplier=1 / 16, prune=PruneConfig(compression=1.0),
+        train=TrainConfig(num_epochs=3, batch_size=8, learning_rate=0.05, drops=()),
+    )  # fmt: skip
+    network = prune_run.build(settings)
+    whole = train_run.train(settings, network, network.mask, tmp_path / "whole")
+    assert whole["num_steps"] == 18 and whole["last"]["epoch"] == 3
+    asked: list[int] = []
+
+    def stop_at_the_fourth() -> bool:
+        asked.append(0)
+        return len(asked) == 4
+
+    with pytest.raises(storage.Stopped):
+        train_run.train(
+            settings, network, network.mask, tmp_path / "parts", should_stop=stop_at_the_fourth
+        )
+    parts = train_run.train(settings, network, network.mask, tmp_path / "parts")
+    assert parts == whole
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
+    settings = Config(
+        model="cifar_vgg11_bn", dataset="digits", width_multiplier=1 / 16,
+        prune=PruneConfig(pruner="snip", compression=5.0, biases=True, norms=True),
+        train=TrainConfig(
+            num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), label_smoothing=0.1, clip_norm=1.0,
+            compute_dtype="bfloat16", weight_decay=1e-3,
+        ),
+    )  # fmt: skip
+    network = prune_run.build(settings)
+    row = prune_run.prune(settings, network, tmp_path)
+    found = prune_run.find_mask(settings, network, tmp_path)
+    assert found is not None and found[1]["run_id"] == row["run_id"]
+    reports: list[train_run.Progress] = []
+    trained = train_run.train(settings, network, found[0], tmp_path, on_progress=reports.append)
+    assert trained["num_steps"] == 4 and trained["kept"] == row["kept"]
+    assert [report.step for report in reports if report.finished] == [2, 4]
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["label_smoothing"] == 0.1
+    # A chain of one's own is another run.
+    chain = lambda steps_per_epoch: optax.adamw(
+        optax.cosine_decay_schedule(1e-3, 2 * steps_per_epoch)
+    )
+    other = Config(
+        **{
+            **vars(settings),
+            "train": TrainConfig(num_epochs=2, batch_size=719, make_optimizer=chain),
+        }
+    )
+    assert config.train_id(other) != config.train_id(settings) and config.run_id(
+        other
+    ) == config.run_id(settings)
+    small = Config(**{**vars(other), "model": "fc", "prune": PruneConfig()})
+    network = prune_run.build(small)
+    with pytest.raises(storage.Stopped, match="after step"):
+        train_run.train(small, network, network.mask, tmp_path, should_stop=lambda: True)

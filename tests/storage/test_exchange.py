@@ -1,0 +1,589 @@
+"""Networks as files: what is written is what is read, in our format, as a program of jax.export, and as PyTorch's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch_exchange_reference as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synflow_jax import models, storage, trees
+from synflow_jax.experiments import certificates, config, export_run, prune_run, train_run
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax.storage import checkpoints, networks
+from synflow_jax.storage.networks import Bundle
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# One of each form: (name, width multiplier, input shape). Maps are not square where they are flattened.
+FORMS = (
+    ("fc", 0.1, (6, 5, 3)),
+    ("conv", 0.2, (6, 5, 2)),
+    ("cifar_vgg11", 0.05, (32, 32, 3)),
+    ("cifar_vgg13_bn", 0.05, (32, 32, 3)),
+    ("tiny_vgg11_bn", 0.05, (64, 96, 3)),
+    ("imagenet_vgg11", 0.01, (96, 64, 3)),
+    ("cifar_resnet20", 0.25, (32, 32, 3)),
+    ("tiny_resnet18", 0.05, (64, 64, 3)),
+    ("imagenet_resnet50", 0.03, (64, 64, 3)),
+)
+FORM_NAMES = [form[0] for form in FORMS]
+
+
+# What a compiler does to make programs fast takes longer here than it saves.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def _shapes(name: str) -> tuple[Any, Any, Any, tuple[int, ...]]:
+    _, multiplier, input_shape = next(form for form in FORMS if form[0] == name)
+    model = models.create(name, 5, width_multiplier=multiplier)
+    shapes = jax.eval_shape(lambda key: models.init(model, input_shape, key), jax.random.key(0))
+    return model, *shapes, input_shape
+
+
+def _bundle(name: str, seed: int = 0, density: float = 0.5) -> Bundle:
+    """A network whose variables are all drawn anew, norms and biases too, with a random mask."""
+    model, params, batch_stats, input_shape = _shapes(name)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: Any) -> jax.Array:
+        values = rng.normal(size=leaf.shape)
+        kernel = values * np.sqrt(2 / max(1, np.prod(leaf.shape[:-1])))
+        return jnp.asarray(
+            {"kernel": kernel, "var": 0.5 + values**2}.get(path[-1].key, 1 + 0.1 * values),
+            jnp.float32,
+        )
+
+    params, batch_stats = jax.tree_util.tree_map_with_path(draw, (params, batch_stats))
+    mask = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.random(leaf.shape) < density), trees.prunable(params)
+    )
+    return Bundle(model, params, batch_stats, mask, input_shape)
+
+
+def _logits(network: Bundle, x: np.ndarray) -> np.ndarray:
+    params = trees.apply_mask(network.params, network.mask)
+    apply_fn = jax.jit(models.eval_fn(network.model, network.batch_stats), compiler_options=_QUICK)
+    return np.asarray(apply_fn(params, x))
+
+
+def _images(network: Bundle, batch: int = 3) -> np.ndarray:
+    return np.random.default_rng(9).normal(size=(batch, *network.input_shape)).astype(np.float32)
+
+
+def _assert_close(got: np.ndarray, wanted: np.ndarray, relative: float) -> None:
+    assert got.shape == wanted.shape and np.abs(wanted).max() > 0
+    assert np.abs(got - wanted).max() <= relative * np.abs(wanted).max()
+
+
+def _assert_same(got: Any, wanted: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for new, old in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert new.dtype == old.dtype
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+@functools.cache
+def _compact(name: str) -> Bundle:
+    """Every third unit of each hidden layer gone."""
+    network = _bundle(name)
+
+    def drop(path: tuple, leaf: jax.Array) -> jax.Array:
+        inside = path[-1].key in ("kernel", "bias", "mean") and "head" not in trees.path_name(path)
+        return leaf.at[..., ::3].set(jnp.zeros((), leaf.dtype)) if inside else leaf
+
+    params, batch_stats = jax.tree_util.tree_map_with_path(
+        drop, (network.params, network.batch_stats)
+    )
+    mask = jax.tree_util.tree_map_with_path(drop, jax.tree.map(jnp.ones_like, network.mask))
+    small = models.compact(network.model, params, batch_stats, mask, network.input_shape, fold=True)
+    assert sum(trees.sizes(small.params)) < sum(trees.sizes(network.params))
+    return Bundle(*small[:4], network.input_shape)
+
+
+# Our own format
+
+
+@pytest.mark.parametrize("name", FORM_NAMES)
+def test_a_saved_network_is_read_bit_for_bit(tmp_path: pathlib.Path, name: str) -> None:
+    network = _bundle(name)
+    networks.save(tmp_path / "net.safetensors", *network, {"seed": 3})
+    read = networks.load(tmp_path / "net.safetensors")
+    _assert_same(read[1:4], network[1:4])
+    assert read.input_shape == network.input_shape and type(read.model) is type(network.model)
+    for field in dataclasses.fields(read.model):
+        new, old = getattr(read.model, field.name), getattr(network.model, field.name)
+        assert new == old or field.name.endswith(
+            "_init"
+        )  # initializers are functions, and draw no weights any more
+    with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
+        header = file.metadata()
+    assert json.loads(header["run"]) == {"seed": 3}
+    assert json.loads(header["widths"])["head"] == 5
+    assert {n: layer["kept"] for n, layer in json.loads(header["mask"]).items()} == {
+        f"mask/{n}": int(m.sum())
+        for n, m in zip(trees.names(network.mask), jax.tree.leaves(network.mask), strict=True)
+    }
+
+
+def test_a_compact_network_is_read_with_its_function(tmp_path: pathlib.Path) -> None:
+    network = _compact("cifar_resnet20")
+    networks.save(tmp_path / "net.safetensors", *network)
+    read = networks.load(tmp_path / "net.safetensors")
+    _assert_same(read[1:4], network[1:4])
+    np.testing.assert_array_equal(_logits(read, _images(read)), _logits(network, _images(network)))
+
+
+def test_damaged_and_foreign_files(tmp_path: pathlib.Path) -> None:
+    network, path = _bundle("fc"), tmp_path / "net.safetensors"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        networks.load(path)
+    networks.save(path, *network)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match="cannot be read"):
+        networks.load(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="do not match its sha256"):
+        networks.load(path)
+    tensors, header = networks.bundle.read_safetensors(path)
+    storage.save_mask(path, network.mask)
+    with pytest.raises(ValueError, match="has format 'synflow_jax mask 1'"):
+        networks.load(path)
+    path.write_bytes(whole)
+    tensors, header = networks.bundle.read_safetensors(path)
+    for change, message in (
+        ({"model": header["model"].replace("MLP", "Transformer")}, "metadata that cannot be read"),
+        (
+            {"model": header["model"].replace('"num_classes": 5', '"num_classes": 6')},
+            "'params/head/bias' is .5., and",
+        ),
+        ({"input_shape": "[2, 2, 1]"}, "'params/fc1/kernel' is .90, 10., and of the model .4, 10."),
+    ):
+        path.write_bytes(safetensors.numpy.save(tensors, header | change))
+        with pytest.raises(ValueError, match=message):
+            networks.load(path)
+
+
+def test_variables_that_do_not_fit_are_not_written(tmp_path: pathlib.Path) -> None:
+    network = _bundle("cifar_vgg13_bn")
+    for wrong, message in (
+        (network._replace(batch_stats={}), "'batch_stats/conv1_1_norm/mean' is missing"),
+        (network._replace(mask=network.params), "must be bool"),
+        (
+            network._replace(model=models.create("cifar_vgg13_bn", 5)),
+            "'batch_stats/conv1_1_norm/mean' is .3., and of the model .64.",
+        ),
+    ):
+        for write in (functools.partial(networks.save, tmp_path / "a"), networks.to_torch):
+            with pytest.raises(ValueError, match=message):
+                write(*wrong)
+    assert not list(tmp_path.iterdir())
+
+
+# A program
+
+
+def test_the_program_runs_without_this_package(tmp_path: pathlib.Path) -> None:
+    """In a process that cannot import it, for two batch sizes, with the logits of ours to 1e-6."""
+    inputs, expected = {}, {}
+    for i, (network, batches) in enumerate(
+        ((_compact("tiny_vgg11_bn"), (1,)), (_bundle("conv"), (1, 4)))
+    ):
+        (tmp_path / f"{i}.jax").write_bytes(networks.to_jax(*network))
+        for batch in batches:
+            x = _images(network, batch)
+            inputs[f"{i}_{batch}"], expected[f"{i}_{batch}"] = x, _logits(network, x)
+    np.savez(tmp_path / "in.npz", **inputs)
+    script = """
+        import importlib.util, sys
+        import numpy as np
+        from jax import export
+        assert importlib.util.find_spec("synflow_jax") is None
+        with np.load("in.npz") as file:
+            inputs = {name: file[name] for name in file.files}
+        programs = {i: export.deserialize(bytearray(open(f"{i}.jax", "rb").read())) for i in "01"}
+        assert all(program.platforms == ("cpu", "cuda", "tpu") for program in programs.values())
+        np.savez("out.npz", **{name: programs[name[0]].call(x) for name, x in inputs.items()})
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # An editable install would put the package on the path again: the paths of packages alone are passed on.
+    paths = [
+        path for path in sys.path if not (pathlib.Path(path) / "synflow_jax").is_dir() and path
+    ]
+    script = f"import sys\nsys.path[:] = {paths!r}\n" + textwrap.dedent(script)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as file:
+        for name, wanted in expected.items():
+            _assert_close(file[name], wanted, 1e-6)
+
+
+def test_a_program_for_an_unknown_platform() -> None:
+    with pytest.raises(ValueError, match=r"platforms=\('gpu',\) must be some of cpu, cuda, tpu"):
+        networks.to_jax(*_bundle("fc"), platforms=("gpu",))
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize("name", FORM_NAMES)
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), density=st.sampled_from([0.0, 0.3, 1.0]))
+def test_reading_undoes_writing(name: str, seed: int, density: float) -> None:
+    """from_torch(to_torch(x)) == x in every bit, by the network and by its name."""
+    network = _bundle(name, seed, density)
+    state = networks.to_torch(*network)
+    assert all(array.flags.c_contiguous for array in state.values())
+    wanted = trees.apply_mask(network.params, network.mask), network.batch_stats
+    by_model = networks.from_torch(state, network.model, network.input_shape)
+    _assert_same(by_model[1:3], wanted)
+    assert by_model.model == network.model
+    by_name = networks.from_torch(state, name, network.input_shape)
+    _assert_same(by_name[1:3], wanted)
+    assert all(bool(leaf.all()) for leaf in jax.tree.leaves(by_name.mask))
+
+
+@pytest.mark.parametrize("name", ["cifar_vgg13_bn", "tiny_vgg11_bn", "cifar_resnet20", "conv"])
+def test_a_compact_network_passes_through_pytorch(name: str) -> None:
+    network = _compact(name)
+    read = networks.from_torch(networks.to_torch(*network), name, network.input_shape)
+    _assert_close(_logits(read, _images(read)), _logits(network, _images(network)), 1e-6)
+
+
+@functools.cache
+def _reference(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A state dict, and the logits that PyTorch computed with it."""
+    with np.load(reference.FILE) as file:
+        return reference.fill(json.loads(str(file[f"{name}/shapes"]))), file[f"{name}/logits"]
+
+
+@pytest.mark.parametrize("name", reference.CASES)
+def test_weights_from_pytorch_give_its_logits(name: str) -> None:
+    """And what we write of them is PyTorch's state dict again, name by name and bit for bit: so it loads there."""
+    state, logits = _reference(name)
+    side = reference.CASES[name].side
+    network = networks.from_torch(state, name, (side, side, 3))
+    _assert_close(_logits(network, reference.images(name)), logits, 1e-5)
+    written = networks.to_torch(*network)
+    assert set(written) == set(state)
+    for key, array in written.items():
+        assert array.dtype == state[key].dtype
+        np.testing.assert_array_equal(array, state[key])
+
+
+@pytest.mark.parametrize("name", reference.CASES)
+def test_our_networks_load_in_pytorch(name: str) -> None:
+    """Masked ones, where PyTorch is installed."""
+    pytest.importorskip("torch")
+    case = reference.CASES[name]
+    network = networks.from_torch(_reference(name)[0], name, (case.side, case.side, 3))
+    rng = np.random.default_rng(4)
+    network = network._replace(
+        mask=jax.tree.map(lambda m: jnp.asarray(rng.random(m.shape) < 0.5), network.mask)
+    )
+    net = reference.module(name, case.widths, case.hidden, maps=case.side // 32)
+    theirs = reference.logits(net, networks.to_torch(*network), reference.images(name))
+    _assert_close(_logits(network, reference.images(name)), theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["cifar_vgg13_bn", "cifar_vgg11"])
+def test_the_documented_pytorch_module_of_a_compact_network(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    network = _compact(name)
+    networks.save_torch(tmp_path / "net.safetensors", *network)
+    state = {
+        k: torch.from_numpy(v)
+        for k, v in networks.bundle.read_safetensors(tmp_path / "net.safetensors")[0].items()
+    }
+    code = (
+        inspect.getdoc(networks.save_torch)
+        .partition("any widths:\n\n")[2]
+        .partition("\n\nRaises")[0]
+    )
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(code), names)
+    x = _images(network)
+    with torch.no_grad():
+        theirs = names["vgg"](state)(
+            torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        ).numpy()
+    _assert_close(_logits(network, x), theirs, 1e-5)
+
+
+def test_files_of_weights(tmp_path: pathlib.Path) -> None:
+    """safetensors with the widths inside, .npz, names of nn.DataParallel, half precision."""
+    network = _compact("cifar_vgg13_bn")
+    state = networks.to_torch(*network)
+    wanted = trees.apply_mask(network.params, network.mask), network.batch_stats
+    networks.save_torch(tmp_path / "net.safetensors", *network, {"seed": 3})
+    np.savez(tmp_path / "net.npz", **{f"module.{name}": array for name, array in state.items()})
+    for file in ("net.safetensors", "net.npz"):
+        _assert_same(networks.from_torch(tmp_path / file, "cifar_vgg13_bn")[1:3], wanted)
+    header = networks.bundle.read_safetensors(tmp_path / "net.safetensors")[1]
+    assert json.loads(header["run"]) == {"seed": 3} and json.loads(header["input_shape"]) == [
+        3,
+        32,
+        32,
+    ]
+    assert json.loads(header["widths"]) == {
+        name.removesuffix(".weight"): len(array) for name, array in state.items() if array.ndim > 1
+    }
+    half = {name: array.astype(np.float16) for name, array in state.items()}
+    read = networks.from_torch(half, "cifar_vgg13_bn")
+    _assert_same(
+        read.params["head"]["kernel"],
+        wanted[0]["head"]["kernel"].astype(jnp.float16).astype(jnp.float32),
+    )
+
+
+def test_all_that_does_not_fit_is_said_at_once(tmp_path: pathlib.Path) -> None:
+    network = _bundle("cifar_vgg13_bn")
+    state = networks.to_torch(*network)
+    model, shape = network.model, network.input_shape
+
+    def without(*names: str) -> dict[str, np.ndarray]:
+        return {name: array for name, array in state.items() if name not in names}
+
+    bad = without("fc.weight") | {"fc.mask": state["fc.bias"], "layers.0.bn.bias": np.zeros(4)}
+    listed = "missing: fc.weight; unknown: fc.mask; of another shape: layers.0.bn.bias [4] in place of [3]. Choose the"
+    with pytest.raises(ValueError, match=re.escape(listed)):
+        networks.from_torch(bad, model, shape)
+    for wrong, message in (
+        (
+            state | {"fc.weight": state["fc.weight"][:, :1]},
+            r"fc\.weight \[5, 1\] in place of \[5, 26\]",
+        ),
+        (
+            state | {"layers.0.conv.weight": state["fc.weight"]},
+            r"of another number of axes: layers\.0\.conv\.weight",
+        ),
+        (state | {"fc.bias": np.full(5, np.nan, np.float32)}, r"NaN or infinite: fc\.bias"),
+        (state | {"fc.bias": np.zeros(5, int)}, r"no numbers: fc\.bias"),
+        ({}, r"missing: layers\.0\.conv\.bias, .* and 56 more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            networks.from_torch(wrong, "cifar_vgg13_bn")
+    with pytest.raises(ValueError, match=r"input_shape=None"):
+        networks.from_torch(state, model)
+    with pytest.raises(ValueError, match=r"model='vgg13' is unknown"):
+        networks.from_torch(state, "vgg13")
+    with pytest.raises(FileNotFoundError, match=r"none\.npz' does not exist"):
+        networks.from_torch(tmp_path / "none.npz", "cifar_vgg13_bn")
+    (tmp_path / "net.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"neither \.safetensors nor \.npz.*torch\.load"):
+        networks.from_torch(tmp_path / "net.pt", "cifar_vgg13_bn")
+    for name in ("net.npz", "net.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 cut off")
+        with pytest.raises(ValueError, match="cannot be read"):
+            networks.from_torch(tmp_path / name, "cifar_vgg13_bn")
+
+
+def test_names_of_foreign_modules_are_unknown() -> None:
+    import flax.linen as nn
+
+    with pytest.raises(ValueError, match="model is a Dense"):
+        networks.torch_names(nn.Dense(3))
+
+
+# Runs
+
+
+def _settings(**values: Any) -> Config:
+    prune = PruneConfig(pruner="magnitude", compression=4.0)
+    return Config(model="fc", dataset="digits", width_multiplier=0.1, prune=prune, **values)
+
+
+def _pretrained() -> Bundle:
+    network = prune_run.build(_settings(seed=5))
+    params = jax.tree.map(lambda leaf: leaf + 1, network.params)  # such as no seed draws
+    return Bundle(network.model, params, network.batch_stats, network.mask, network.input_shape)
+
+
+def test_a_pretrained_network_is_pruned(tmp_path: pathlib.Path) -> None:
+    """PyTorch's weights or ours, in place of random ones; the run's name has their content and not their path."""
+    network = _pretrained()
+    np.savez(tmp_path / "a.npz", **networks.to_torch(*network))
+    shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
+    networks.save(tmp_path / "ours.safetensors", *network)
+    for file in ("a.npz", "ours.safetensors"):
+        _assert_same(prune_run.build(_settings(init=str(tmp_path / file))).params, network.params)
+    a, b, ours = (
+        _settings(init=str(tmp_path / file)) for file in ("a.npz", "b.npz", "ours.safetensors")
+    )
+    assert config.run_id(a) == config.run_id(b)
+    assert len({config.run_id(settings) for settings in (a, ours, _settings())}) == 3
+    assert "init" not in config.prune_dict(
+        _settings()
+    )  # the names of runs without it stay what they were
+
+    row = prune_run.prune(a, prune_run.build(a), tmp_path / "work")
+    assert row["config"]["init"] == config.init_digest(b) and prune_run.find_row(
+        b, tmp_path / "work"
+    )
+    mask = storage.load_mask(
+        tmp_path / "work" / "masks" / f"{row['run_id']}.safetensors", network.params
+    )
+    kernels = jax.tree.leaves(trees.select(network.params, mask))
+    kept = jnp.concatenate(
+        [jnp.abs(w)[m] for w, m in zip(kernels, jax.tree.leaves(mask), strict=True)]
+    )
+    gone = jnp.concatenate(
+        [jnp.abs(w)[~m] for w, m in zip(kernels, jax.tree.leaves(mask), strict=True)]
+    )
+    assert kept.min() > gone.max()
+    with pytest.raises(
+        ValueError, match=r"not where they are: name the file, --config=CONFIG --config\.init=FILE"
+    ):
+        export_run.read(row, tmp_path / "work")
+    _assert_same(export_run.read(row, tmp_path / "work", str(tmp_path / "b.npz")).params,
+                 trees.apply_mask(network.params, mask))  # fmt: skip
+    with pytest.raises(ValueError, match="is not the file that run"):
+        export_run.read(row, tmp_path / "work", str(tmp_path / "ours.safetensors"))
+
+
+def test_a_certificate_of_a_pretrained_network(tmp_path: pathlib.Path) -> None:
+    networks.save(tmp_path / "net.safetensors", *_pretrained())
+    settings = dataclasses.replace(
+        _settings(init=str(tmp_path / "net.safetensors")),
+        prune=PruneConfig(schedule="certified", compression=2.0),
+    )
+    row = prune_run.prune(settings, prune_run.build(settings), tmp_path)
+    path = tmp_path / row["certificate"]
+    assert certificates.verify(path, init=settings.init).kept == row["kept"]
+    with pytest.raises(ValueError, match="not where they are"):
+        certificates.verify(path)
+    (tmp_path / "other").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not the file that the run of certificate"):
+        certificates.verify(path, init=str(tmp_path / "other"))
+
+
+def test_files_that_no_network_can_begin_from(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"init='none\.npz' cannot be read: No such file.*leave it out"
+    ):
+        config.check(_settings(init="none.npz"))
+    np.savez(tmp_path / "net.npz", **networks.to_torch(*_bundle("conv")))
+    networks.save(tmp_path / "net.safetensors", *_bundle("fc"))
+    for name, message in (
+        ("net.npz", r"init='.*net\.npz' cannot be used: .*missing: 1\.bias"),
+        (
+            "net.safetensors",
+            r"init=.* cannot be used: the variables of .* 'params/fc1/kernel' is .90, 10., and of",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_run.build(_settings(init=str(tmp_path / name)))
+
+
+def test_a_trained_network_is_read_from_its_checkpoint(tmp_path: pathlib.Path) -> None:
+    settings = dataclasses.replace(
+        _settings(), train=TrainConfig(num_epochs=1, drops=(), batch_size=512)
+    )
+    network = prune_run.build(settings)
+    prune_run.prune(settings, network, tmp_path)
+    mask, _ = prune_run.find_mask(settings, network, tmp_path) or (None, None)
+    row = train_run.train(settings, network, mask, tmp_path)
+    assert export_run.find_row(tmp_path, settings, None)["run_id"] == row["run_id"]
+    assert export_run.find_row(tmp_path, None, row["prune_run_id"])["run_id"] == row["prune_run_id"]
+    read = export_run.read(row, tmp_path)
+    assert train_run._sha256(read.params) == row["params_sha256"]
+    _assert_same(read.mask, mask)
+    assert read.model == network.model
+
+    # One that was trained as a smaller network: its checkpoint's shapes say so.
+    small = export_run.compact(read._replace(mask=_third_gone(read.mask)), trained=False)
+    folder = train_run.checkpoint_path(tmp_path, row["run_id"])
+    checkpoints.delete(folder)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        export_run.read(row, tmp_path)
+    with checkpoints.open_folder(folder, {}, 1) as opened:
+        state = {"params": small.params, "batch_stats": small.batch_stats, "mask": small.mask}
+        checkpoints.save(opened, 1, (state, {"step": jnp.zeros(3)}))
+    again = export_run.read(row, tmp_path)
+    assert again.model == small.model
+    _assert_same(
+        again[1:4], (trees.apply_mask(small.params, small.mask), small.batch_stats, small.mask)
+    )
+
+
+def _third_gone(mask: Any) -> Any:
+    """The mask without what every third unit of the first layer is read by."""
+    return mask | {
+        "fc2": mask["fc2"] | {"kernel": mask["fc2"]["kernel"].at[::3].set(jnp.array(False))}
+    }
+
+
+def test_the_command(tmp_path: pathlib.Path) -> None:
+    """All formats of a pruned run, by its config; and what it says of bad flags."""
+    settings = _settings()
+    row = prune_run.prune(settings, prune_run.build(settings), tmp_path)
+    flags = ["--config=configs/digits.py", "--config.model=fc", "--config.width_multiplier=0.1",
+             "--config.prune.pruner=magnitude", "--config.prune.compression=4", f"--workdir={tmp_path}"]  # fmt: skip
+
+    def export(*flags: str) -> subprocess.CompletedProcess[str]:
+        # The interpreter of the tests, with the packages that it has.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
+        command = [sys.executable, "export.py", *flags]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    done = export(*flags, f"--out={tmp_path / 'out'}", "--compact")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    name = f"{row['run_id']}-compact"
+    assert f"{name}: " in done.stdout and "of jax.export" in done.stdout
+    network = networks.load(tmp_path / "out" / f"{name}.safetensors")
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    full = export_run.read(row, tmp_path)
+    _assert_close(_logits(network, _images(full)), _logits(full, _images(full)), 1e-5)
+    read = networks.from_torch(tmp_path / "out" / f"{name}.torch.safetensors", "fc")
+    _assert_same(read.params, trees.apply_mask(network.params, network.mask))
+    header = networks.bundle.read_safetensors(tmp_path / "out" / f"{name}.torch.safetensors")[1]
+    assert json.loads(header["run"])["run_id"] == row["run_id"]
+
+    done = export(f"--workdir={tmp_path}", "--run=r1")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "has no run 'r1'; its runs are fc-digits" in done.stderr
+
+
+def test_bad_arguments_of_an_export(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="--config and --run are missing"):
+        export_run.find_row(tmp_path, None, None)
+    with pytest.raises(ValueError, match="its runs are none"):
+        export_run.find_row(tmp_path, _settings(), None)
+    with pytest.raises(
+        ValueError, match=r"format='onnx,jax' must be some of safetensors,jax,torch"
+    ):
+        export_run.check_formats(["onnx", "jax"])
+    assert export_run.check_formats(["jax", "torch", "jax"]) == ["jax", "torch"]

@@ -1,0 +1,291 @@
+"""A run that trains the compact network: the same figures as the masked run, up to rounding, and the same laws.
+
+It can be stopped anywhere and ends in the same bits; what it holds is said in its row and its checkpoints; its last
+checkpoint goes back into the full network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from synflow_jax import data, models, storage, training, trees
+from synflow_jax.experiments import config, prune_run, train_run
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax.models.vgg import VGG
+from synflow_jax.storage import checkpoints
+from synflow_jax.training import forms
+from synflow_jax.trees import Mask
+from synflow_jax.units import compaction
+
+ROOT = pathlib.Path(__file__).parents[2]
+NUM_EPOCHS, STEPS_PER_EPOCH, BATCH = 10, 20, 71
+FLAGS = (
+    "--config=configs/digits.py", "--config.width_multiplier=0.5", "--config.prune.compression=100",
+    "--config.prune.num_iterations=10", f"--config.train.num_epochs={NUM_EPOCHS}", f"--config.train.batch_size={BATCH}",
+    "--config.train.learning_rate=0.02", "--config.train.drops=(8,)",
+)  # fmt: skip
+
+
+def _settings(compact: bool | None, **changes: Any) -> Config:
+    """As `FLAGS` have it."""
+    train = TrainConfig(
+        num_epochs=NUM_EPOCHS, batch_size=BATCH, learning_rate=0.02, drops=(8,), compact=compact
+    )
+    return Config(
+        model="conv", dataset="digits", width_multiplier=0.5, prune=PruneConfig(compression=100.0, num_iterations=10),
+        train=dataclasses.replace(train, **changes),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[prune_run.Network, Mask, pathlib.Path]:
+    """The network, its mask, and the folder that holds it."""
+    workdir = tmp_path_factory.mktemp("pruned")
+    settings = _settings(None)
+    network = prune_run.build(settings)
+    prune_run.prune(settings, network, workdir)
+    found = prune_run.find_mask(settings, network, workdir)
+    assert found is not None
+    return network, found[0], workdir
+
+
+@pytest.fixture(scope="module")
+def runs(
+    pruned: tuple[prune_run.Network, Mask, pathlib.Path],
+) -> dict[bool, tuple[pathlib.Path, dict[str, Any]]]:
+    """Per form, the folder and the row of a whole run."""
+    network, mask, workdir = pruned
+    found = {}
+    for compact in (False, True):
+        folder = workdir.with_name(f"{workdir.name}-{compact}")
+        shutil.copytree(workdir, folder)
+        found[compact] = folder, train_run.train(_settings(compact), network, mask, folder)
+    return found
+
+
+Pruned = tuple[prune_run.Network, Mask, pathlib.Path]
+Runs = dict[bool, tuple[pathlib.Path, dict[str, Any]]]
+
+
+def test_200_steps_are_those_of_the_masked_network(runs: Runs) -> None:
+    (folder, masked), (small_folder, small) = runs[False], runs[True]
+    assert small["num_steps"] == masked["num_steps"] == NUM_EPOCHS * STEPS_PER_EPOCH
+    curve, small_curve = (
+        train_run.read_curve(f / r["curve"]) for f, r in ((folder, masked), (small_folder, small))
+    )
+    assert len(curve) == NUM_EPOCHS and curve[-1]["train_loss"] < 0.5 * curve[0]["train_loss"]
+    for point, small_point in zip(curve, small_curve, strict=True):
+        for name, value in point.items():
+            assert small_point[name] == (
+                pytest.approx(value, rel=1e-4) if name.endswith("loss") else value
+            ), name
+
+
+def test_rows_say_what_was_trained(runs: Runs, pruned: Pruned) -> None:
+    network, mask, _ = pruned
+    small = models.compact(
+        network.model, network.params, network.batch_stats, mask, network.input_shape
+    )
+    (_, masked), (folder, row) = runs[False], runs[True]
+    assert (masked["compact"], row["compact"]) == (False, True)
+    kernel_sizes = lambda params: sum(
+        leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1
+    )
+    assert row["size"]["full"]["weights"] == kernel_sizes(network.params) == row["total"]
+    assert row["size"]["kept"]["weights"] == row["kept"] == masked["kept"]
+    assert row["size"]["compact"]["weights"] == kernel_sizes(small.params) < row["total"]
+    # A weight of a convolution works once at each of the 28x28 places, one of the head once.
+    for name, params in (("full", network.params), ("compact", small.params)):
+        head = params["head"]["kernel"].size
+        assert row["size"][name]["multiply_adds"] == 28 * 28 * (kernel_sizes(params) - head) + head
+    widths = [small.params[name]["kernel"].shape[-1] for name in ("conv1", "conv2", "head")]
+    assert list(row["size"]["widths"].values()) == widths and list(
+        masked["size"]["widths"].values()
+    ) == [16, 16, 10]
+    # What a run is does not depend on the form; what it took is no part of its row.
+    assert (
+        row["run_id"] == masked["run_id"] == config.train_id(_settings(None))
+        and row["config"] == masked["config"]
+    )
+    timing = train_run.find_timing(folder, row["run_id"])
+    assert (
+        timing is not None
+        and 0 < timing["step_seconds"] < timing["seconds"]
+        and "step_seconds" not in row
+    )
+    with checkpoints.open_folder(train_run.checkpoint_path(folder, row["run_id"]), {}, 2) as opened:
+        found = checkpoints.latest_run(opened)
+    assert found is not None and found["compact"] is True and found["size"] == row["size"]
+
+
+def _command(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "train.py", *FLAGS, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tests" / ".jax_cache"), "PYTHONUNBUFFERED": "1"},
+        text=True,
+    )  # fmt: skip
+
+
+def test_a_killed_run_ends_in_the_same_bits(
+    runs: Runs, pruned: Pruned, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "work"
+    shutil.copytree(pruned[2], workdir)
+    flags = ("--config.train.compact=True", f"--workdir={workdir}")
+    process = _command(*flags)
+    assert process.stdout is not None
+    assert any(f"epoch 2/{NUM_EPOCHS}" in line for line in process.stdout), process.communicate()[1]
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+    # The other form is refused, and told how to go on.
+    process = _command(f"--workdir={workdir}", "--config.train.compact=False")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2 and stderr.count("\n") == 1, stderr
+    assert "holds the compact network" in stderr and "--config.train.compact=True" in stderr
+    process = _command(*flags)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    for text in (
+        "going on after step",
+        "training the smaller dense network",
+        "smaller, dense (trained",
+        "ms a step",
+    ):
+        assert text in stdout
+    folder, row = runs[True]
+    (found,) = [
+        r for r in storage.read_rows(workdir / "rows.jsonl") if r["run_id"] == row["run_id"]
+    ]
+    assert found == json.loads(json.dumps(row))
+    assert (workdir / row["curve"]).read_bytes() == (folder / row["curve"]).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) -> None:
+    network, mask, _ = pruned
+    folder, row = runs[compact]
+    state = train_run.restore_full(_settings(compact), network, mask, folder)
+    assert int(state.step) == row["num_steps"]
+    for leaf, wanted in zip(jax.tree.leaves(state.mask), jax.tree.leaves(mask), strict=True):
+        np.testing.assert_array_equal(leaf, wanted)
+    for leaf, kept in zip(
+        jax.tree.leaves(trees.select(state.params, mask)), jax.tree.leaves(mask), strict=True
+    ):
+        assert not np.asarray(leaf)[~np.asarray(kept)].any()
+    arrays = data.load("digits", network.input_shape)
+    sums = training.make_evaluate(network.model, data.spec("digits"), 100)(state, *arrays[2:])
+    means = training.means(sums)
+    assert float(means["top1"]) == row["last"]["test_top1"]
+    assert float(means["loss"]) == pytest.approx(row["last"]["test_loss"], rel=1e-5)
+    # The row's mean squares are of the weights that were kept and trained; the compact network has none that are idle.
+    form = train_run.choose_form(_settings(compact), network, mask)
+    masks = dict(zip(trees.names(form.mask), jax.tree.leaves(form.mask), strict=True))
+    assert [(layer["name"], layer["size"]) for layer in row["mean_squares"]] == [
+        (n, m.size) for n, m in masks.items()
+    ]
+    wanted = {"initial": form.params} | ({} if compact else {"final": state.params})
+    for which, params in wanted.items():
+        leaves = dict(zip(trees.names(params), jax.tree.leaves(params), strict=True))
+        for layer in row["mean_squares"]:
+            kept = np.asarray(leaves[layer["name"]], np.float64)[np.asarray(masks[layer["name"]])]
+            assert layer[which] == pytest.approx(np.mean(kept**2), rel=1e-12)
+    # The optimizer's memory came along: training can go on.
+    moved = [np.count_nonzero(leaf) for leaf in jax.tree.leaves(state.opt_state)]
+    assert sum(moved) > 0.5 * row["size"]["kept"]["weights"]
+
+
+def test_what_cannot_be_used_is_refused(runs: Runs, pruned: Pruned, tmp_path: pathlib.Path) -> None:
+    network, mask, _ = pruned
+    for compact in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"To go on from it give --config.train.compact={compact};"
+        ):
+            train_run.train(_settings(not compact), network, mask, runs[compact][0])
+    with pytest.raises(ValueError, match="holds no checkpoint of this run"):
+        train_run.restore_full(_settings(True), network, mask, tmp_path)
+    empty = jax.tree.map(jnp.zeros_like, mask)
+    with pytest.raises(
+        ValueError, match=r"train.compact=True, but .*collapsed.*masked network is trained"
+    ):
+        train_run.choose_form(_settings(True), network, empty)
+    form = train_run.choose_form(_settings(None), network, empty)
+    assert not form.compact and form.size["compact"] is None and "collapsed" in form.reason
+
+
+def test_the_choice_is_by_counts_and_leaves_the_function(pruned: Pruned) -> None:
+    network, mask, _ = pruned
+    form = train_run.choose_form(_settings(None), network, mask)
+    counts = form.size["compact"]["multiply_adds"] / form.size["full"]["multiply_adds"]
+    assert form.compact and counts < forms.PAYS_BELOW
+    assert not train_run.choose_form(
+        _settings(None), network, network.mask
+    ).compact  # nothing would go
+    assert train_run.choose_form(
+        _settings(True), network, network.mask
+    ).compact  # the network as it is
+    # An optimizer may see whole layers, and dropout draws in the shape of what it drops.
+    own = _settings(None, make_optimizer=lambda steps: optax.lamb(1e-3))
+    assert not train_run.choose_form(own, network, mask).compact
+    assert train_run.choose_form(
+        _settings(True, make_optimizer=own.train.make_optimizer), network, mask
+    ).compact
+    for hidden in ((), (6,)):
+        model = VGG(3, ((8,), (8,)), hidden=hidden)
+        params, stats = models.init(model, (4, 4, 1), jax.random.key(0))
+        few = trees.prunable(params)
+        few["conv1_1"]["kernel"] = few["conv1_1"]["kernel"].at[..., 2:].set(False)
+        form = forms.choose(model, params, stats, few, (4, 4, 1))
+        assert (
+            form.compact == (not hidden)
+            and form.size["compact"]["weights"] < form.size["full"]["weights"]
+        )
+        assert forms.choose(model, params, stats, few, (4, 4, 1), compact=True).compact
+
+
+def test_a_half_trained_state_goes_on_in_the_compact_network(pruned: Pruned) -> None:
+    network, mask, _ = pruned
+    optimizer = training.sgd(lambda step: 0.02, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    arrays = data.load("digits", network.input_shape)
+    state = training.init_state(
+        network.params, network.batch_stats, mask, optimizer, jax.random.key(5)
+    )
+
+    def run(model: Any, state: training.TrainState, start: int, stop: int) -> Any:
+        step = training.make_step(model, optimizer)
+        epoch = training.make_epoch(step, data.spec("digits"), len(arrays.train_labels), BATCH)
+        state, info = jax.jit(epoch)(
+            state, training.init_info(1), arrays[0], arrays[1], start, stop
+        )
+        return state, float(info.running.loss)
+
+    half, _ = run(network.model, state, 0, 8)
+    small = models.compact(network.model, half.params, half.batch_stats, mask, network.input_shape)
+    smaller = compaction.shrink_tree(small.plan, half)
+    floats = lambda tree: sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
+    assert floats(smaller.opt_state) - floats(smaller.params) == floats(half.opt_state) - floats(
+        half.params
+    )
+    end, loss = run(network.model, half, 8, STEPS_PER_EPOCH)
+    small_end, small_loss = run(small.model, smaller, 8, STEPS_PER_EPOCH)
+    assert small_loss == pytest.approx(loss, rel=1e-4)
+    back = compaction.expand_tree(small.plan, small_end, end)
+    for a, b in zip(jax.tree.leaves(back.params), jax.tree.leaves(end.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)

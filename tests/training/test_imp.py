@@ -1,0 +1,334 @@
+"""Iterative magnitude pruning: levels start from the rewound state, in every bit, and stops change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from synflow_jax import pruning, schedules, scores, storage, training, trees
+from synflow_jax.experiments import config, imp_run, prune_run, sweep, train_run
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax.training import TrainState, forms, imp
+
+SETTINGS = Config(
+    model="fc", dataset="digits", width_multiplier=0.1,
+    prune=PruneConfig(pruner="imp", compression=8.0, num_iterations=3, rewind_step=1),
+    train=TrainConfig(num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), weight_decay=1e-3),
+)  # fmt: skip
+
+
+def _start() -> TrainState:
+    """A state with momentum and batch statistics that are not 0."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"a": {"kernel": draw(7, 9), "bias": draw(9)}, "b": {"kernel": draw(9, 4)}}
+    optimizer = training.sgd(
+        lambda count: 0.1 / (1 + count), momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    mask = trees.prunable(params)
+    state = training.init_state(
+        params, {"norm": {"mean": draw(9)}}, mask, optimizer, jax.random.key(3)
+    )
+    gradient = jax.tree.map(lambda leaf: draw(*leaf.shape), params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+    return state._replace(
+        params=optax.apply_updates(params, updates), opt_state=opt_state, step=jnp.int32(1)
+    )
+
+
+def _bits(tree: trees.Tree) -> list[bytes]:
+    data = lambda leaf: (
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    )
+    return [np.asarray(data(leaf)).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_one_level_without_training_is_magnitude_pruning(scope: str) -> None:
+    start = _start()
+    sizes = trees.sizes(start.mask)
+    for compression, num_levels in ((1.7, 1), (10.0, 1), (10.0, 4)):
+        counts = schedules.prune_counts(
+            [sum(sizes)] if scope == "global" else sizes, compression, num_levels
+        )
+        levels = imp.run(lambda state: state, start, counts, scope=scope)
+        wanted, info = pruning.prune(
+            scores.magnitude(), start.params, compression=compression, num_iterations=1, scope=scope
+        )
+        jax.tree.map(np.testing.assert_array_equal, levels[-1].mask, wanted)
+        assert [int(level.info.kept.sum()) for level in levels] == (
+            sum(sizes) - counts.sum(axis=1)
+        ).tolist()
+        np.testing.assert_array_equal(levels[-1].info.kept[-1], info.kept[-1])
+
+
+def test_rewinding_restores_every_leaf_bit_for_bit() -> None:
+    start = _start()
+    before = _bits(start)
+    given: list[TrainState] = []
+
+    def train(state: TrainState) -> TrainState:
+        given.append(jax.tree.map(lambda leaf: leaf.copy(), state))
+        noise = lambda leaf: leaf + jax.random.normal(jax.random.key(len(given)), leaf.shape)
+        params = trees.apply_mask(jax.tree.map(noise, state.params), state.mask)
+        trained = state._replace(
+            params=params, batch_stats=jax.tree.map(noise, state.batch_stats), step=state.step + 5
+        )
+        jax.tree.map(lambda leaf: leaf.delete(), state.params)  # as a loop that reuses the memory
+        return trained
+
+    levels = imp.run(train, start, schedules.prune_counts([63 + 36], 8, 3))
+    assert _bits(start) == before and _bits(given[0]) == before
+    masks = [start.mask, *(level.mask for level in levels)]
+    for state, mask in zip(given, masks, strict=False):
+        assert _bits(state.mask) == _bits(mask)
+        for name in ("batch_stats", "step", "key"):
+            assert _bits(getattr(state, name)) == _bits(getattr(start, name)), name
+        assert _bits(state.params) == _bits(trees.apply_mask(start.params, mask))
+        # Momentum is that of the step, where weights are left, and the count of steps is the same.
+        momentum = lambda s: s.opt_state[2][0].trace
+        assert _bits(momentum(state)) == _bits(trees.apply_mask(momentum(start), mask))
+        assert np.any(np.asarray(momentum(state)["a"]["bias"]))
+        outside = lambda s: [s.opt_state[:2], s.opt_state[2][1:]]
+        assert _bits(outside(state)) == _bits(outside(start))
+    # The smallest of the trained weights have gone, among those that were left.
+    for level, old in zip(levels, masks, strict=False):
+        weights = [
+            np.abs(np.asarray(leaf))
+            for leaf in jax.tree.leaves(trees.select(level.state.params, old))
+        ]
+        flat = lambda tree: np.concatenate([np.asarray(leaf).reshape(-1) for leaf in tree])
+        kept, was = flat(jax.tree.leaves(level.mask)), flat(jax.tree.leaves(old))
+        assert (
+            not np.any(kept & ~was) and flat(weights)[kept].min() > flat(weights)[was & ~kept].max()
+        )
+    inverted = imp.level(
+        lambda s: s, start, start.mask, [40], score_fn=scores.inverted(scores.magnitude())
+    )
+    upright = imp.level(lambda s: s, start, start.mask, [99 - 40])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, ~b), inverted.mask, upright.mask)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    def explode(state: TrainState) -> TrainState:
+        return state._replace(params=jax.tree.map(lambda leaf: leaf * jnp.inf, state.params))
+
+    with pytest.raises(FloatingPointError, match="'a/kernel' are not finite"):
+        imp.run(explode, _start(), np.array([[50]]))
+
+
+@pytest.fixture(scope="module")
+def network() -> prune_run.Network:
+    return prune_run.build(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def plan(network: prune_run.Network) -> train_run.Plan:
+    return train_run.prepare(SETTINGS, network.input_shape)
+
+
+Made = tuple[pathlib.Path, trees.Mask, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def made(
+    network: prune_run.Network, plan: train_run.Plan, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    """A run that was left alone."""
+    workdir = tmp_path_factory.mktemp("imp")
+    return workdir, *imp_run.find_or_make_mask(SETTINGS, network, workdir, plan)
+
+
+def test_a_run_leaves_what_pruning_leaves(
+    made: Made, network: prune_run.Network, plan: train_run.Plan
+) -> None:
+    workdir, mask, row = made
+    total = sum(trees.sizes(network.mask))
+    counts = schedules.prune_counts([total], 8.0, 3)[:, 0]
+    assert (
+        row["kept"] == total - counts[-1]
+        and [level["kept"] for level in row["levels"]] == (total - counts).tolist()
+    )
+    assert row["iterations"]["kept"] == (total - counts).tolist() and row["num_iterations"] == 3
+    assert row["pruner"] == "imp" and row["rewind_step"] == 1 and row["ablation"] == "none"
+    assert all(0 <= level["test_top1"] <= 1 for level in row["levels"])
+    assert storage.mask_digest(mask) == row["mask_sha256"]
+    assert config.run_id(config.from_dict(row["config"])) == row["run_id"]
+    # A second call finds it, and so does what trains; nothing is left of the levels but their masks.
+    again, found = imp_run.find_or_make_mask(
+        SETTINGS, network, workdir, plan, should_stop=lambda: pytest.fail("trains")
+    )
+    assert found == row and storage.mask_digest(again) == row["mask_sha256"]
+    assert not (workdir / "checkpoints" / row["run_id"]).exists()
+    prune_run.rewind_path(workdir, row["run_id"]).rename(workdir / "away")
+    assert prune_run.find_mask(SETTINGS, network, workdir) is None
+    (workdir / "away").rename(prune_run.rewind_path(workdir, row["run_id"]))
+
+
+def test_training_goes_on_from_the_state_that_was_rewound_to(
+    made: Made, network: prune_run.Network, plan: train_run.Plan
+) -> None:
+    workdir, mask, _ = made
+    dense = forms.choose(*network[:3], network.mask, network.input_shape, compact=False)
+    advance, _ = plan.bind(network.model)
+    first, _ = advance(train_run.initial_state(SETTINGS, plan, dense), training.init_info(2), 0, 1)
+    form = train_run.choose_form(SETTINGS, network, mask)
+    state = train_run.first_state(SETTINGS, plan, form, workdir)
+    assert int(state.step) == 1 and _bits(state) == _bits(imp.rewind(first, mask))
+    assert not form.compact
+
+    row = train_run.train(SETTINGS, network, mask, workdir, plan=plan)
+    assert row["num_steps"] == 4 and row["kept"] == int(
+        sum(jnp.sum(leaf) for leaf in jax.tree.leaves(mask))
+    )
+    restored = train_run.restore_full(SETTINGS, network, mask, workdir)
+    assert all(
+        not np.any(np.asarray(weight)[~np.asarray(keep)])
+        for weight, keep in zip(
+            jax.tree.leaves(trees.select(restored.params, mask)), jax.tree.leaves(mask), strict=True
+        )
+    )
+
+
+def test_the_state_comes_back_from_its_file_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    """Batch statistics, momentum and counts too."""
+    state = _start()
+    train_run.save_rewind(SETTINGS, tmp_path, state)
+    blank = jax.tree.map(jnp.zeros_like, state._replace(key=None))._replace(
+        key=state.key, mask=state.mask
+    )
+    assert _bits(train_run.load_rewind(SETTINGS, tmp_path, blank)) == _bits(state)
+    other = blank._replace(batch_stats={"norm": {"mean": jnp.zeros(8)}})
+    with pytest.raises(ValueError, match=r"the state of another network\. --overwrite"):
+        train_run.load_rewind(SETTINGS, tmp_path, other)
+    path = prune_run.rewind_path(tmp_path, config.run_id(SETTINGS))
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="sha256"):
+        train_run.load_rewind(SETTINGS, tmp_path, blank)
+
+
+def test_a_stopped_run_ends_as_one_that_was_left_alone(
+    made: Made, network: prune_run.Network, plan: train_run.Plan, tmp_path: pathlib.Path
+) -> None:
+    asked = [0]
+
+    def stop_at(number: int) -> bool:
+        asked[0] += 1
+        return asked[0] >= number  # as a signal that has come
+
+    stops = 0
+    for number in (
+        1,
+        2,
+        4,
+        3,
+        99,
+    ):  # before the state that is rewound to, and within and between levels
+        asked[0] = 0
+        try:
+            _, row = imp_run.find_or_make_mask(
+                SETTINGS, network, tmp_path, plan, should_stop=functools.partial(stop_at, number)
+            )
+        except storage.Stopped:
+            stops += 1
+    assert stops >= 3
+    strip = lambda row: {key: value for key, value in row.items() if key != "seconds"}
+    assert strip(row) == strip(made[2])
+    saved = [
+        storage.load_arrays(prune_run.rewind_path(folder, row["run_id"]))
+        for folder in (tmp_path, made[0])
+    ]
+    assert _bits(saved[0]) == _bits(saved[1]) and saved[0].keys() == saved[1].keys()
+
+
+def test_damaged_levels_are_found(
+    made: Made, network: prune_run.Network, plan: train_run.Plan
+) -> None:
+    workdir, _, row = made
+    path = imp_run.levels_path(workdir, row["run_id"]) / "level-2.safetensors"
+    whole, mask_file = path.read_bytes(), prune_run.mask_path(workdir, row["run_id"])
+    path.write_bytes(whole[:-3])
+    mask_file.unlink()
+    with pytest.raises(ValueError, match=r"is damaged: .*--overwrite"):
+        imp_run.find_or_make_mask(SETTINGS, network, workdir, plan)
+    # With the levels whole, the mask is made from them without training.
+    path.write_bytes(whole)
+    _, again = imp_run.find_or_make_mask(
+        SETTINGS, network, workdir, plan, should_stop=lambda: pytest.fail("trains")
+    )
+    assert again["mask_sha256"] == row["mask_sha256"] and mask_file.exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax
+def test_a_sweep_takes_imp_beside_other_rules(tmp_path: pathlib.Path) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, prune=PruneConfig(compression=4.0, num_iterations=2),
+        grid=config.Grid(pruner=("magnitude", "imp"), ablation=("none", "reinitialize")),
+    )  # fmt: skip
+    outcomes = list(sweep.run(config.expand(settings), tmp_path))
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    rows = storage.read_rows(tmp_path / "rows.jsonl")
+    masks = {
+        (row["pruner"], row["ablation"]): row["mask_sha256"] for row in rows if "layers" in row
+    }
+    assert masks["imp", "none"] == masks["imp", "reinitialize"] != masks["magnitude", "none"]
+    assert masks["magnitude", "none"] == masks["magnitude", "reinitialize"]
+    trained = {row["params_sha256"] for row in rows if "curve" in row}
+    assert len(trained) == 4
+
+
+def test_a_run_id_holds_the_recipe_that_made_the_mask() -> None:
+    with_train = lambda **values: dataclasses.replace(
+        SETTINGS, train=dataclasses.replace(SETTINGS.train, **values)
+    )
+    assert config.run_id(with_train(learning_rate=0.1)) != config.run_id(SETTINGS)
+    assert config.run_id(with_train(keep_checkpoints=1)) == config.run_id(SETTINGS)
+    other = dataclasses.replace(
+        SETTINGS, prune=dataclasses.replace(SETTINGS.prune, pruner="synflow", rewind_step=0)
+    )
+    changed = dataclasses.replace(other, train=with_train(learning_rate=0.1).train)
+    assert config.run_id(other) == config.run_id(changed)
+    # Without a number, each level prunes a fifth.
+    assert config.num_iterations(PruneConfig(pruner="imp", compression=1 / 0.8**3)) in (3, 4)
+    assert config.num_iterations(PruneConfig(pruner="imp", compression=10.0)) == 11
+
+
+BAD = {
+    "rule": ({"pruner": "magnitude"}, "prune.rewind_step=1 .* 0 for every rule but 'imp'"),
+    "reinitialize": ({"ablation": "reinitialize"}, "does not go with ablation='reinitialize'"),
+    "nested": ({"nested": False}, "prune.nested=False does not go with 'imp'"),
+    "negative": ({"rewind_step": -1}, "prune.rewind_step=-1 must not be negative"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values(case: str) -> None:
+    values, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        config.check(
+            dataclasses.replace(SETTINGS, prune=dataclasses.replace(SETTINGS.prune, **values))
+        )
+
+
+def test_what_is_refused_before_any_work(
+    network: prune_run.Network, plan: train_run.Plan, tmp_path: pathlib.Path
+) -> None:
+    late = dataclasses.replace(SETTINGS, prune=dataclasses.replace(SETTINGS.prune, rewind_step=4))
+    with pytest.raises(
+        ValueError, match="rewind_step=4 must be below 4, the steps of a training: 2 epochs of 2"
+    ):
+        imp_run.find_or_make_mask(late, network, tmp_path, plan)
+    with pytest.raises(ValueError, match=r"prunes by training: python train\.py"):
+        config.check_prune(SETTINGS)
+    compact = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, compact=True))
+    with pytest.raises(ValueError, match=r"train\.compact=True does not go with prune.rewind_step"):
+        config.check_train(compact)
+    assert not list(tmp_path.iterdir())
