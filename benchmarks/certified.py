@@ -25,7 +25,7 @@ import numpy as np
 from measure import ROOT, machine, others_seconds, print_table, write_json
 
 sys.path.insert(0, str(ROOT))
-from synflow_jax import analysis, models, pruning, scores, trees
+from synflow_jax import analysis, certified, models, pruning, scores, trees
 from synflow_jax.models.mlp import MLP
 
 NETWORKS = {
@@ -58,10 +58,17 @@ def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
                 if num_done == 0:  # compiled
                     started.append(time.perf_counter())
 
-            found, info = pruning.prune(
-                score_fn, params, compression=compression, mask=mask, score_dtype="float32", on_progress=on_progress,
-                **options,
-            )  # fmt: skip
+            prune: Any = certified.prune if "cut_fraction" in options else pruning.prune
+            more = {name: value for name, value in options.items() if name != "schedule"}
+            found, info = prune(
+                score_fn,
+                params,
+                compression=compression,
+                mask=mask,
+                score_dtype="float32",
+                on_progress=on_progress,
+                **more,
+            )
             seconds = time.perf_counter() - started[0]
             with np.errstate(divide="ignore", invalid="ignore"):
                 fraction = np.asarray(info.pruned_score) / np.asarray(info.cut)

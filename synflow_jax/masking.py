@@ -1,16 +1,18 @@
-"""From scores to masks: the exact k-th smallest score of a whole tree, without sorting or joining it.
+"""Turns scores into masks: finds the exact k-th smallest score of a tree without sorting it.
 
-The k-th smallest is the value at which a count reaches k. `_search` closes a bracket around it: a sorted
-sample of the scores places the first pivots, interpolation between the counts the next ones, and bisection over
-the bits of the float ends every case that they do not, so that the result is exact for any input. Eight counts
-are enough for 15 M scores. Counts are sums: they add up over leaves, and over devices. So where each device of an axis
-(`axis_name`, of a shard_map or pmap) holds its own part of every leaf, nothing but counts and the sample is exchanged,
-and the mask is the same to the last bit: any value with exactly k scores up to it separates the same scores.
+The k-th smallest score is the value at which a count reaches k. `_search` closes a bracket around
+that value. A sorted sample of the scores places the first pivots, interpolation between the counts
+places the next ones, and bisection over the bits of the float ends every case that is left. So the
+result is exact for any input, and eight counts are enough for 15 million scores.
+
+Counts are sums, so they add up over leaves and over devices. Where each device holds its own part
+of every leaf, an `Exchange` says how parts are combined. Only counts and the sample are exchanged,
+and the mask is the same to the last bit: any value with exactly k scores up to it separates the
+same scores.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,152 +24,241 @@ import numpy as np
 
 from synflow_jax.trees import Mask, Scores
 
-_CHUNK = 2**17  # elements that are added up side by side on a CPU
+_CHUNK = 2**17  # elements that are added side by side on a CPU
 _SAMPLE = 2**12  # scores that are sorted to place the first pivots
-_TIE_CHECK = 8  # the pivot that looks just below the upper end: it ends the search if that is a tie
+_TIE_CHECK = 8  # the pivot that is placed just below the upper end, which ends the search on a tie
 _INTERPOLATIONS = 24  # pivots before plain bisection takes over
-_TOLERANCE = 2**-10  # of a budget, what may be left of it
-_SPREAD = 0.03  # how far the budget's threshold may be from what the sample says of it
+
+
+class Exchange(NamedTuple):
+    """Combines what several devices hold, where each holds one part of every leaf.
+
+    sum: adds the devices' values. gather: joins their arrays along the first axis.
+    num_parts: the number of devices. The default is a single device, which holds everything.
+    """
+
+    sum: Callable[[jax.Array], jax.Array] = lambda value: value
+    gather: Callable[[jax.Array], jax.Array] = lambda array: array
+    num_parts: int = 1
+
+
+ONE_DEVICE = Exchange()
+
+
+# Masks -------------------------------------------------------------------------------------------
+
+
+def global_mask(scores: Scores, k: chex.Numeric, exchange: Exchange = ONE_DEVICE) -> Mask:
+    """Prunes the k smallest scores of the whole tree: keeps scores strictly above the k-th.
+
+    Scores that tie with the k-th are pruned too, so more than k may go. For k < 1 nothing goes.
+
+    Args:
+      scores: tree of float arrays. A score of -inf is pruned before any other.
+      k: int [], may be traced.
+      exchange: how devices combine their parts, if the scores are spread over several.
+
+    >>> global_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 5.0])}, 2)
+    {'a': Array([ True, False], dtype=bool), 'b': Array([False,  True], dtype=bool)}
+    """
+    (threshold,) = separators(scores, jnp.asarray(k, jnp.int32)[None], exchange)
+    return jax.tree.map(lambda s: (s > threshold) | (k < 1), scores)
+
+
+def local_mask(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -> Mask:
+    """Prunes the `k[j]` smallest scores of the j-th leaf, each leaf by itself.
+
+    Args:
+      scores: tree of float arrays.
+      k: int [num_leaves], in the order of `jax.tree.leaves(scores)`.
+      exchange: as in `global_mask`.
+    """
+    leaves, structure = jax.tree.flatten(scores)
+    k = jnp.asarray(k, jnp.int32)
+    thresholds = separators(scores, k, exchange)
+    masks = [(s > thresholds[j]) | (k[j] < 1) for j, s in enumerate(leaves)]
+    return jax.tree.unflatten(structure, masks)
+
+
+def shuffle(mask: Mask, key: chex.PRNGKey) -> Mask:
+    """Moves the kept weights of each leaf to random places. Every arrangement is equally likely.
+
+    Args:
+      mask: bool arrays, and holes.
+      key: consumed.
+
+    >>> shuffle({"w": jnp.arange(8) < 3, "b": None}, jax.random.key(0))
+    {'b': None, 'w': Array([ True,  True, False,  True, False, False, False, False], dtype=bool)}
+    """
+    leaves, structure = jax.tree.flatten(mask)
+    keys = jax.random.split(key, len(leaves))
+    shuffled = []
+    for leaf_key, leaf in zip(keys, leaves, strict=True):
+        flat = jax.random.permutation(leaf_key, leaf.reshape(-1))
+        shuffled.append(flat.reshape(leaf.shape))
+    return jax.tree.unflatten(structure, shuffled)
+
+
+# Sums and counts ---------------------------------------------------------------------------------
 
 
 def sum_of(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """The sums of the elementwise `function(*arrays)`: one scalar for each array that it returns (a tree of them).
+    """Adds up an elementwise function over its arrays, without an array of its values.
 
-    What is bool is counted in int32, exactly below 2^31; floats are added in their own dtype.
+    Bools are counted in int32, exactly below 2^31. Floats are added in their own dtype.
 
-    On a CPU, XLA adds up a freshly computed array one element at a time. Adding chunks to a vector instead runs
-    at the speed of the memory: eight times as fast for 15 M scores (benchmarks/threshold.py).
+    On a CPU, XLA adds a freshly computed array one element at a time. Adding chunks to a vector
+    runs at the speed of the memory instead: eight times as fast for 15 million scores
+    (benchmarks/threshold.py).
+
+    Args:
+      function: `function(*arrays)`, elementwise; may return a tree of arrays.
+      arrays: of one shape.
+
+    Returns:
+      One scalar for each array that `function` returns.
 
     >>> sum_of(lambda x: (x > 1, x), jnp.array([1.0, 2.0, 3.0]))
     (Array(2, dtype=int32), Array(6., dtype=float32))
     """
     flat = [array.reshape(-1) for array in arrays]
-
-    def terms(*flat: jax.Array) -> Any:
-        countable = lambda x: x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-        return jax.tree.map(countable, function(*flat))
-
-    def whole(*flat: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.sum(x, dtype=x.dtype), terms(*flat))
-
-    def chunked(*flat: jax.Array) -> Any:
-        num_chunks = flat[0].size // _CHUNK
-
-        def add(i: jax.Array, sums: Any) -> Any:
-            return jax.tree.map(jnp.add, sums, terms(*_chunk(flat, i)))
-
-        like = jax.eval_shape(terms, *_chunk(flat, jnp.int32(0)))
-        sums = jax.lax.fori_loop(
-            0, num_chunks, add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        )
-        rest = whole(*(leaf[num_chunks * _CHUNK :] for leaf in flat))
-        return jax.tree.map(lambda x, y: _sum_in_two_steps(x) + y, sums, rest)
-
     if flat[0].size < 2 * _CHUNK:
-        return whole(*flat)
-    return jax.lax.platform_dependent(*flat, cpu=chunked, default=whole)
+        return _sum_at_once(function, *flat)
+    return jax.lax.platform_dependent(
+        *flat,
+        cpu=lambda *flat: _sum_by_chunks(function, *flat),
+        default=lambda *flat: _sum_at_once(function, *flat),
+    )
 
 
-def _chunk(flat: Sequence[jax.Array], i: jax.Array) -> list[jax.Array]:
-    return [jax.lax.dynamic_slice(leaf, (i * _CHUNK,), (_CHUNK,)) for leaf in flat]
+def _terms(function: Callable[..., Any], *flat: jax.Array) -> Any:
+    """Applies the function, with bools as int32."""
+
+    def countable(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+
+    return jax.tree.map(countable, function(*flat))
 
 
-def _sum_in_two_steps(x: jax.Array) -> jax.Array:
-    """Each of a few hundred terms: one long float32 sum would lose three digits."""
-    return jnp.sum(jnp.sum(x.reshape(-1, 512), axis=0, dtype=x.dtype), dtype=x.dtype)
+def _sum_at_once(function: Callable[..., Any], *flat: jax.Array) -> Any:
+    terms = _terms(function, *flat)
+    return jax.tree.map(lambda x: jnp.sum(x, dtype=x.dtype), terms)
 
 
-def sum_over(value: jax.Array, axis_name: str | None) -> jax.Array:
-    """The sum of the devices' values over an axis; the value itself where there is none."""
-    return value if axis_name is None else jax.lax.psum(value, axis_name)
+def _sum_by_chunks(function: Callable[..., Any], *flat: jax.Array) -> Any:
+    """Adds chunk after chunk to a vector of sums, and then the elements of that vector."""
+    num_chunks = flat[0].size // _CHUNK
+
+    def terms_of_chunk(i: jax.Array) -> Any:
+        chunk = [jax.lax.dynamic_slice(leaf, (i * _CHUNK,), (_CHUNK,)) for leaf in flat]
+        return _terms(function, *chunk)
+
+    def add(i: jax.Array, sums: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, terms_of_chunk(i))
+
+    like = jax.eval_shape(terms_of_chunk, jnp.int32(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    sums = jax.lax.fori_loop(0, num_chunks, add, zeros)
+    rest = _sum_at_once(function, *(leaf[num_chunks * _CHUNK :] for leaf in flat))
+    return jax.tree.map(lambda vector, last: _sum_in_two_steps(vector) + last, sums, rest)
 
 
-def count_kept(mask: Mask, axis_name: str | None = None) -> jax.Array:
-    """The number of kept weights of each prunable leaf, int32 [num_leaves]; over all devices of an axis."""
-    return sum_over(jnp.stack([sum_of(lambda m: m, m) for m in jax.tree.leaves(mask)]), axis_name)
+def _sum_in_two_steps(vector: jax.Array) -> jax.Array:
+    """Adds a few hundred terms at a time: one long float32 sum would lose three digits."""
+    partial_sums = jnp.sum(vector.reshape(-1, 512), axis=0, dtype=vector.dtype)
+    return jnp.sum(partial_sums, dtype=vector.dtype)
 
 
-def kth_smallest(scores: Scores, k: chex.Numeric, axis_name: str | None = None) -> jax.Array:
-    """The k-th smallest of all the scores of a tree, exactly; k counts from 1.
+def count_kept(mask: Mask, exchange: Exchange = ONE_DEVICE) -> jax.Array:
+    """Counts the kept weights of each prunable leaf, int32 [num_leaves], over all devices."""
+    counts = [sum_of(lambda m: m, leaf) for leaf in jax.tree.leaves(mask)]
+    return exchange.sum(jnp.stack(counts))
+
+
+# The k-th smallest score -------------------------------------------------------------------------
+
+
+def kth_smallest(scores: Scores, k: chex.Numeric) -> jax.Array:
+    """Finds the k-th smallest of all the scores of a tree, exactly; k counts from 1.
 
     Args:
-      scores: a tree of float arrays (holes are skipped), of fewer than 2^31 elements, without NaN.
+      scores: tree of float arrays of fewer than 2^31 elements, without NaN. Holes are skipped.
         Infinities and ties are welcome.
-      k: int []; may be traced. Below 1 the result is -inf, above the number of scores it is +inf.
-      axis_name: the axis over whose devices the scores are spread, if any.
+      k: int [], may be traced.
 
     Returns:
-      A scalar of the scores' dtype (float32 for bfloat16 and float16).
+      A scalar of the scores' dtype (float32 for bfloat16 and float16). It is -inf for k < 1, and
+      +inf if k is above the number of scores.
 
     >>> kth_smallest({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 2.0])}, 3)
     Array(2., dtype=float32)
     """
     leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf.size]
     k = jnp.asarray(k, jnp.int32)
-    (upper,) = separators(scores, k[None], axis_name)
-    below = [jnp.max(jnp.where(s <= upper, s.astype(upper.dtype), -jnp.inf)) for s in leaves]
-    inside = jnp.max(jnp.stack(below)) if below else upper
-    inside = inside if axis_name is None else jax.lax.pmax(inside, axis_name)
-    num_scores = sum(s.size for s in leaves) * _num_devices(axis_name)
-    return jnp.where(k > num_scores, jnp.inf, inside).astype(upper.dtype)
+    (upper,) = separators(scores, k[None])
+    # A separator may lie between two scores: the k-th score is the largest one up to it.
+    up_to = [jnp.where(s <= upper, s.astype(upper.dtype), -jnp.inf) for s in leaves]
+    largest = jnp.max(jnp.stack([jnp.max(s) for s in up_to])) if leaves else upper
+    num_scores = sum(s.size for s in leaves)
+    return jnp.where(k > num_scores, jnp.inf, largest).astype(upper.dtype)
 
 
-def _num_devices(axis_name: str | None) -> int:
-    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -> jax.Array:
+    """Finds values v such that `score > v` and `score > k-th smallest score` agree everywhere.
 
-
-def separators(scores: Scores, k: chex.Array, axis_name: str | None = None) -> jax.Array:
-    """Values v such that `score > v` holds for the same scores as `score > kth_smallest(scores, k)`.
-
-    A value may lie between the k-th and the next score, which spares the search its last passes.
+    A value may lie between the k-th score and the next, which spares the search its last passes.
 
     Args:
-      scores: a tree of float arrays.
-      k: int32 [1] for one value for the whole tree; [num_leaves] for one for each leaf by itself.
-      axis_name: the axis over whose devices the scores are spread, if any; each holds as many of every leaf.
+      scores: tree of float arrays.
+      k: int32 [1] for one value for the whole tree; [num_leaves] for one value for each leaf.
+      exchange: how devices combine their parts. Each device holds as much of every leaf.
 
     Returns:
-      Float [1] or [num_leaves]; all brackets close in the same passes over the scores.
+      Float [1] or [num_leaves]. All brackets close in the same passes over the scores.
+
+    Raises:
+      ValueError: there are 2^31 scores or more.
     """
     leaves = jax.tree.leaves(scores)
     chex.assert_shape(k, ({1, len(leaves)},))
-    per_leaf = k.shape[0] > 1
+    by_leaf = k.shape[0] > 1
     dtype = jnp.result_type(jnp.float32, *leaves)
-    sizes = np.array([leaf.size for leaf in leaves]) * _num_devices(axis_name)
-    if sizes.sum() >= 2**31:
+    sizes = np.array([leaf.size for leaf in leaves]) * exchange.num_parts
+    total = sizes.sum()
+    if total >= 2**31:
         raise ValueError(
-            f"scores have {sizes.sum()} elements; counts are int32, so at most 2^31 - 1 can be ranked."
+            f"scores have {total} elements. Counts are int32, so at most 2^31 - 1 can be ranked."
         )
 
     def count_at_most(values: jax.Array) -> jax.Array:
-        counts = jnp.stack(
-            [
-                sum_of(lambda s, value=value: s.astype(dtype) <= value, leaf)
-                for leaf, value in zip(leaves, jnp.broadcast_to(values, len(leaves)), strict=True)
-            ]
-        )
-        return sum_over(
-            counts if per_leaf else jnp.sum(counts, keepdims=True, dtype=jnp.int32), axis_name
-        )
+        """Counts the scores up to each value, in one pass over the scores."""
+        counts = []
+        for leaf, value in zip(leaves, jnp.broadcast_to(values, len(leaves)), strict=True):
+            counts.append(sum_of(lambda s, value=value: s.astype(dtype) <= value, leaf))
+        per_leaf = jnp.stack(counts)
+        if by_leaf:
+            return exchange.sum(per_leaf)
+        return exchange.sum(jnp.sum(per_leaf, keepdims=True, dtype=jnp.int32))
 
-    strides = [_stride(size if per_leaf else sizes.sum()) for size in sizes]
-    samples = [
-        leaf.reshape(-1).astype(dtype)[::stride]
-        for leaf, stride in zip(leaves, strides, strict=True)
-    ]
-    samples = samples if per_leaf else [jnp.concatenate(samples)]
-    if axis_name is not None:  # every device must look at the same pivots
-        samples = [jax.lax.all_gather(sample, axis_name, tiled=True) for sample in samples]
-    num_scores = jnp.asarray(sizes if per_leaf else sizes.sum(keepdims=True), jnp.int32)
-    return _search(count_at_most, k, num_scores, [jnp.sort(sample) for sample in samples])
+    samples = []
+    for leaf, size in zip(leaves, sizes, strict=True):
+        stride = sample_stride(size if by_leaf else total)
+        samples.append(leaf.reshape(-1).astype(dtype)[::stride])
+    if not by_leaf:
+        samples = [jnp.concatenate(samples)]
+    # Every device must place the same pivots.
+    samples = [jnp.sort(exchange.gather(sample)) for sample in samples]
+    num_scores = jnp.asarray(sizes if by_leaf else total[None], jnp.int32)
+    return _search(count_at_most, k, num_scores, samples)
 
 
-def _stride(size: int) -> int:
+def sample_stride(size: int) -> int:
+    """Returns every how many scores one is sampled."""
     return max(1, math.ceil(size / _SAMPLE))
 
 
 class _Bracket(NamedTuple):
-    """Around each of the values sought; keys are unsigned integers in the order of the floats."""
+    """Encloses each value that is searched. Keys are unsigned integers in the order of floats."""
 
     low: jax.Array  # key; fewer than k scores are at most this
     high: jax.Array  # key; at least k scores are at most this
@@ -182,264 +273,119 @@ def _search(
     num_scores: jax.Array,
     samples: list[jax.Array],
 ) -> jax.Array:
+    """Closes the brackets around the k-th smallest scores, and returns their upper ends."""
     dtype = samples[0].dtype
-    lowest, highest = _to_key(jnp.array(-jnp.inf, dtype)), _to_key(jnp.array(jnp.inf, dtype))
+    lowest = to_key(jnp.array(-jnp.inf, dtype))
+    highest = to_key(jnp.array(jnp.inf, dtype))
 
     def is_open(b: _Bracket) -> jax.Array:
         return (b.count_high != k) & (b.high - b.low > 1)
 
-    def from_sample(b: _Bracket, aim: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sampled score at the fraction `aim` of those inside the bracket, and how many are inside."""
-        pivots, num_inside = [], []
-        for i, sample in enumerate(samples):
-            first = jnp.sum(_to_key(sample) <= b.low[i])
-            inside = jnp.sum(_to_key(sample) < b.high[i]) - first
-            # Half a deviation towards the far end, so that not always the same end of the bracket moves.
-            nearer = jnp.minimum(aim[i], 1 - aim[i])
-            place = aim[i] * inside + jnp.where(aim[i] < 0.5, 0.5, -0.5) * jnp.sqrt(nearer * inside)
-            place = jnp.clip(place.astype(jnp.int32), 0, jnp.maximum(inside - 1, 0))
-            pivots.append(jnp.pad(sample, (0, 1))[jnp.clip(first + place, 0, sample.size)])
-            num_inside.append(inside)
-        return _to_key(jnp.stack(pivots)), jnp.stack(num_inside)
-
-    def from_ends(b: _Bracket, aim: jax.Array) -> jax.Array:
-        """The value at the fraction `aim` between the ends of the bracket, in floats and in keys by turns."""
-        low, high = _from_key(b.low, dtype), _from_key(b.high, dtype)
-        # An end that is still infinite says nothing: take 0, or twice the other end.
-        low = jnp.where(b.low <= lowest, jnp.where(high > 0, 0, 2 * high), low)
-        high = jnp.where(b.high >= highest, jnp.where(low < 0, 0, 2 * low), high)
-        in_floats = _to_key(low + (high - low) * aim)
-        low_key, width = _to_key(low), _to_key(high) - _to_key(low)
-        in_keys = low_key + (width.astype(dtype) * aim).astype(low_key.dtype)
-        return jnp.where(
-            b.num_pivots % 2 == 0, in_floats, in_keys
-        )  # keys suit scores of many magnitudes
-
     def close(b: _Bracket) -> _Bracket:
-        # Between the k-th score and the next, if those in the bracket are spread evenly.
-        aim = ((k - b.count_low).astype(dtype) + 0.5) / (
-            (b.count_high - b.count_low).astype(dtype) + 1
-        )
-        sampled, num_inside = from_sample(b, aim)
-        pivot = jnp.where(num_inside >= 2, sampled, from_ends(b, aim))
+        # Between the k-th score and the next, if the scores in the bracket are spread evenly.
+        below, inside = k - b.count_low, b.count_high - b.count_low
+        aim = (below.astype(dtype) + 0.5) / (inside.astype(dtype) + 1)
+        from_sample, num_sampled = _pivot_from_sample(b, aim, samples)
+        from_ends = _pivot_from_ends(b, aim, lowest, highest, dtype)
+        pivot = jnp.where(num_sampled >= 2, from_sample, from_ends)
         pivot = jnp.where(b.num_pivots == _TIE_CHECK, b.high - 1, pivot)
-        pivot = jnp.where(b.num_pivots >= _INTERPOLATIONS, b.low + (b.high - b.low) // 2, pivot)
+        middle = b.low + (b.high - b.low) // 2
+        pivot = jnp.where(b.num_pivots >= _INTERPOLATIONS, middle, pivot)
         pivot = jnp.clip(pivot, b.low + 1, b.high - 1)
-        at_most = count_at_most(_from_key(pivot, dtype))
-        raise_low, lower_high = is_open(b) & (at_most < k), is_open(b) & (at_most >= k)
+
+        at_most = count_at_most(from_key(pivot, dtype))
+        raise_low = is_open(b) & (at_most < k)
+        lower_high = is_open(b) & (at_most >= k)
         return _Bracket(
-            jnp.where(raise_low, pivot, b.low),
-            jnp.where(lower_high, pivot, b.high),
-            jnp.where(raise_low, at_most, b.count_low),
-            jnp.where(lower_high, at_most, b.count_high),
-            b.num_pivots + 1,
+            low=jnp.where(raise_low, pivot, b.low),
+            high=jnp.where(lower_high, pivot, b.high),
+            count_low=jnp.where(raise_low, at_most, b.count_low),
+            count_high=jnp.where(lower_high, at_most, b.count_high),
+            num_pivots=b.num_pivots + 1,
         )
 
-    # Below 1 and above the number of scores there is nothing to search: those brackets start closed.
-    outside = (k < 1) | (k > num_scores)
+    # Below 1 and above the number of scores there is nothing to search: closed from the start.
+    is_outside = (k < 1) | (k > num_scores)
     start = _Bracket(
-        low=jnp.where(outside, highest - 1, lowest - 1),
+        low=jnp.where(is_outside, highest - 1, lowest - 1),
         high=jnp.full_like(k, highest, highest.dtype),
         count_low=jnp.zeros_like(k),
         count_high=num_scores,
         num_pivots=jnp.int32(0),
     )
     end = jax.lax.while_loop(lambda b: jnp.any(is_open(b)), close, start)
-    return jnp.where(k < 1, -jnp.inf, _from_key(end.high, dtype)).astype(dtype)
+    return jnp.where(k < 1, -jnp.inf, from_key(end.high, dtype)).astype(dtype)
 
 
-def _to_key(value: jax.Array) -> jax.Array:
-    unsigned = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
-    sign = np.array(1 << (jnp.finfo(value.dtype).bits - 1), unsigned)
+def _pivot_from_sample(
+    b: _Bracket, aim: jax.Array, samples: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Takes the sampled score at the fraction `aim` of those inside each bracket.
+
+    Returns:
+      The pivots as keys, and how many sampled scores are inside each bracket.
+    """
+    pivots, num_inside = [], []
+    for i, sample in enumerate(samples):
+        keys = to_key(sample)
+        first = jnp.sum(keys <= b.low[i])
+        inside = jnp.sum(keys < b.high[i]) - first
+        # Half a deviation towards the far end, so that both ends of the bracket move in turn.
+        nearer = jnp.minimum(aim[i], 1 - aim[i])
+        shift = jnp.where(aim[i] < 0.5, 0.5, -0.5) * jnp.sqrt(nearer * inside)
+        place = (aim[i] * inside + shift).astype(jnp.int32)
+        place = jnp.clip(place, 0, jnp.maximum(inside - 1, 0))
+        pivots.append(jnp.pad(sample, (0, 1))[jnp.clip(first + place, 0, sample.size)])
+        num_inside.append(inside)
+    return to_key(jnp.stack(pivots)), jnp.stack(num_inside)
+
+
+def _pivot_from_ends(
+    b: _Bracket, aim: jax.Array, lowest: jax.Array, highest: jax.Array, dtype: Any
+) -> jax.Array:
+    """Takes the value at the fraction `aim` between the ends, in floats and in keys in turn."""
+    low, high = from_key(b.low, dtype), from_key(b.high, dtype)
+    # An end that is still infinite says nothing: take 0, or twice the other end.
+    low = jnp.where(b.low <= lowest, jnp.where(high > 0, 0, 2 * high), low)
+    high = jnp.where(b.high >= highest, jnp.where(low < 0, 0, 2 * low), high)
+    in_floats = to_key(low + (high - low) * aim)
+    # Keys suit scores of many magnitudes.
+    low_key, high_key = to_key(low), to_key(high)
+    width = (high_key - low_key).astype(dtype)
+    in_keys = low_key + (width * aim).astype(low_key.dtype)
+    return jnp.where(b.num_pivots % 2 == 0, in_floats, in_keys)
+
+
+# Floats as integers of the same order ------------------------------------------------------------
+
+
+def to_key(value: jax.Array) -> jax.Array:
+    """Maps floats to unsigned integers of the same width and order."""
+    num_bits = jnp.finfo(value.dtype).bits
+    unsigned = jnp.dtype(f"uint{num_bits}")
+    sign = np.array(1 << (num_bits - 1), unsigned)
     bits = jax.lax.bitcast_convert_type(value, unsigned)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _from_key(key: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
+def from_key(key: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
+    """Maps the integers of `to_key` to the floats that they stand for."""
     sign = np.array(1 << (jnp.finfo(dtype).bits - 1), key.dtype)
-    return jax.lax.bitcast_convert_type(jnp.where(key >= sign, key ^ sign, ~key), dtype)
-
-
-def global_mask(scores: Scores, k: chex.Numeric, axis_name: str | None = None) -> Mask:
-    """Prunes the k smallest scores of the whole tree: keeps what lies strictly above the k-th smallest.
-
-    Ties with the k-th smallest go, so more than k may be pruned; nothing goes for k < 1.
-
-    Args:
-      scores: tree of float arrays. A score of -inf goes before any other.
-      k: int [], may be traced.
-      axis_name: the axis over whose devices the scores are spread, if any.
-
-    >>> global_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 5.0])}, 2)
-    {'a': Array([ True, False], dtype=bool), 'b': Array([False,  True], dtype=bool)}
-    """
-    (value,) = separators(scores, jnp.asarray(k, jnp.int32)[None], axis_name)
-    return jax.tree.map(lambda s: (s > value) | (k < 1), scores)
-
-
-def local_mask(scores: Scores, k: chex.Array, axis_name: str | None = None) -> Mask:
-    """Prunes the `k[j]` smallest scores of the j-th leaf, each leaf by itself: as `global_mask` otherwise.
-
-    Args:
-      scores: tree of float arrays.
-      k: int [num_leaves], in the order of `jax.tree.leaves(scores)`.
-      axis_name: the axis over whose devices the scores are spread, if any.
-    """
-    leaves, structure = jax.tree.flatten(scores)
-    k = jnp.asarray(k, jnp.int32)
-    values = separators(leaves, k, axis_name)
-    return jax.tree.unflatten(
-        structure, [(s > values[j]) | (k[j] < 1) for j, s in enumerate(leaves)]
-    )
-
-
-def affordable_mask(
-    scores: Scores,
-    mask: Mask,
-    budget: chex.Numeric,
-    most: chex.Numeric,
-    *,
-    at_least_one: chex.Numeric = -1.0,
-) -> Mask:
-    """Prunes the smallest scores as long as their total is within a budget: as many weights as can be.
-
-    (To within a thousandth of the budget: where more than that is used of it, the search for the next weight ends.)
-    Of scores that are equal the first ones go, in the order of the leaves and within a leaf in C order: a whole tie may
-    be above a budget that a part of it is not.
-
-    Args:
-      scores: tree of float arrays, none of them negative.
-      mask: the weights that can still be pruned.
-      budget: [], for the sum of the scores that are pruned.
-      most: int [], the largest number of weights to prune.
-      at_least_one: []; where the budget allows for no weight, the one of the smallest score is pruned nevertheless if
-        its score is at most this. By default none is.
-
-    >>> scores = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array([2.0, 5.0])}
-    >>> kept = jax.tree.map(lambda s: jnp.ones(s.shape, bool), scores)
-    >>> affordable_mask(scores, kept, budget=3.5, most=5)
-    {'a': Array([ True, False, False], dtype=bool), 'b': Array([ True,  True], dtype=bool)}
-    """
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(scores))
-    budget, most = jnp.asarray(budget, dtype), jnp.asarray(most, jnp.int32)
-    # At infinity a weight is above every threshold.
-    ranked = jax.tree.map(lambda m, s: jnp.where(m, s.astype(dtype), jnp.inf), mask, scores)
-    leaves = jax.tree.leaves(ranked)
-
-    def at_most(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The number and the total of the scores up to a value."""
-        sums = [
-            sum_of(lambda s: (s <= value, jnp.where(s <= value, s, 0)), leaf) for leaf in leaves
-        ]
-        count, total = zip(*sums, strict=True)
-        return functools.reduce(jnp.add, count), functools.reduce(jnp.add, total)
-
-    def is_open(b: _Purse) -> jax.Array:
-        spent = (b.total >= (1 - _TOLERANCE) * budget) | (b.num == most)
-        one_more = (b.num > 0) & (b.num_high - b.num <= 1)  # and that one is above the budget
-        return ~spent & ~one_more & (b.high - b.low > 1)
-
-    guess = _from_sample(leaves, budget)
-
-    def close(b: _Purse) -> _Purse:
-        pivot = b.low + (b.high - b.low) // 2
-        for i, factor in enumerate((1 - _SPREAD, 1 + _SPREAD)):
-            pivot = jnp.where(b.num_pivots == i, _to_key(factor * guess), pivot)
-        pivot = jnp.clip(pivot, b.low + 1, b.high - 1)
-        count, total = at_most(_from_key(pivot, dtype))
-        fits = (count <= most) & (total <= budget)
-        return _Purse(
-            jnp.where(fits, pivot, b.low),
-            jnp.where(fits, b.high, pivot),
-            jnp.where(fits, count, b.num),
-            jnp.where(fits, total, b.total),
-            jnp.where(fits, b.num_high, count),
-            b.num_pivots + 1,
-        )
-
-    start = _Purse(
-        low=_to_key(jnp.asarray(-1, dtype)),
-        high=_to_key(jnp.asarray(jnp.inf, dtype)),
-        num=jnp.int32(0),
-        total=jnp.zeros((), dtype),
-        num_high=jnp.int32(sum(leaf.size for leaf in leaves)),
-        num_pivots=jnp.int32(0),
-    )
-    end = jax.lax.while_loop(is_open, close, start)
-    largest, next_score = _from_key(end.low, dtype), _from_key(end.high, dtype)
-    # Where the bracket is closed, `next_score` is a score, and more weights than one may have it.
-    affordable = jnp.where(next_score > 0, (budget - end.total) / next_score, jnp.inf)
-    num_ties = jnp.minimum(jnp.clip(affordable, 0, 2**30).astype(jnp.int32), most - end.num)
-    forced = (end.num == 0) & (num_ties == 0) & (most > 0) & (next_score <= at_least_one)
-    num_ties = jnp.where(end.high - end.low > 1, 0, jnp.where(forced, 1, num_ties))
-    ties = first_of(jax.tree.map(lambda s: (s == next_score) & jnp.isfinite(s), ranked), num_ties)
-    return jax.tree.map(lambda m, s, tie: m & (s > largest) & ~tie, mask, ranked, ties)
-
-
-class _Purse(NamedTuple):
-    """Around the largest score that `affordable_mask` can prune. Keys are unsigned integers in the order of floats."""
-
-    low: jax.Array  # key; all scores up to this fit into the budget
-    high: jax.Array  # key; not all up to this do
-    num: jax.Array  # of the scores up to `low`
-    total: jax.Array
-    num_high: jax.Array
-    num_pivots: jax.Array
-
-
-def _from_sample(leaves: Sequence[jax.Array], budget: jax.Array) -> jax.Array:
-    """About the score up to which the total is the budget, from a sample of the scores."""
-    stride = _stride(sum(leaf.size for leaf in leaves))
-    sample = jnp.sort(jnp.concatenate([leaf.reshape(-1)[::stride] for leaf in leaves]))
-    return sample[jnp.clip(jnp.sum(jnp.cumsum(sample) * stride <= budget), 0, sample.size - 1)]
-
-
-def first_of(mask: Mask, num: chex.Numeric) -> Mask:
-    """The first `num` true entries of a mask, in the order of the leaves and within a leaf in C order; others False.
-
-    >>> first_of({"a": jnp.array([True, False, True]), "b": jnp.array([True, True])}, 3)
-    {'a': Array([ True, False,  True], dtype=bool), 'b': Array([ True, False], dtype=bool)}
-    """
-
-    def take(leaf: jax.Array, num: jax.Array) -> jax.Array:
-        return leaf & (jnp.cumsum(leaf.reshape(-1), dtype=jnp.int32).reshape(leaf.shape) <= num)
-
-    leaves, structure = jax.tree.flatten(mask)
-    left, taken = jnp.asarray(num, jnp.int32), []
-    for leaf, count in zip(leaves, count_kept(mask), strict=True):
-        # Adding up places is slow, and rarely needed.
-        some = (left > 0) & (left < count)
-        taken.append(jax.lax.cond(some, take, lambda leaf, num: leaf & (num > 0), leaf, left))
-        left = jnp.maximum(left - count, 0)
-    return jax.tree.unflatten(structure, taken)
-
-
-def shuffle(mask: Mask, key: chex.PRNGKey) -> Mask:
-    """The same number of kept weights in each leaf, at random places: every arrangement is as likely as any other.
-
-    Args:
-      mask: bool arrays, and holes.
-      key: consumed.
-
-    >>> shuffle({"w": jnp.arange(8) < 3, "b": None}, jax.random.key(0))
-    {'b': None, 'w': Array([ True,  True, False,  True, False, False, False, False], dtype=bool)}
-    """
-    leaves, structure = jax.tree.flatten(mask)
-    rows = zip(jax.random.split(key, len(leaves)), leaves, strict=True)
-    shuffled = [jax.random.permutation(k, leaf.reshape(-1)).reshape(leaf.shape) for k, leaf in rows]
-    return jax.tree.unflatten(structure, shuffled)
+    bits = jnp.where(key >= sign, key ^ sign, ~key)
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
-    """The bits of a bool array in C order, eight to a byte, the first in the highest bit: uint8 [ceil(size / 8)]."""
+    """Packs the bits of a bool array, eight to a byte: uint8 [ceil(size / 8)]."""
     return np.packbits(np.asarray(mask, bool).reshape(-1))
 
 
 def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The bool array of `shape` that `pack` packed. Raises ValueError if the number of bytes does not fit."""
+    """Returns the bool array that `pack` packed."""
     size = math.prod(shape)
     if packed.shape != (math.ceil(size / 8),):
         raise ValueError(
-            f"packed has shape {packed.shape}, but a mask of shape {shape} takes ({math.ceil(size / 8)},)."
+            f"packed has shape {packed.shape}, but a mask of shape {shape} takes "
+            f"({math.ceil(size / 8)},)."
         )
     return np.unpackbits(packed, count=size).astype(bool).reshape(shape)

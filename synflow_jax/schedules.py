@@ -1,115 +1,234 @@
-"""How much is left after each iteration of pruning (Algorithm 1 of the paper, and its appendix 12)."""
+"""Decides how many weights are pruned after each iteration (Algorithm 1 and appendix 12).
+
+A schedule is a function. `schedule(shapes, compression, num_iterations)` returns counts, an int64
+array with one row per iteration: how many weights are pruned once that iteration is done. With one
+column all weights are ranked together. With one column per layer each layer is ranked by itself,
+so layer quotas are schedules too. Any function of this form can be passed to `pruning.prune`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
+from synflow_jax.trees import Mask
 
-def exponential(compression: float, step: int, num_iterations: int) -> float:
-    """The density after `step` of `num_iterations`: each iteration keeps the same fraction of what it finds."""
-    return (1 / compression) ** (step / num_iterations)
-
-
-def linear(compression: float, step: int, num_iterations: int) -> float:
-    """The density after `step` of `num_iterations`: each iteration prunes the same number of weights."""
-    return 1 - (1 - 1 / compression) * (step / num_iterations)
+Shape = Sequence[int]
+Schedule = Callable[[Sequence[Shape], float, int], np.ndarray]
 
 
-# Prunes as much at a time as the scores allow: see `pruning.advance_certified`. It has no densities to be listed here.
-CERTIFIED = "certified"
-MAX_CERTIFIED = (
-    4096  # iterations of a certified run, unless asked for otherwise; uint16 counts them
-)
-SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
-    "exponential": exponential,
-    "linear": linear,
-}
+# One ranking of all weights ----------------------------------------------------------------------
 
 
-def prune_counts(
-    sizes: Sequence[int], compression: float, num_iterations: int, schedule: str = "exponential"
-) -> np.ndarray:
-    """How many of `sizes[j]` weights are pruned after each iteration, int64 [num_iterations, len(sizes)].
+def exponential(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
+    """Prunes the same fraction of the remaining weights in each iteration: the paper's schedule.
 
-    k = int((1 - density) N), in float64 on the host: float32 misplaces the counts of networks of 15 M weights.
+    After iteration k of n the density is compression^(-k / n).
 
-    >>> prune_counts([1000], compression=100, num_iterations=2).tolist()
-    [[900], [990]]
+    Args:
+      shapes: of the prunable leaves.
+      compression: total / kept at the end, at least 1.
+      num_iterations: n.
+
+    Returns:
+      int64 [num_iterations, 1]: how many weights are pruned after each iteration.
 
     Raises:
-      ValueError: naming the argument that is out of its range.
+      ValueError: an argument is out of its range.
+
+    >>> exponential([(10, 100)], compression=100, num_iterations=2).tolist()
+    [[900], [990]]
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"schedule={schedule!r} is unknown. Choose one of {sorted([*SCHEDULES, CERTIFIED])}."
-        )
-    if (
-        not isinstance(num_iterations, int | np.integer)
-        or isinstance(num_iterations, bool)
-        or num_iterations < 1
-    ):
-        raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
-    if not np.isfinite(compression) or compression < 1:
-        raise ValueError(
-            f"compression={compression!r} must be a finite number of at least 1: it is total / kept, "
-            "so 1 keeps every weight and 100 keeps one in a hundred."
-        )
-    density = [
-        SCHEDULES[schedule](float(compression), k, num_iterations)
-        for k in range(1, num_iterations + 1)
-    ]
-    return np.array([[int((1 - d) * size) for size in sizes] for d in density], np.int64)
+    check_request(compression, num_iterations)
+    final_density = 1 / float(compression)
+    steps = range(1, num_iterations + 1)
+    densities = [final_density ** (step / num_iterations) for step in steps]
+    return counts_of([_num_weights(shapes)], densities)
 
 
-def num_kept(size: int, compression: float) -> int:
-    """How many of `size` weights the certified schedule leaves: size / compression, rounded up.
+def linear(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
+    """Prunes the same number of weights in each iteration. Arguments as `exponential`.
 
-    Rounded up but for the rounding of the compression itself, so that size / L leaves L.
-
-    >>> num_kept(10, 3), num_kept(14_761_664, 14_761_664 / 14)
-    (4, 14)
+    >>> linear([(10, 100)], compression=100, num_iterations=2).tolist()
+    [[495], [990]]
     """
-    return max(1, math.ceil(size / compression * (1 - 1e-12)))
+    check_request(compression, num_iterations)
+    final_sparsity = 1 - 1 / float(compression)
+    steps = range(1, num_iterations + 1)
+    densities = [1 - final_sparsity * (step / num_iterations) for step in steps]
+    return counts_of([_num_weights(shapes)], densities)
 
 
-def erdos_renyi_kernel(shapes: Sequence[Sequence[int]], compression: float) -> np.ndarray:
-    """The kept weights of each layer, int64 [num_layers], by Erdos-Renyi-Kernel (Evci et al. 2020).
+def counts_of(sizes: Sequence[int], densities: Sequence[float]) -> np.ndarray:
+    """Turns densities into counts: k = int((1 - density) N), as the published runs do.
 
-    A layer's density is in proportion to (height + width + inputs + outputs) / (height * width * inputs * outputs), at
-    most 1, so that a layer keeps weights in proportion to the sum of its shape. What does not divide evenly goes to the
-    largest remainders, the first ones first. In whole numbers: the total is N - int((1 - 1 / compression) N), exactly.
+    In float64 on the host: float32 misplaces the counts of networks of 15 million weights.
+
+    Args:
+      sizes: one number of weights per column.
+      densities: kept / total after each iteration.
+
+    Returns:
+      int64 [len(densities), len(sizes)].
+    """
+    rows = [[int((1 - density) * size) for size in sizes] for density in densities]
+    return np.array(rows, np.int64).reshape(len(densities), len(sizes))
+
+
+# Each layer by itself ----------------------------------------------------------------------------
+
+
+def per_layer(schedule: Schedule) -> Schedule:
+    """Applies a schedule to each layer by itself: every layer reaches the same compression.
+
+    >>> per_layer(exponential)([(10,), (4, 5)], 10, 1).tolist()
+    [[9, 18]]
+    """
+
+    def counts(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
+        columns = [schedule([shape], compression, num_iterations) for shape in shapes]
+        return np.concatenate(columns, axis=1)
+
+    return counts
+
+
+def quotas_of(mask: Mask) -> Schedule:
+    """Prunes each layer to the number of weights that another mask keeps there.
+
+    The mask alone decides how many weights are left. Each layer's density falls exponentially.
+
+    >>> mask = {"a": np.array([True, False, False, False]), "b": np.array([True, True])}
+    >>> quotas_of(mask)([(4,), (2,)], 2.0, 2).tolist()
+    [[2, 0], [3, 0]]
+    """
+    kept = [int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(mask)]
+
+    def counts(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
+        check_request(compression, num_iterations)
+        return _toward(kept, shapes, num_iterations)
+
+    return counts
+
+
+def erdos_renyi_kernel(
+    shapes: Sequence[Shape], compression: float, num_iterations: int
+) -> np.ndarray:
+    """Prunes each layer to its share under Erdos-Renyi-Kernel; see `erdos_renyi_kernel_quotas`."""
+    check_request(compression, num_iterations)
+    kept = erdos_renyi_kernel_quotas(shapes, compression)
+    return _toward(kept.tolist(), shapes, num_iterations)
+
+
+def erdos_renyi_kernel_quotas(shapes: Sequence[Shape], compression: float) -> np.ndarray:
+    """Computes how many weights each layer keeps under Erdos-Renyi-Kernel (Evci et al. 2020).
+
+    A layer's density is proportional to (height + width + inputs + outputs) divided by
+    (height * width * inputs * outputs), and at most 1. So a layer keeps weights in proportion to
+    the sum of its shape. Weights that do not divide evenly go to the largest remainders, the first
+    layer first. The arithmetic is in whole numbers: the total is N - int((1 - 1 / compression) N).
 
     Args:
       shapes: of the prunable leaves.
       compression: total / kept, at least 1.
 
+    Returns:
+      int64 [num_layers], the kept weights of each layer.
+
     Raises:
       ValueError: compression is out of its range.
 
-    >>> erdos_renyi_kernel([(3, 3, 1, 8), (3, 3, 8, 8), (128, 10)], compression=10).tolist()  # sums 15, 22, 138
+    >>> shapes = [(3, 3, 1, 8), (3, 3, 8, 8), (128, 10)]  # sums 15, 22, 138
+    >>> erdos_renyi_kernel_quotas(shapes, compression=10).tolist()
     [17, 24, 152]
-    >>> erdos_renyi_kernel([(3, 3, 1, 8), (3, 3, 8, 8), (128, 10)], compression=2).tolist()  # the first is full
+    >>> erdos_renyi_kernel_quotas(shapes, compression=2).tolist()  # the first layer is full
     [72, 123, 769]
     """
-    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
-    total = sum(sizes)
-    num_kept = total - int(prune_counts([total], compression, 1)[0, 0])
-    kept = list(sizes)
+    sizes = [math.prod(shape) for shape in shapes]
+    sums = [sum(shape) for shape in shapes]
+    num_pruned = int(exponential(shapes, compression, 1)[0, 0])
+    num_kept = sum(sizes) - num_pruned
+
+    # A layer whose share is above its size is full, and the others divide what it leaves. They get
+    # more than before, so a full layer stays full, and the loop ends.
     sparse = list(range(len(sizes)))
     while True:
-        left = num_kept - sum(sizes[i] for i in range(len(sizes)) if i not in sparse)
+        in_full_layers = sum(sizes[i] for i in range(len(sizes)) if i not in sparse)
+        left = num_kept - in_full_layers
         parts = sum(sums[i] for i in sparse)
         full = [i for i in sparse if left * sums[i] >= sizes[i] * parts]
         if not full:
             break
-        # Those that are full leave more than their part to the others, so none of them becomes sparse again.
         sparse = [i for i in sparse if i not in full]
+
+    kept = list(sizes)
     for i in sparse:
         kept[i] = left * sums[i] // parts
     rest = left - sum(kept[i] for i in sparse)
-    for i in sorted(sparse, key=lambda i: -(left * sums[i] % parts))[:rest]:
+    by_remainder = sorted(sparse, key=lambda i: -(left * sums[i] % parts))
+    for i in by_remainder[:rest]:
         kept[i] += 1
     return np.array(kept, np.int64)
+
+
+def _toward(kept: Sequence[int], shapes: Sequence[Shape], num_iterations: int) -> np.ndarray:
+    """Lets the density of each layer fall exponentially to a given number of weights."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if len(sizes) != len(kept):
+        raise ValueError(
+            f"the quotas are for {len(kept)} layers, and the network has {len(sizes)} prunable "
+            "ones. Take the quotas from a mask of the same network."
+        )
+    columns = []
+    for num_kept, size in zip(kept, sizes, strict=True):
+        steps = range(1, num_iterations + 1)
+        densities = [(num_kept / size) ** (step / num_iterations) for step in steps]
+        column = counts_of([size], densities)
+        column[-1] = size - num_kept  # exactly, whatever float64 makes of the fraction
+        columns.append(column)
+    return np.concatenate(columns, axis=1)
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def check_request(compression: float, num_iterations: int) -> None:
+    """Raises ValueError, naming the argument, for a request that no schedule can meet."""
+    is_whole = isinstance(num_iterations, int | np.integer) and not isinstance(num_iterations, bool)
+    if not is_whole or num_iterations < 1:
+        raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
+    if not np.isfinite(compression) or compression < 1:
+        raise ValueError(
+            f"compression={compression!r} must be a finite number of at least 1. It is "
+            "total / kept: 1 keeps every weight, and 100 keeps one in a hundred."
+        )
+
+
+def check_counts(counts: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Checks the counts that a schedule returned, and returns them as an array.
+
+    Raises:
+      ValueError: they are not whole numbers of a fitting shape, or out of their range.
+    """
+    counts = np.asarray(counts)
+    num_layers = len(sizes)
+    has_columns = counts.ndim == 2 and counts.shape[1] in (1, num_layers)
+    if not has_columns or not len(counts) or counts.dtype.kind not in "iu":
+        raise ValueError(
+            f"schedule returned {counts.dtype}{list(counts.shape)}. It must return whole numbers, "
+            f"int[num_iterations, 1] for one ranking of all weights or "
+            f"int[num_iterations, {num_layers}] for one of each layer."
+        )
+    limits = np.array([sum(sizes)] if counts.shape[1] == 1 else sizes)
+    if (counts < 0).any() or (counts > limits).any():
+        raise ValueError(
+            f"schedule returned {counts.tolist()}. Counts must be between 0 and the number of "
+            f"weights, {limits.tolist()}."
+        )
+    return counts
+
+
+def _num_weights(shapes: Sequence[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)

@@ -1,15 +1,18 @@
-"""What a weight is worth: the objective R and its saliency, and the five rules of the paper.
+"""Scores weights: an objective R, its synaptic saliency, and the rules of the paper.
 
-A score function is called with the parameters, the mask so far and a key, and returns a score for every
-prunable weight; larger = keep. The rules that differentiate do so at the masked parameters, and each is one
+A rule is called as `scores = rule(params, mask, key)` and returns a score for every prunable
+weight; larger = keep. Rules that differentiate do so at the masked parameters. Each of them is one
 choice of R in the synaptic saliency S(theta) = dR/dtheta * theta (Eq. 1):
 
-  SynFlow   R = 1^T (prod_l |theta_l|) 1, the l1 path norm (Eq. 4)
+  SynFlow   R = 1^T (prod_l |theta_l|) 1, the l1 path norm (Eq. 2)
   SNIP      R = the loss, and the absolute value of its saliency (Lee et al. 2019)
   GraSP     R = <g, grad of the loss>, with g the gradient held constant (Wang et al. 2020)
 
-The factories return `jax.tree_util.Partial`s: callables that are also trees, whose leaves are the batches.
-A jitted function that takes a score function as an argument therefore sees new data without a new trace.
+To add a rule, write a function `(params, mask, key) -> scores` and pass it to `pruning.prune`. Use
+`Rule` to say more about it.
+
+Rules are pytrees whose leaves are their batches. A jitted function that takes a rule as an argument
+therefore sees new data without a new trace.
 """
 
 from __future__ import annotations
@@ -28,37 +31,98 @@ from synflow_jax.jaxprs import scaling
 from synflow_jax.trees import Mask, Params, Scores, apply_mask, map_prunable, merge, select
 
 Batch = Any  # a pytree of arrays with a leading axis of examples
-Objective = Callable[[Params], jax.Array]  # R(theta): parameters -> scalar
-LossFn = Callable[[Params, Batch], jax.Array]  # parameters, batch -> the mean loss of its examples
-ApplyFn = Callable[
-    [Params, jax.Array], jax.Array
-]  # parameters, inputs [batch, ...] -> outputs [batch, ...]
-ScoreFn = Callable[
-    [Params, Mask, chex.PRNGKey], Scores
-]  # the protocol of every rule, and of a user's own
+ApplyFn = Callable[[Params, jax.Array], jax.Array]  # inputs [batch, ...] -> outputs [batch, ...]
+LossFn = Callable[[Params, Batch], jax.Array]  # -> the mean loss of the examples, []
+Objective = Callable[[Params], jax.Array]  # R(theta), []
+ScoreFn = Callable[[Params, Mask, chex.PRNGKey], Scores]
+# Adds up function(batch) over the batches of a rule. The parameters are those it closes over.
+SumOverBatches = Callable[[Callable[[Batch], Scores], Params], Scores]
 
 
-def as_partial(function: Callable[..., Any]) -> Partial:
-    """The function as a `Partial`, that is as a tree, which jitted functions take as an argument.
+# What a rule is ----------------------------------------------------------------------------------
 
-    A `Partial` is returned as it is: wrapped once more it would lose its leaves, and be a constant of the program.
+
+class Flow(NamedTuple):
+    """SynFlow's scores and the flow that enters at the input.
+
+    The flow at the input, dR/dx * x, is the sum of |products of weights| over all paths from the
+    input to the output. A cut is a set of weights that separates input and output. Every path
+    passes every cut, so the scores of a cut add up to at least this flow, and weights of a smaller
+    total cannot disconnect the network (Theorem 3). Without biases the flow is R.
+
+    scores: as every rule returns them. cut: [], the flow at the input. exponent: int32 []; scores
+    and cut are both to be multiplied by 2^exponent.
     """
+
+    scores: Scores
+    cut: jax.Array
+    exponent: jax.Array
+
+
+FlowFn = Callable[[Params, Mask, chex.PRNGKey], Flow]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("score", "batches", "flow", "objective"),
+    meta_fields=("num_iterations",),
+)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: `jax.jit(rule)` hashes it
+class Rule:
+    """Scores the weights of a network: `rule(params, mask, key) -> scores`.
+
+    score: `score(params, mask, key)`, a `Partial`. If the rule has batches, it is called as
+      `score(sum_over_batches, params, mask, key)`, so that several devices can share the sum.
+    num_iterations: how often the rule is usually applied on the way to the final mask.
+    batches: the data, from `stack_batches`; None for a rule without data.
+    flow: returns the cut together with the scores. None for a rule whose scores are not positive
+      and conserved, so that no cut bounds what may be pruned.
+    objective: R, where it is evaluated by `jaxprs.scaling`. Error messages name its steps that may
+      overflow.
+    """
+
+    score: Callable[..., Scores]
+    num_iterations: int = 100
+    batches: list[Batch] | None = None
+    flow: FlowFn | None = None
+    objective: Objective | None = None
+
+    def __call__(self, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+        """Returns the scores, of the shapes of the prunable parameters."""
+        if self.batches is None:
+            return self.score(params, mask, key)
+        sum_over_batches = functools.partial(sum_over, self.batches)
+        return self.score(sum_over_batches, params, mask, key)
+
+
+def as_rule(score_fn: ScoreFn) -> Rule:
+    """Turns a function `(params, mask, key) -> scores` into a `Rule`; a rule stays as it is."""
+    return score_fn if isinstance(score_fn, Rule) else Rule(_as_partial(score_fn))
+
+
+def _as_partial(function: Callable[..., Any]) -> Partial:
+    """Makes a function a pytree, which jitted functions take as an argument."""
+    # Wrapped once more, a Partial would lose its leaves and become a constant of the program.
     return function if isinstance(function, Partial) else Partial(function)
 
 
-def saliency(objective: Objective, params: Params, mask: Mask) -> Scores:
-    """Synaptic saliency, dR/dtheta * theta (Eq. 1), with dR/dtheta taken at the masked parameters.
+# Saliency and objectives -------------------------------------------------------------------------
 
-    It is the derivative of R with respect to the mask; for a pruned weight it says what its return would change.
+
+def saliency(objective: Objective, params: Params, mask: Mask) -> Scores:
+    """Computes the synaptic saliency dR/dtheta * theta (Eq. 1), at the masked parameters.
+
+    This is the derivative of R with respect to the mask. For a pruned weight it says how R would
+    change if the weight returned.
 
     Args:
       objective: R, differentiable, from the whole tree of parameters to a scalar.
       params: tree of float arrays, unmasked.
-      mask: bool arrays beside the prunable parameters, holes elsewhere.
+      mask: bool arrays at the prunable parameters, holes elsewhere.
 
     Returns:
-      Scores, of the shapes and dtypes of the prunable parameters. Their sum over a layer is the same for
-      every layer that cuts the input of a bias-free network with homogeneous activations from its output
+      Scores, of the shapes and dtypes of the prunable parameters. In a network without biases and
+      with homogeneous activations, every layer that separates input and output has the same total
       (Theorem 2).
 
     >>> params = {"w1": jnp.array([[1.0, 2.0]]), "w2": jnp.array([[3.0], [4.0]])}
@@ -72,7 +136,9 @@ def saliency(objective: Objective, params: Params, mask: Mask) -> Scores:
 
 
 def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
-    """SynFlow's objective R_SF (Eq. 4): the sum of the outputs for an all-ones input under |parameters|.
+    """Builds SynFlow's objective R_SF (Eq. 2): the sum of the outputs for an all-ones input.
+
+    All parameters are replaced by their absolute values.
 
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode.
@@ -81,248 +147,36 @@ def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
     >>> float(path_norm(lambda p, x: x @ p["w"], (2,))({"w": jnp.array([[1.0], [-2.0]])}))
     3.0
     """
-    return Partial(_path_norm(tuple(input_shape)), as_partial(apply_fn))
+    return Partial(_path_norm(tuple(input_shape)), _as_partial(apply_fn))
 
 
 @functools.lru_cache
 def _path_norm(input_shape: tuple[int, ...]) -> Callable[..., jax.Array]:
-    # Cached, so that jitted users find their trace again.
+    # Cached, so that jitted users of equal objectives share one trace.
     def objective(apply_fn: ApplyFn, params: Params, input_scale: chex.Numeric = 1) -> jax.Array:
         dtype = jnp.result_type(*jax.tree.leaves(params))
         inputs = jnp.ones((1, *input_shape), dtype) * jnp.asarray(input_scale, dtype)
-        return jnp.sum(apply_fn(jax.tree.map(jnp.abs, params), inputs))
+        outputs = apply_fn(jax.tree.map(jnp.abs, params), inputs)
+        return jnp.sum(outputs)
 
     return objective
 
 
-def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = True) -> ScoreFn:
-    """Synaptic flow (Algorithm 1): the saliency of the l1 path norm. Needs no data, and is never negative.
-
-    A pruned weight scores exactly 0. Use many iterations: the paper takes 100.
-
-    Args:
-      apply_fn: `apply_fn(params, x)`, in evaluation mode.
-      input_shape: the shape of one example, without the batch axis.
-      scaled: carries a power of two beside every value (`scaling.evaluate`), so that float32 reaches any depth. The
-        scores of one call are then divided by one power of two, which changes no mask. False for the plain sums of
-        products, of which Eq. 4 is one.
-
-    >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [4.0]])}
-    >>> mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
-    >>> score_fn = synflow(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], input_shape=(1,), scaled=False)
-    >>> score_fn(params, mask, jax.random.key(0))["w1"]
-    Array([[3., 8.]], dtype=float32)
-    """
-    evaluate = scaling.evaluate if scaled else _plain
-    return Partial(_synflow, Partial(evaluate, path_norm(apply_fn, input_shape)))
-
-
-def _plain(objective: Callable[..., jax.Array], *args: Any) -> scaling.Scaled:
-    return scaling.Scaled(objective(*args), jnp.int32(0))
-
-
-def _synflow(
-    evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey
-) -> Scores:
-    return _synflow_and_cut(evaluate, params, mask, key).scores
-
-
-class Flow(NamedTuple):
-    """SynFlow's scores and the flow that enters at the input, both to be multiplied by 2^exponent.
-
-    The input's flow is dR/dx * x, the sum of |products| of weights over all paths from the input to the output. Every
-    such path passes every cut of the network (a set of weights that parts input and output), so that a cut's
-    total score is at least this: weights of a smaller total disconnect nothing (Theorem 3). Without biases it is R.
-
-    scores: as every rule returns them; cut: []; exponent: int32 [].
-    """
-
-    scores: Scores
-    cut: jax.Array
-    exponent: jax.Array
-
-
-FlowFn = Callable[[Params, Mask, chex.PRNGKey], Flow]
-
-
-def with_cut(score_fn: ScoreFn) -> FlowFn | None:
-    """For a score function of `synflow`, the one that returns its `Flow`; None for every other rule."""
-    if isinstance(score_fn, Partial) and score_fn.func is _synflow:
-        return Partial(_synflow_and_cut, *score_fn.args, **score_fn.keywords)
-    return None
-
-
-def unscaled(score_fn: ScoreFn, params: Params) -> tuple[str, ...]:
-    """The steps of a scaled SynFlow's network that are evaluated at plain values, and so may overflow; else ()."""
-    if with_cut(score_fn) is None or score_fn.args[0].func is not scaling.evaluate:  # type: ignore[attr-defined]
-        return ()
-    return scaling.unscaled(score_fn.args[0].args[0], params)  # type: ignore[attr-defined]
-
-
-def _synflow_and_cut(
-    evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey
-) -> Flow:
-    del key  # no data and no chance
-    selected = select(apply_mask(params, mask), mask)
-    input_scale = jnp.ones((), jnp.result_type(*jax.tree.leaves(params)))
-    (gradient, cut), exponent = jax.grad(
-        lambda prunable, scale: evaluate(merge(prunable, params), scale),
-        argnums=(0, 1),
-        has_aux=True,
-    )(selected, input_scale)
-    # A pruned weight scores 0 whatever its gradient is.
-    scores = map_prunable(
-        lambda m, g, theta: jnp.where(m, g * theta, jnp.zeros_like(theta)), mask, gradient, selected
-    )
-    return Flow(scores, cut, jnp.where(cut > 0, exponent, 0))
-
-
-def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
-    """SNIP (Lee et al. 2019): |dL/dmask|, divided by its total over all prunable weights.
-
-    Args:
-      loss_fn: mean loss of a batch, in evaluation mode; see `cross_entropy`.
-      batches: one batch or more, of any sizes; the losses of the batches are added.
-
-    Raises:
-      ValueError: there is no batch.
-    """
-    return Partial(_snip, as_partial(loss_fn), _stack(batches))
-
-
-def _snip(
-    loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey
-) -> Scores:
-    del key
-    scores = _sum_over(
-        batches, lambda batch: saliency(lambda theta: loss_fn(theta, batch), params, mask), params
-    )
-    scores = jax.tree.map(jnp.abs, scores)
-    total = _by_itself(_total, params, scores)
-    return jax.tree.map(lambda s: s / total, scores)
-
-
-def grasp(loss_fn: LossFn, batches: Sequence[Batch]) -> ScoreFn:
-    """GraSP (Wang et al. 2020): theta * Hg, divided by |its total| + 1e-10. May be negative; larger = keep.
-
-    g is the gradient of the losses of all batches, held constant; H g is the gradient of <g, grad L>.
-
-    Args:
-      loss_fn: mean loss of a batch, in evaluation mode. The published rule divides the logits by 200:
-        `cross_entropy(apply_fn, temperature=200)`.
-      batches: one batch or more, of any sizes; the losses of the batches are added.
-
-    Raises:
-      ValueError: there is no batch.
-    """
-    return Partial(_grasp, as_partial(loss_fn), _stack(batches))
-
-
-def _grasp(
-    loss_fn: LossFn, batches: list[Batch] | _Shares, params: Params, mask: Mask, key: chex.PRNGKey
-) -> Scores:
-    del key
-    masked = apply_mask(params, mask)
-
-    def gradient(theta: Params, batch: Batch) -> Params:
-        return jax.grad(lambda prunable: loss_fn(merge(prunable, theta), batch))(
-            select(theta, mask)
-        )
-
-    g = _sum_over(batches, lambda batch: gradient(masked, batch), params)
-
-    def objective(theta: Params, batch: Batch) -> jax.Array:
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b), g, gradient(theta, batch))
-        return jax.tree.reduce(jnp.add, products)
-
-    scores = _sum_over(
-        batches, lambda batch: saliency(lambda theta: objective(theta, batch), params, mask), params
-    )
-    total = jnp.abs(_by_itself(_total, params, scores)) + 1e-10
-    return jax.tree.map(lambda s: s / total, scores)
-
-
-def magnitude() -> ScoreFn:
-    """|theta|, of pruned weights too."""
-    return Partial(_magnitude)
-
-
-def _magnitude(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
-    del key
-    return map_prunable(lambda _, theta: jnp.abs(theta), mask, params)
-
-
-def random() -> ScoreFn:
-    """Independent standard normal scores, drawn in float32 whatever the parameters are."""
-    return Partial(_random)
-
-
-def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
-    leaves, structure = jax.tree.flatten(select(params, mask))
-    keys = jax.random.split(key, len(leaves))
-    draws = [
-        jax.random.normal(k, leaf.shape, jnp.float32) for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, draws)
-
-
-def inverted(score_fn: ScoreFn) -> ScoreFn:
-    """The negative scores of a rule: what it would prune last goes first (Frankle et al. 2021).
-
-    Scores of exactly 0, as those of dead units and of a collapsed network are, become positive ones below 2^-100 by
-    chance: they go last, and not all at once as one tie.
-
-    >>> inverted(magnitude())({"w": jnp.array([1.0, -2.0])}, {"w": jnp.ones(2, bool)}, jax.random.key(0))["w"]
-    Array([-1., -2.], dtype=float32)
-    """
-    return Partial(_inverted, as_partial(score_fn))
-
-
-def _inverted(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
-    leaves, structure = jax.tree.flatten(score_fn(params, mask, key))
-    rows = zip(jax.random.split(jax.random.fold_in(key, 1), len(leaves)), leaves, strict=True)
-    tiny = lambda k, leaf: jnp.exp2(
-        -100 - 20 * jax.random.uniform(k, leaf.shape, jnp.float32)
-    ).astype(leaf.dtype)
-    return jax.tree.unflatten(
-        structure, [jnp.where(leaf == 0, tiny(k, leaf), -leaf) for k, leaf in rows]
-    )
-
-
-def without_cut(score_fn: ScoreFn) -> ScoreFn:
-    """The same scores without the cut of `with_cut`, for a network whose outputs no flow of paths is."""
-    return Partial(_without_cut, as_partial(score_fn))
-
-
-def _without_cut(score_fn: ScoreFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
-    return score_fn(params, mask, key)
-
-
-def fixed(scores: Scores) -> ScoreFn:
-    """Scores that are known already, for several masks of one ranking: a rule of one iteration looks at no mask.
-
-    Args:
-      scores: what every call returns; see `pruning.first_scores`.
-
-    >>> fixed({"w": jnp.array([1.0, 2.0])})({"w": jnp.zeros(2)}, {"w": jnp.ones(2, bool)}, jax.random.key(0))["w"]
-    Array([1., 2.], dtype=float32)
-    """
-    return Partial(_fixed, scores)
-
-
-def _fixed(scores: Scores, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
-    del params, mask, key
-    return scores
-
-
 def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
-    """The mean softmax cross-entropy of a batch `(inputs [batch, ...], labels int [batch])`, logits / temperature.
+    """Builds the mean softmax cross-entropy of a batch, with logits divided by `temperature`.
+
+    Args:
+      apply_fn: `apply_fn(params, inputs) -> logits [batch, classes]`, in evaluation mode.
+      temperature: positive.
+
+    Returns:
+      A function of parameters and a batch `(inputs [batch, ...], labels int [batch])`.
 
     >>> loss_fn = cross_entropy(lambda p, x: x @ p)
     >>> float(loss_fn(jnp.zeros((3, 2)), (jnp.ones((5, 3)), jnp.array([0, 1, 0, 1, 1]))))
     0.6931471824645996
     """
-    return Partial(_cross_entropy, as_partial(apply_fn), temperature)
+    return Partial(_cross_entropy, _as_partial(apply_fn), temperature)
 
 
 def _cross_entropy(
@@ -332,15 +186,169 @@ def _cross_entropy(
     logits = apply_fn(params, inputs)
     chex.assert_rank([logits, labels], [2, 1])
     log_probabilities = jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+    of_labels = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)
+    return -jnp.mean(of_labels)
+
+
+# SynFlow -----------------------------------------------------------------------------------------
+
+
+def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = True) -> Rule:
+    """Ranks weights by synaptic flow (Algorithm 1): the saliency of the l1 path norm (Eq. 2).
+
+    Needs no data. Scores are never negative, and a pruned weight scores exactly 0.
+
+    Args:
+      apply_fn: `apply_fn(params, x)`, in evaluation mode.
+      input_shape: the shape of one example, without the batch axis.
+      scaled: carries a power of two next to every value (`jaxprs.scaling`), so that float32 reaches
+        any depth. The scores of one call are then divided by one power of two, which changes no
+        mask. False computes the plain sums of products of Eq. 2.
+
+    >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [4.0]])}
+    >>> mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"]
+    >>> rule = synflow(apply_fn, input_shape=(1,), scaled=False)
+    >>> rule(params, mask, jax.random.key(0))["w1"]
+    Array([[3., 8.]], dtype=float32)
+    """
+    objective = path_norm(apply_fn, input_shape)
+    evaluate = Partial(scaling.evaluate if scaled else _evaluate_plainly, objective)
+    return Rule(
+        Partial(_synflow, evaluate),
+        num_iterations=100,
+        flow=Partial(_flow, evaluate),
+        objective=objective if scaled else None,
+    )
+
+
+def _evaluate_plainly(objective: Callable[..., jax.Array], *args: Any) -> scaling.Scaled:
+    """Stands in for `scaling.evaluate` where nothing is scaled."""
+    return scaling.Scaled(objective(*args), jnp.int32(0))
+
+
+def _synflow(
+    evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey
+) -> Scores:
+    return _flow(evaluate, params, mask, key).scores
+
+
+def _flow(
+    evaluate: Callable[..., scaling.Scaled], params: Params, mask: Mask, key: chex.PRNGKey
+) -> Flow:
+    """Differentiates R with respect to the masked weights and to the scale of the input."""
+    del key  # no data and no randomness
+
+    def objective(prunable: Params, input_scale: jax.Array) -> scaling.Scaled:
+        return evaluate(merge(prunable, params), input_scale)
+
+    selected = select(apply_mask(params, mask), mask)
+    input_scale = jnp.ones((), jnp.result_type(*jax.tree.leaves(params)))
+    differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
+    (gradient, cut), exponent = differentiate(selected, input_scale)
+
+    # A pruned weight scores 0, whatever its gradient is.
+    scores = map_prunable(
+        lambda m, g, theta: jnp.where(m, g * theta, jnp.zeros_like(theta)),
+        mask,
+        gradient,
+        selected,
+    )
+    return Flow(scores, cut, jnp.where(cut > 0, exponent, 0))
+
+
+# Rules that look at data -------------------------------------------------------------------------
+
+
+def snip(loss_fn: LossFn, batches: Sequence[Batch]) -> Rule:
+    """Ranks weights by SNIP (Lee et al. 2019): |dL/dmask|, divided by its total over all weights.
+
+    Args:
+      loss_fn: the mean loss of a batch, in evaluation mode; see `cross_entropy`.
+      batches: one batch or more, of any sizes. The losses of the batches are added.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    score = Partial(_snip, _as_partial(loss_fn))
+    return Rule(score, num_iterations=1, batches=stack_batches(batches))
+
+
+def _snip(
+    loss_fn: LossFn,
+    sum_over_batches: SumOverBatches,
+    params: Params,
+    mask: Mask,
+    key: chex.PRNGKey,
+) -> Scores:
+    del key
+
+    def saliency_of(batch: Batch) -> Scores:
+        return saliency(lambda theta: loss_fn(theta, batch), params, mask)
+
+    scores = jax.tree.map(jnp.abs, sum_over_batches(saliency_of, params))
+    total = isolated(_total, scores, params)
+    return jax.tree.map(lambda s: s / total, scores)
+
+
+def grasp(loss_fn: LossFn, batches: Sequence[Batch]) -> Rule:
+    """Ranks weights by GraSP (Wang et al. 2020): theta * Hg, divided by |its total| + 1e-10.
+
+    g is the gradient of the losses of all batches, held constant. H g is the gradient of
+    <g, grad L>. Scores may be negative; larger = keep.
+
+    Args:
+      loss_fn: the mean loss of a batch, in evaluation mode. The published rule divides the logits
+        by 200: `cross_entropy(apply_fn, temperature=200)`.
+      batches: one batch or more, of any sizes. The losses of the batches are added.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    score = Partial(_grasp, _as_partial(loss_fn))
+    return Rule(score, num_iterations=1, batches=stack_batches(batches))
+
+
+def _grasp(
+    loss_fn: LossFn,
+    sum_over_batches: SumOverBatches,
+    params: Params,
+    mask: Mask,
+    key: chex.PRNGKey,
+) -> Scores:
+    del key
+    masked = apply_mask(params, mask)
+
+    def gradient(theta: Params, batch: Batch) -> Params:
+        loss = lambda prunable: loss_fn(merge(prunable, theta), batch)
+        return jax.grad(loss)(select(theta, mask))
+
+    g = sum_over_batches(lambda batch: gradient(masked, batch), params)
+
+    def objective(theta: Params, batch: Batch) -> jax.Array:
+        products = jax.tree.map(lambda a, b: jnp.sum(a * b), g, gradient(theta, batch))
+        return jax.tree.reduce(jnp.add, products)
+
+    def saliency_of(batch: Batch) -> Scores:
+        return saliency(lambda theta: objective(theta, batch), params, mask)
+
+    scores = sum_over_batches(saliency_of, params)
+    total = jnp.abs(isolated(_total, scores, params)) + 1e-10
+    return jax.tree.map(lambda s: s / total, scores)
 
 
 def _total(scores: Scores) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, scores))
 
 
-def _stack(batches: Sequence[Batch]) -> list[Batch]:
-    """Runs of batches of equal shapes, each stacked along a new leading axis: a scan needs one shape."""
+def stack_batches(batches: Sequence[Batch]) -> list[Batch]:
+    """Groups neighbouring batches of equal shapes, and stacks each group along a new first axis.
+
+    A scan over batches needs one shape.
+
+    Raises:
+      ValueError: there is no batch.
+    """
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: a data-driven rule needs at least one batch.")
@@ -358,127 +366,115 @@ def _shapes(batch: Batch) -> Any:
     return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("groups", "num_batches"),
-    meta_fields=("axis_name",),
-)
-@dataclasses.dataclass(frozen=True)
-class _Shares:
-    """Batches dealt out to the devices of an axis, round by round: batch i of a group to device i mod D.
+def sum_over(groups: list[Batch], function: Callable[[Batch], Scores], params: Params) -> Scores:
+    """Adds up `function(batch)` over all batches, one at a time: memory for one is enough.
 
-    groups: of each group of `_stack`, [num_rounds, D, ...]; a device holds [num_rounds, 1, ...]. The last round is
-      filled up with batches that are not counted.
-    num_batches: int32 [num_groups].
+    Args:
+      groups: from `stack_batches`.
+      function: from a batch to scores.
+      params: the parameters that `function` closes over; see `isolated`.
     """
 
-    groups: list[Batch]
-    num_batches: Any
-    axis_name: str
-
-
-def over_devices(score_fn: ScoreFn, num_devices: int, axis_name: str) -> tuple[ScoreFn, Any]:
-    """A score function for use inside of a shard_map, whose devices share the batches of SNIP and GraSP.
-
-    Each device differentiates for its own batches; what they find is added in the order of the batches, as one device
-    adds it, so that the scores are the same to the last bit, and all of them on every device. Other rules have nothing
-    to share, and are returned as they are.
-
-    Returns:
-      The score function, and a tree of its structure that says which of its leaves are to be split, along their second
-      axis: True, and False for what every device needs whole.
-    """
-    score_fn = as_partial(score_fn)
-    if score_fn.func not in (_snip, _grasp):
-        return score_fn, jax.tree.map(lambda _: False, score_fn)
-    loss_fn, stacked = score_fn.args
-    groups = [jax.tree.map(functools.partial(_deal, num_devices), group) for group in stacked]
-    num_batches = jnp.array([jax.tree.leaves(group)[0].shape[0] for group in stacked], jnp.int32)
-    split = _Shares(jax.tree.map(lambda _: True, groups), False, axis_name)
-    return (
-        Partial(score_fn.func, loss_fn, _Shares(groups, num_batches, axis_name)),
-        Partial(score_fn.func, jax.tree.map(lambda _: False, loss_fn), split),
-    )
-
-
-def _deal(num_devices: int, leaf: jax.Array) -> jax.Array:
-    num_more = -leaf.shape[0] % num_devices
-    filled = jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (num_more, *leaf.shape[1:]))])
-    return filled.reshape(-1, num_devices, *leaf.shape[1:])
-
-
-def _sum_over_devices(shares: _Shares, function: Callable[[Batch], Scores]) -> Scores:
-    """`_sum_over` for batches of which each device has its own.
-
-    Every device adds up one part of each leaf, in the order of the batches, and the parts are put together at the end:
-    as much traffic as an all-reduce, which would add in an order of its own.
-    """
-    num_devices = jax.lax.axis_size(shares.axis_name)
-
-    def part(leaf: jax.Array) -> jax.Array:
-        """All devices' values of this device's part: [D, part]."""
-        padded = jnp.pad(leaf.reshape(-1), (0, -leaf.size % num_devices)).reshape(num_devices, -1)
-        return jax.lax.all_to_all(padded, shares.axis_name, 0, 0)
-
-    def whole(part: jax.Array, like: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(part, shares.axis_name, tiled=True)[: like.size].reshape(
-            like.shape
-        )
-
-    def add_round(
-        num_batches: jax.Array, carry: tuple[Scores, jax.Array], batch: Batch
-    ) -> tuple[Any, None]:
-        total, num_added = carry
-        values = jax.tree.map(part, function(jax.tree.map(lambda leaf: leaf[0], batch)))
-        for i in range(num_devices):
-            counts = num_added + i < num_batches
-            total = jax.tree.map(
-                lambda t, v, i=i, counts=counts: jnp.where(counts, t + v[i], t), total, values
-            )
-        return (total, num_added + num_devices), None
-
-    example = jax.tree.map(lambda leaf: leaf[0, 0], shares.groups[0])
-    like = jax.eval_shape(function, example)
-    total = jax.tree.map(lambda leaf: jnp.zeros(-(-leaf.size // num_devices), leaf.dtype), like)
-    for group, num_batches in zip(shares.groups, shares.num_batches, strict=True):
-        (total, _), _ = jax.lax.scan(
-            functools.partial(add_round, num_batches), (total, jnp.int32(0)), group
-        )
-    return jax.tree.map(whole, total, like)
-
-
-def _by_itself(function: Callable[[Any], Any], probe: Params, argument: Any) -> Any:
-    """`function(argument)` as a computation that the compiler cannot mix with what stands around it.
-
-    XLA would round otherwise in each place (a product that is added at once becomes one fused operation; a sum goes in
-    the order that suits what it follows), and scores would depend on which device computed them. What it cannot know at
-    compile time is whether a parameter is NaN.
-    """
-    like = jax.eval_shape(function, argument)
-    broken = lambda _: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), like)
-    return jax.lax.cond(
-        jnp.isnan(jax.tree.leaves(probe)[0].reshape(-1)[0]), broken, function, argument
-    )
-
-
-def _sum_over(
-    stacked: list[Batch] | _Shares, function: Callable[[Batch], Scores], probe: Params
-) -> Scores:
-    """The sum of `function(batch)` over all batches, one at a time, so that one batch's memory is enough.
-
-    probe: parameters that the function takes.
-    """
-    function = functools.partial(_by_itself, function, probe)
-    if isinstance(stacked, _Shares):
-        return _sum_over_devices(stacked, function)
+    def term(batch: Batch) -> Scores:
+        return isolated(function, batch, params)
 
     def add(total: Scores, batch: Batch) -> tuple[Scores, None]:
-        return jax.tree.map(jnp.add, total, function(batch)), None
+        return jax.tree.map(jnp.add, total, term(batch)), None
 
-    first = jax.tree.map(lambda leaf: leaf[0], stacked[0])
-    total = function(first)
-    for i, group in enumerate(stacked):
+    first = jax.tree.map(lambda leaf: leaf[0], groups[0])
+    total = term(first)
+    for i, group in enumerate(groups):
         rest = jax.tree.map(lambda leaf: leaf[1:], group) if i == 0 else group
         if jax.tree.leaves(rest)[0].shape[0]:
             total, _ = jax.lax.scan(add, total, rest)
     return total
+
+
+def isolated(function: Callable[[Any], Any], argument: Any, params: Params) -> Any:
+    """Computes `function(argument)` so that the compiler cannot mix it with its surroundings.
+
+    XLA rounds differently in different surroundings: a product that is added at once becomes one
+    fused operation, and a sum runs in the order that suits its neighbours. Scores would then depend
+    on which device computed them. A branch stops that, as long as the compiler cannot know which
+    one is taken. It cannot know whether a parameter is NaN.
+    """
+    like = jax.eval_shape(function, argument)
+
+    def broken(_: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), like)
+
+    first_param = jax.tree.leaves(params)[0].reshape(-1)[0]
+    return jax.lax.cond(jnp.isnan(first_param), broken, function, argument)
+
+
+# Rules without data ------------------------------------------------------------------------------
+
+
+def magnitude() -> Rule:
+    """Ranks weights by |theta|. Pruned weights have scores too."""
+    return Rule(Partial(_magnitude), num_iterations=1)
+
+
+def _magnitude(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    del key
+    return map_prunable(lambda _, theta: jnp.abs(theta), mask, params)
+
+
+def random() -> Rule:
+    """Ranks weights by independent standard normal numbers, drawn in float32 for any dtype."""
+    return Rule(Partial(_random), num_iterations=1)
+
+
+def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    leaves, structure = jax.tree.flatten(select(params, mask))
+    keys = jax.random.split(key, len(leaves))
+    draws = []
+    for leaf_key, leaf in zip(keys, leaves, strict=True):
+        draws.append(jax.random.normal(leaf_key, leaf.shape, jnp.float32))
+    return jax.tree.unflatten(structure, draws)
+
+
+# Rules made of other rules -----------------------------------------------------------------------
+
+
+def inverted(score_fn: ScoreFn) -> Rule:
+    """Negates the scores of a rule: its best weights are pruned first (Frankle et al. 2021).
+
+    Dead units and collapsed networks have scores of exactly 0. Those become random positive scores
+    below 2^-100, so that such weights are pruned last, and not all at once as one tie.
+
+    >>> params, mask = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.ones(2, bool)}
+    >>> inverted(magnitude())(params, mask, jax.random.key(0))["w"]
+    Array([-1., -2.], dtype=float32)
+    """
+    rule = as_rule(score_fn)
+    return Rule(Partial(_inverted, rule), num_iterations=rule.num_iterations)
+
+
+def _inverted(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    leaves, structure = jax.tree.flatten(rule(params, mask, key))
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    negated = []
+    for leaf_key, leaf in zip(keys, leaves, strict=True):
+        exponents = -100 - 20 * jax.random.uniform(leaf_key, leaf.shape, jnp.float32)
+        tiny = jnp.exp2(exponents).astype(leaf.dtype)
+        negated.append(jnp.where(leaf == 0, tiny, -leaf))
+    return jax.tree.unflatten(structure, negated)
+
+
+def fixed(scores: Scores) -> Rule:
+    """Returns the given scores at every call, to make several masks from one ranking.
+
+    Args:
+      scores: from `pruning.first_scores`, for instance.
+
+    >>> rule = fixed({"w": jnp.array([1.0, 2.0])})
+    >>> rule({"w": jnp.zeros(2)}, {"w": jnp.ones(2, bool)}, jax.random.key(0))["w"]
+    Array([1., 2.], dtype=float32)
+    """
+    return Rule(Partial(_fixed, scores), num_iterations=1)
+
+
+def _fixed(scores: Scores, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    del params, mask, key
+    return scores

@@ -85,7 +85,7 @@ def verify(
         )
         iterations = jax.tree.unflatten(structure, [jnp.asarray(n) for n in numbers])
         for i in range(1, num_iterations + 1):
-            pruned, cut = _pruned_and_cut(scores.with_cut(score_fn), params, iterations, i)
+            pruned, cut = _pruned_and_cut(score_fn.flow, params, iterations, i)
             fractions.append(float(pruned) / float(cut) if cut > 0 else math.inf)
             if not fractions[-1] < 1:
                 raise ValueError(
@@ -94,7 +94,7 @@ def verify(
                 )
             if on_progress is not None:
                 on_progress(i, num_iterations)
-        _, cut = _pruned_and_cut(scores.with_cut(score_fn), params, iterations, num_iterations + 1)
+        _, cut = _pruned_and_cut(score_fn.flow, params, iterations, num_iterations + 1)
         if not cut > 0:
             raise ValueError(
                 f"certificate {str(path)!r} does not hold: no path is left in the end."

@@ -18,9 +18,11 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from synflow_jax import data, models, schedules
+from synflow_jax import certified, data, models, schedules
 
 IMP = "imp"
+CERTIFIED = "certified"  # prunes by `certified.prune`
+SCHEDULES = {"exponential": schedules.exponential, "linear": schedules.linear}
 LAYERWISE = ("uniform", "erk")  # random within layers whose densities the rule decides
 PRUNERS = ("synflow", "snip", "grasp", "magnitude", "random", *LAYERWISE, IMP)
 DATA_DRIVEN = ("snip", "grasp")
@@ -282,8 +284,8 @@ def num_iterations(config: PruneConfig) -> int:
 
     Of the certified schedule, the most that it may take.
     """
-    if config.num_iterations is None and config.schedule == schedules.CERTIFIED:
-        return schedules.MAX_CERTIFIED
+    if config.num_iterations is None and config.schedule == CERTIFIED:
+        return certified.MAX_ITERATIONS
     if config.num_iterations is None and config.pruner == IMP and 1 < config.compression < math.inf:
         return math.ceil(math.log(config.compression) / -math.log(_IMP_LEVEL))
     if config.num_iterations is None:
@@ -332,17 +334,21 @@ def _check_run(config: Config, reads_data: bool) -> None:
         width_multiplier=config.width_multiplier,
     )
     _check_ablation(prune)
-    certified = prune.schedule == schedules.CERTIFIED
-    if prune.over_devices and (certified or prune.pruner in ("erk", IMP)):
+    is_certified = prune.schedule == CERTIFIED
+    if prune.over_devices and (is_certified or prune.pruner in ("erk", IMP)):
         raise ValueError(
-            f"prune.over_devices=True does not go with prune.{'schedule' if certified else 'pruner'}="
-            f"{prune.schedule if certified else prune.pruner!r}, which one device prunes: leave it out."
+            f"prune.over_devices=True does not go with prune.{'schedule' if is_certified else 'pruner'}="
+            f"{prune.schedule if is_certified else prune.pruner!r}, which one device prunes: leave it out."
         )
-    if certified:
+    if is_certified:
         _check_certified(prune)
-    schedule = "exponential" if certified else prune.schedule
+    if not is_certified and prune.schedule not in SCHEDULES:
+        raise ValueError(
+            f"prune.schedule={prune.schedule!r} is unknown. Choose one of "
+            f"{sorted([*SCHEDULES, CERTIFIED])}."
+        )
     try:
-        schedules.prune_counts([1], prune.compression, num_iterations(prune), schedule)
+        schedules.check_request(prune.compression, num_iterations(prune))
     except ValueError as error:
         raise ValueError(f"prune.{error}") from error
     for name in ("examples_per_class", "batch_size"):
@@ -390,7 +396,7 @@ def _check_ablation(prune: PruneConfig) -> None:
         )
     if prune.mode not in ("eval", "train"):
         raise ValueError(f"prune.mode={prune.mode!r} is unknown. Choose 'eval' or 'train'.")
-    if prune.ablation in ("shuffle", "invert") and prune.schedule == schedules.CERTIFIED:
+    if prune.ablation in ("shuffle", "invert") and prune.schedule == CERTIFIED:
         raise ValueError(
             f"prune.ablation={prune.ablation!r} does not go with schedule='certified', whose certificate would be of "
             "another mask. Choose 'exponential' or 'linear'."
@@ -515,7 +521,7 @@ def prune_dict(config: Config) -> dict[str, Any]:
         del values["prune"][name]
     if prune_dataset(config) == config.dataset or config.prune.pruner not in DATA_DRIVEN:
         del values["prune"]["dataset"]  # it decides on nothing
-    if config.prune.schedule != schedules.CERTIFIED:
+    if config.prune.schedule != CERTIFIED:
         del values["prune"]["cut_fraction"]
     values["prune"].update(scope=scope(config.prune), mode=mode(config.prune))
     for name in (

@@ -96,11 +96,11 @@ def find_or_make_mask(
         return state
 
     start = _start(settings, plan, form, workdir, lambda plan, state: train(0, plan, {}, state))
-    sizes = trees.sizes(network.mask)
-    whole = sizes if config.scope(options) == "local" else [sum(sizes)]
-    counts = schedules.prune_counts(
-        whole, options.compression, config.num_iterations(options), options.schedule
-    )
+    schedule = config.SCHEDULES[options.schedule]
+    if config.scope(options) == "local":
+        schedule = schedules.per_layer(schedule)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(network.mask)]
+    counts = schedule(shapes, options.compression, config.num_iterations(options))
     score_fn = scores.magnitude()
     rule = prune_run.Rule(score_fn, None)
     score_fn = scores.inverted(score_fn) if options.ablation == "invert" else score_fn
@@ -112,7 +112,7 @@ def find_or_make_mask(
             tested: dict[str, float] = {}
             level = imp.level(
                 functools.partial(train, number, plan, tested), start, mask, row.tolist(),
-                scope=config.scope(options), score_fn=score_fn,
+                score_fn=score_fn,
             )  # fmt: skip
             record = _record(number, level, tested, time.perf_counter() - began)
             _write_level(workdir, run_id, level.mask, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import pathlib
@@ -19,6 +20,7 @@ import numpy as np
 
 from synflow_jax import (
     analysis,
+    certified,
     data,
     masking,
     models,
@@ -54,7 +56,7 @@ class Rule(NamedTuple):
       the compression and the scope. None where there are more.
     """
 
-    score_fn: scores.ScoreFn
+    score_fn: scores.Rule
     initial: trees.Scores | None
 
 
@@ -163,18 +165,18 @@ def rule(settings: Config, network: Network) -> Rule:
       ValueError: the data cannot be used.
     """
     score_fn = _score_function(settings, network)
-    if config.num_iterations(settings.prune) > 1 or scores.with_cut(score_fn) is not None:
+    if config.num_iterations(settings.prune) > 1 or score_fn.flow is not None:
         return Rule(score_fn, None)
     initial = _first_scores(settings, network, score_fn)
     return Rule(scores.fixed(initial), initial)
 
 
-def _score_function(settings: Config, network: Network) -> scores.ScoreFn:
+def _score_function(settings: Config, network: Network) -> scores.Rule:
     score_fn = _upright_score_function(settings, network)
     return scores.inverted(score_fn) if settings.prune.ablation == "invert" else score_fn
 
 
-def _upright_score_function(settings: Config, network: Network) -> scores.ScoreFn:
+def _upright_score_function(settings: Config, network: Network) -> scores.Rule:
     prune, trains = settings.prune, settings.prune.mode == "train"
     if prune.pruner == config.IMP:
         raise ValueError(
@@ -186,7 +188,7 @@ def _upright_score_function(settings: Config, network: Network) -> scores.ScoreF
         )
         score_fn = scores.synflow(apply_fn, network.input_shape, scaled=prune.scaled)
         # What subtracts a mean has no flow of paths, and so no cut that bounds what may be pruned.
-        return scores.without_cut(score_fn) if trains else score_fn
+        return dataclasses.replace(score_fn, flow=None) if trains else score_fn
     if prune.pruner not in config.DATA_DRIVEN:
         return scores.magnitude() if prune.pruner == "magnitude" else scores.random()
     try:
@@ -208,7 +210,7 @@ def _upright_score_function(settings: Config, network: Network) -> scores.ScoreF
     return scores.grasp(scores.cross_entropy(apply_fn, temperature=prune.temperature), batches)
 
 
-def _first_scores(settings: Config, network: Network, score_fn: scores.ScoreFn) -> trees.Scores:
+def _first_scores(settings: Config, network: Network, score_fn: scores.Rule) -> trees.Scores:
     prune = settings.prune
     first_scores: Callable[..., trees.Scores] = pruning.first_scores
     if prune.over_devices:
@@ -303,38 +305,40 @@ def prune(
             on_progress(num_done, info)
 
     options = settings.prune
-    prune_fn: Callable[..., Any]
+    common: dict[str, Any] = {
+        "compression": options.compression,
+        "num_iterations": config.num_iterations(options),
+        "mask": network.mask,
+        "score_dtype": options.score_dtype,
+        "on_progress": report_progress,
+    }
+    if options.schedule == config.CERTIFIED:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", certified.Shortfall)  # the report says it from the row
+            mask, info = certified.prune(
+                scored.score_fn, network.params, cut_fraction=options.cut_fraction, **common
+            )
+        return write(settings, network, scored, mask, info, workdir, started=started)
+    prune_fn: Callable[..., Any] = pruning.prune
     if options.over_devices:
         prune_fn = functools.partial(sharded.prune, devices=jax.local_devices())
-    else:
-        prune_fn = functools.partial(
-            pruning.prune, cut_fraction=options.cut_fraction, counts=_counts(settings, network)
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pruning.Shortfall)  # the report says it from the row
-        mask, info = prune_fn(
-            scored.score_fn,
-            network.params,
-            compression=options.compression,
-            num_iterations=config.num_iterations(options),
-            schedule=options.schedule,
-            scope=config.scope(options),
-            key=_key(settings),
-            mask=network.mask,
-            nested=options.nested,
-            score_dtype=options.score_dtype,
-            on_progress=report_progress,
-        )
+    mask, info = prune_fn(
+        scored.score_fn,
+        network.params,
+        schedule=_schedule(options),
+        key=_key(settings),
+        nested=options.nested,
+        **common,
+    )
     return write(settings, network, scored, mask, info, workdir, started=started)
 
 
-def _counts(settings: Config, network: Network) -> np.ndarray | None:
-    """How many weights of each layer go, where the rule decides it by their shapes."""
-    if settings.prune.pruner != "erk":
-        return None
-    shapes = [leaf.shape for leaf in jax.tree.leaves(network.mask)]
-    kept = schedules.erdos_renyi_kernel(shapes, settings.prune.compression)
-    return (np.array(trees.sizes(network.mask)) - kept)[None]
+def _schedule(options: config.PruneConfig) -> schedules.Schedule:
+    """Turns the words of a config into a schedule."""
+    if options.pruner == "erk":
+        return schedules.erdos_renyi_kernel
+    schedule = config.SCHEDULES[options.schedule]
+    return schedules.per_layer(schedule) if config.scope(options) == "local" else schedule
 
 
 def write(

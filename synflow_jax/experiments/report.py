@@ -18,7 +18,7 @@ import rich.markup
 import rich.progress
 import rich.table
 
-from synflow_jax import schedules, trees
+from synflow_jax import certified, trees
 from synflow_jax.experiments import config
 from synflow_jax.experiments.certificates import Verdict
 from synflow_jax.experiments.config import Config
@@ -50,9 +50,7 @@ def network(output: rich.console.Console, name: str, net: Network) -> None:
 
 def num_iterations(settings: Config) -> int | None:
     """How many iterations a progress bar is for; None where the certified schedule finds out."""
-    is_open = (
-        settings.prune.schedule == schedules.CERTIFIED and settings.prune.num_iterations is None
-    )
+    is_open = settings.prune.schedule == config.CERTIFIED and settings.prune.num_iterations is None
     return None if is_open else config.num_iterations(settings.prune)
 
 
@@ -190,8 +188,8 @@ def _cuts(output: rich.console.Console, result: Mapping[str, Any]) -> None:
     elif fraction is not None:
         end = "and no path is left" if result["collapsed"] else "a path was left by luck"
         output.print(f"an iteration pruned {fraction:.3g} times what the smallest cut held: {end}")
-    asked = schedules.num_kept(result["total"], result["compression"])
-    if result["schedule"] == schedules.CERTIFIED and result["kept"] > asked:
+    asked = certified.num_kept(result["total"], result["compression"])
+    if result["schedule"] == config.CERTIFIED and result["kept"] > asked:
         output.print(
             f"[bold red]{result['kept']:,} weights are left, not {asked:,}:[/bold red] every one of them carries all "
             "of the flow, or prune.num_iterations was too small"

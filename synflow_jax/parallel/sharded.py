@@ -1,15 +1,15 @@
-"""One network pruned over several devices, of one process or of many: the same mask to the last bit.
+"""Prunes one network over several devices, of one process or of many, to the mask of one device.
 
-Mask and scores, and the parameters at rest, are spread over the devices: each holds one part of every prunable leaf,
-flattened, filled up to a multiple of the number of devices and cut. To score, the devices put the parameters together
-(exact copies), take the batches of SNIP and GraSP in turns (`scores.over_devices`), and keep their parts of the scores.
-The threshold is found by counts that are added up (`masking`), so that no score leaves its device. What is filled up is
-above every threshold, and never kept.
+Mask, scores and the parameters at rest are spread over the devices. Each device holds one part of
+every prunable leaf: the leaf is flattened, filled up to a multiple of the number of devices, and
+cut. To score, the devices join the parameters (exact copies), share the batches of SNIP and GraSP
+(`batches`), and keep their parts of the scores. The threshold is found by counts that are added up
+(`masking.Exchange`), so no score leaves its device. Elements that only fill up an array are above
+every threshold and are never kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +21,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from synflow_jax import pruning, schedules, scores, trees
+from synflow_jax import pruning, schedules, trees
+from synflow_jax.masking import Exchange
+from synflow_jax.parallel import batches
 from synflow_jax.pruning import ProgressFn, PruneInfo, PruneState
-from synflow_jax.scores import Flow, ScoreFn
+from synflow_jax.schedules import Schedule
+from synflow_jax.scores import Rule, ScoreFn, as_rule
 from synflow_jax.trees import Mask, Params, Scores, Tree
 
 _AXIS = "devices"
-_Split = tuple[bool, ...]  # which leaves of a score function are split over the devices
+_Split = tuple[bool, ...]  # per leaf of a rule, whether it is split over the devices
 _Shapes = tuple[tuple[int, ...], ...]  # of the prunable leaves
+
+
+# On the host -------------------------------------------------------------------------------------
 
 
 def prune(
@@ -36,9 +42,8 @@ def prune(
     params: Params,
     *,
     compression: float,
-    num_iterations: int = 100,
-    schedule: str = "exponential",
-    scope: str = "global",
+    num_iterations: int | None = None,
+    schedule: Schedule = schedules.exponential,
     key: chex.PRNGKey | None = None,
     mask: Mask | None = None,
     nested: bool = True,
@@ -47,67 +52,80 @@ def prune(
     devices: Sequence[jax.Device] | None = None,
     shard_params: bool = True,
 ) -> tuple[Mask, PruneInfo]:
-    """`pruning.prune` over several devices: the same arguments, and a mask that is equal to its in every bit.
+    """Prunes over several devices: `pruning.prune` with the same arguments and an equal mask.
 
-    Where the devices are those of several processes (`hosts.join`), each of them calls this with the same arguments.
-    Compiled once for all compressions, schedules, keys and batches of one `score_fn`, as there.
+    Where the devices belong to several processes (`hosts.join`), each process calls this with the
+    same arguments. The loop is compiled once for all compressions, schedules, keys and batches.
 
     Args:
-      score_fn: a rule of `synflow_jax.scores`; SNIP and GraSP share their batches among the devices. A function of the
-        user's own is computed by every device.
-      params, compression, num_iterations, schedule, scope, key, mask, nested, score_dtype, on_progress: as
-        `pruning.prune` takes them, the schedule "certified" excepted, which ranks no batches and adds up scores.
-      devices: all of all processes by default.
-      shard_params: the prunable parameters are spread too, and whole only while they are scored. False keeps them whole
-        on each device, which saves an exchange in each iteration.
+      score_fn: a rule of `synflow_jax.scores`. SNIP and GraSP share their batches among the
+        devices. Every device computes a function of your own.
+      params, compression, num_iterations, schedule, key, mask, nested, score_dtype, on_progress: as
+        in `pruning.prune`.
+      devices: by default all devices of all processes.
+      shard_params: spreads the prunable parameters too, so that they are whole only while they are
+        scored. False keeps them whole on each device and saves an exchange per iteration.
 
     Returns:
-      The whole mask, on the first device of each process, and the info, whose sums agree with those of one device up to
-      rounding: they are added in another order.
+      The whole mask, on the first device of each process, and the info. The sums of the info agree
+      with those of one device up to rounding: they are added in another order.
 
     Raises:
-      ValueError, FloatingPointError: as `pruning.prune`; this process has none of the devices.
+      ValueError, FloatingPointError: as in `pruning.prune`; or this process has no device.
     """
+    rule = as_rule(score_fn)
     mask = trees.prunable(params) if mask is None else mask
-    pruning.check_request(params, mask, compression, scope)
-    if schedule == schedules.CERTIFIED:
-        raise ValueError(
-            "schedule='certified' is not pruned over several devices: SynFlow shares no batches, and its budget is a "
-            "sum of scores, not a count. Use pruning.prune, or choose 'exponential' or 'linear'."
-        )
-    sizes = trees.sizes(mask)
-    host_counts = schedules.prune_counts(
-        [sum(sizes)] if scope == "global" else sizes, compression, num_iterations, schedule
-    )
-    mesh = _mesh(devices)
-    key, impl = _words(key)
+    pruning.check_request(params, mask, compression)
+    if num_iterations is None:
+        num_iterations = pruning.usual_iterations(rule, compression)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(mask))
-    with (
-        jax.enable_x64(True)
-        if pruning.is_wide(score_dtype, params, mask)
-        else contextlib.nullcontext()
-    ):
-        rule, params = _widened(score_fn, params, score_dtype, mask)
-        placed_rule, split = _share(mesh, rule)
-        state = pruning.init_state(mask, num_iterations, pruning.score_type(params, mask))
-        parts = jax.tree.map(
-            lambda leaf: _parts(np, np.asarray(leaf), mesh), (mask, trees.select(params, mask))
-        )
-        state = PruneState(_place(mesh, parts[0], P(_AXIS)), *_place(mesh, tuple(state[1:]), P()))
-        laid_out = trees.merge(parts[1], params) if shard_params else params
+    counts = schedule(shapes, compression, num_iterations)
+    counts = schedules.check_counts(counts, trees.sizes(mask))
+    mesh = _mesh(devices)
+
+    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
+        rule, params = cast((rule, params))
+        placed_rule, num_batches, split = _place_rule(mesh, rule)
+        words, impl = _key_words(key)
+        state = pruning.init_state(mask, len(counts), pruning.score_type(params, mask))
+        mask_parts = _pad_leaves(mask, mesh)
+        param_parts = _pad_leaves(trees.select(params, mask), mesh)
+        state = PruneState(_place(mesh, mask_parts, P(_AXIS)), *_place(mesh, tuple(state[1:]), P()))
+        laid_out = trees.merge(param_parts, params) if shard_params else params
         laid_out = _place(mesh, laid_out, _params_specs(params, mask, shard_params))
-        counts, key = _place(mesh, (np.asarray(host_counts, np.int32), key), P())
-        for start, stop in pruning.stretches(num_iterations, False, on_progress is not None):
-            state = _advance(
-                placed_rule, laid_out, counts, key, state, start, stop,
-                mesh=mesh, shapes=shapes, split=split, impl=impl, spread=shard_params, scope=scope, nested=nested,
-            )  # fmt: skip
-            info = _local(state.info)
-            if not bool(_local(state.finite)):
-                pruning.check_finite(info, mask, scores.unscaled(rule, params))
+        counts = np.asarray(counts, np.int32)
+        counts, words, num_batches = _place(mesh, (counts, words, num_batches), P())
+
+        def run(state: PruneState, start: int, stop: int) -> PruneState:
+            return _advance(
+                placed_rule,
+                laid_out,
+                counts,
+                words,
+                num_batches,
+                state,
+                start,
+                stop,
+                mesh=mesh,
+                shapes=shapes,
+                split=split,
+                impl=impl,
+                shard_params=shard_params,
+                nested=nested,
+            )
+
+        def report(num_done: int, info: PruneInfo) -> None:
             if on_progress is not None:
-                on_progress(int(info.num_done), info)
-        return _local(_put_together(state.mask, mesh=mesh, shapes=shapes)), info
+                on_progress(num_done, _local(info))
+
+        num_rows = len(state.info.kept)
+        reporter = report if on_progress is not None else None
+        state = pruning.run_in_stretches(run, state, num_rows, reporter)
+        whole_mask = _local(_join_mask(state.mask, mesh=mesh, shapes=shapes))
+        info = _local(state.info)
+        found = PruneState(whole_mask, info, _local(state.finite), _local(state.done))
+        pruning.raise_unless_finite(found, rule, params)
+    return whole_mask, info
 
 
 def first_scores(
@@ -119,30 +137,37 @@ def first_scores(
     score_dtype: Any = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Scores:
-    """`pruning.first_scores` over several devices: equal in every bit, whole, on the first device of each process."""
+    """Scores over several devices: `pruning.first_scores`, equal in every bit.
+
+    Returns:
+      The whole scores, on the first device of each process.
+    """
     mask = trees.prunable(params) if mask is None else mask
     trees.check_mask(mask, params)
     mesh = _mesh(devices)
-    key, impl = _words(key)
-    with (
-        jax.enable_x64(True)
-        if pruning.is_wide(score_dtype, params, mask)
-        else contextlib.nullcontext()
-    ):
-        score_fn, params = _widened(score_fn, params, score_dtype, mask)
-        score_fn, split = _share(mesh, score_fn)
-        params, mask, key = _place(mesh, (params, mask, key), P())
-        return _local(_first_scores(score_fn, params, mask, key, mesh=mesh, split=split, impl=impl))
+    words, impl = _key_words(key)
+    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
+        rule, params = cast((as_rule(score_fn), params))
+        rule, num_batches, split = _place_rule(mesh, rule)
+        params, mask, words, num_batches = _place(mesh, (params, mask, words, num_batches), P())
+        found = _first_scores(
+            rule, params, mask, words, num_batches, mesh=mesh, split=split, impl=impl
+        )
+        return _local(found)
+
+
+# On the devices ----------------------------------------------------------------------------------
 
 
 @functools.partial(
-    jax.jit, static_argnames=("mesh", "shapes", "split", "impl", "spread", "scope", "nested")
+    jax.jit, static_argnames=("mesh", "shapes", "split", "impl", "shard_params", "nested")
 )
 def _advance(
-    score_fn: ScoreFn,
+    rule: Rule,
     params: Params,
     counts: jax.Array,
     words: jax.Array,
+    num_batches: jax.Array | None,
     state: PruneState,
     start: chex.Numeric,
     stop: chex.Numeric,
@@ -151,86 +176,107 @@ def _advance(
     shapes: _Shapes,
     split: _Split,
     impl: Any,
-    spread: bool,
-    scope: str,
+    shard_params: bool,
     nested: bool,
 ) -> PruneState:
-    """`pruning.advance` for arrays that lie on the mesh."""
+    """Runs `pruning.advance` on arrays that are spread over the mesh."""
     dtype = state.info.score_total.dtype
+    exchange = Exchange(
+        sum=lambda value: jax.lax.psum(value, _AXIS),
+        gather=lambda array: jax.lax.all_gather(array, _AXIS, tiled=True),
+        num_parts=mesh.size,
+    )
 
-    def on_device(score_fn: ScoreFn, params: Params, state: PruneState, *rest: Any) -> PruneState:
-        counts, words, start, stop = rest
-
-        def score(params: Params, mask: Mask, key: jax.Array) -> Flow:
-            if spread:
-                params = trees.merge(_gather(trees.select(params, mask), shapes), params)
-            flow = pruning.flow_of(score_fn, params, _gather(mask, shapes), key, dtype)
-            return flow._replace(scores=jax.tree.map(part, flow.scores))
+    def on_device(rule: Rule, params: Params, state: PruneState, *rest: Any) -> PruneState:
+        counts, words, num_batches, start, stop = rest
+        rule = batches.whole_rule(rule, num_batches, _AXIS)
 
         def part(leaf: jax.Array) -> jax.Array:
-            """What of a whole leaf is this device's."""
-            return _parts(jnp, leaf, mesh).reshape(mesh.size, -1)[jax.lax.axis_index(_AXIS)]
+            """Cuts this device's part out of a whole leaf."""
+            parts = _pad(jnp, leaf, mesh).reshape(mesh.size, -1)
+            return parts[jax.lax.axis_index(_AXIS)]
 
-        real = jax.tree.map(
-            lambda like: part(jnp.ones(like.shape, bool)), _like(state.mask, shapes)
+        def flow_of_parts(params: Params, mask: Mask, key: chex.PRNGKey) -> Any:
+            if shard_params:
+                params = trees.merge(_join(trees.select(params, mask), shapes), params)
+            flow = pruning.flow_of(rule, params, _join(mask, shapes), key, dtype)
+            return flow._replace(scores=jax.tree.map(part, flow.scores))
+
+        ones = jax.tree.map(lambda like: jnp.ones(like.shape, bool), _like(state.mask, shapes))
+        propose = pruning.propose_smallest(
+            counts, nested=nested, exchange=exchange, real=jax.tree.map(part, ones)
         )
         return pruning.advance(
-            score, params, counts, jax.random.wrap_key_data(words, impl=impl), state, start, stop,
-            scope=scope, nested=nested, axis_name=_AXIS, real=real,
-        )  # fmt: skip
+            Rule(rule.score, flow=flow_of_parts),
+            params,
+            jax.random.wrap_key_data(words, impl=impl),
+            state,
+            start,
+            stop,
+            propose,
+            exchange=exchange,
+        )
 
     state_specs: Any = PruneState(P(_AXIS), *[P()] * 3)  # type: ignore[arg-type]
     in_specs = (
-        _specs(score_fn, split),
-        _params_specs(params, state.mask, spread),
+        _rule_specs(rule, split),
+        _params_specs(params, state.mask, shard_params),
         state_specs,
-        P(),
-        P(),
-        P(),
-        P(),
+        *[P()] * 5,
     )
-    # check_vma=False: a gradient of a replicated parameter is this device's own, and is not added up by JAX.
+    # check_vma=False: the gradient of a replicated parameter belongs to this device alone, and JAX
+    # must not add it up over the devices.
     run = jax.shard_map(
         on_device, mesh=mesh, in_specs=in_specs, out_specs=state_specs, check_vma=False
     )
-    return run(score_fn, params, state, counts, words, start, stop)
+    return run(rule, params, state, counts, words, num_batches, start, stop)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "split", "impl"))
 def _first_scores(
-    score_fn: ScoreFn,
+    rule: Rule,
     params: Params,
     mask: Mask,
     words: jax.Array,
+    num_batches: jax.Array | None,
     *,
     mesh: Mesh,
     split: _Split,
     impl: Any,
 ) -> Scores:
-    def on_device(score_fn: ScoreFn, params: Params, mask: Mask, words: jax.Array) -> Scores:
+    def on_device(
+        rule: Rule,
+        params: Params,
+        mask: Mask,
+        words: jax.Array,
+        num_batches: jax.Array | None,
+    ) -> Scores:
+        rule = batches.whole_rule(rule, num_batches, _AXIS)
+        key = jax.random.wrap_key_data(words, impl=impl)
         with jax.default_matmul_precision("highest"):
-            return score_fn(
-                params, mask, jax.random.fold_in(jax.random.wrap_key_data(words, impl=impl), 0)
-            )
+            return rule(params, mask, jax.random.fold_in(key, 0))
 
-    in_specs = (_specs(score_fn, split), P(), P(), P())
+    in_specs = (_rule_specs(rule, split), P(), P(), P(), P())
     run = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
-    return run(score_fn, params, mask, words)
+    return run(rule, params, mask, words, num_batches)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shapes"))
-def _put_together(mask: Mask, *, mesh: Mesh, shapes: _Shapes) -> Mask:
-    on_device = functools.partial(_gather, shapes=shapes)
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(_AXIS),), out_specs=P(), check_vma=False
-    )(mask)
+def _join_mask(mask: Mask, *, mesh: Mesh, shapes: _Shapes) -> Mask:
+    join = functools.partial(_join, shapes=shapes)
+    run = jax.shard_map(join, mesh=mesh, in_specs=(P(_AXIS),), out_specs=P(), check_vma=False)
+    return run(mask)
 
 
-def _gather(parts: Tree, shapes: _Shapes) -> Tree:
-    """Whole leaves from every device's parts."""
+# Parts and whole arrays --------------------------------------------------------------------------
 
-    def whole(part: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.lax.all_gather(part, _AXIS, tiled=True)[: shape.size].reshape(shape.shape)
+
+def _join(parts: Tree, shapes: _Shapes) -> Tree:
+    """Joins the parts of every device to whole leaves."""
+
+    def whole(part: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        joined = jax.lax.all_gather(part, _AXIS, tiled=True)
+        return joined[: like.size].reshape(like.shape)
 
     return jax.tree.map(whole, parts, _like(parts, shapes))
 
@@ -240,67 +286,70 @@ def _like(tree: Tree, shapes: _Shapes) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(tree), structs)
 
 
-def _parts(xp: Any, leaf: Any, mesh: Mesh) -> Any:
-    """A leaf, flattened and filled up with zeros to a multiple of the number of devices."""
+def _pad(xp: Any, leaf: Any, mesh: Mesh) -> Any:
+    """Flattens a leaf and fills it up with zeros to a multiple of the number of devices."""
     return xp.pad(leaf.reshape(-1), (0, -leaf.size % mesh.size))
 
 
-def _params_specs(params: Params, mask: Mask, spread: bool) -> Tree:
-    specs = jax.tree.map(lambda _: P(), params)
-    return trees.merge(jax.tree.map(lambda _: P(_AXIS), mask), specs) if spread else specs
+def _pad_leaves(tree: Tree, mesh: Mesh) -> Tree:
+    return jax.tree.map(lambda leaf: _pad(np, np.asarray(leaf), mesh), tree)
 
 
-def _specs(score_fn: ScoreFn, split: _Split) -> Tree:
-    return jax.tree.unflatten(
-        jax.tree.structure(score_fn), [P(None, _AXIS) if s else P() for s in split]
-    )
+# Placement ---------------------------------------------------------------------------------------
 
 
-def _words(key: chex.PRNGKey | None) -> tuple[Any, Any]:
-    """A key as an array of words, which any sharding takes, and how it was made."""
+def _params_specs(params: Params, mask: Mask, shard_params: bool) -> Tree:
+    whole = jax.tree.map(lambda _: P(), params)
+    if not shard_params:
+        return whole
+    return trees.merge(jax.tree.map(lambda _: P(_AXIS), mask), whole)
+
+
+def _rule_specs(rule: Rule, split: _Split) -> Tree:
+    specs = [P(None, _AXIS) if is_split else P() for is_split in split]
+    return jax.tree.unflatten(jax.tree.structure(rule), specs)
+
+
+def _place_rule(mesh: Mesh, rule: Rule) -> tuple[Rule, Any, _Split]:
+    """Deals out the batches of a rule and places it on the mesh; see `batches.deal`."""
+    rule, num_batches, split_tree = batches.deal(rule, mesh.size)
+    split = tuple(jax.tree.leaves(split_tree))
+    return _place(mesh, rule, _rule_specs(rule, split)), num_batches, split
+
+
+def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
+    """Places arrays that all processes have alike on the devices of the mesh."""
+
+    def place(spec: P, leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        sharding = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(specs, P):
+        spec = specs
+        specs = jax.tree.map(lambda _: spec, tree)
+    return jax.tree.map(place, specs, tree)
+
+
+def _local(tree: Tree) -> Tree:
+    """Takes arrays that are whole on every device from the first device of this process."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def _key_words(key: chex.PRNGKey | None) -> tuple[Any, Any]:
+    """Splits a key into an array of words, which any sharding takes, and its implementation."""
     key = jax.random.key(0) if key is None else key
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.random.key_data(key), jax.random.key_impl(key)
 
 
-def _widened(
-    score_fn: ScoreFn, params: Params, score_dtype: Any, mask: Mask
-) -> tuple[ScoreFn, Params]:
-    pair = scores.as_partial(score_fn), params
-    return pruning.widen(pair) if pruning.is_wide(score_dtype, params, mask) else pair
-
-
-def _share(mesh: Mesh, score_fn: ScoreFn) -> tuple[ScoreFn, _Split]:
-    """The score function that shares its batches, on the mesh, and which of its leaves are split."""
-    score_fn, split = scores.over_devices(score_fn, mesh.size, _AXIS)
-    split = tuple(jax.tree.leaves(split))
-    return _place(mesh, score_fn, _specs(score_fn, split)), split
-
-
-def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
-    """A tree of this process's arrays, which all processes have alike, on the devices of the mesh."""
-
-    def place(spec: P, leaf: Any) -> jax.Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(
-            host.shape, NamedSharding(mesh, spec), lambda index: host[index]
-        )
-
-    specs = jax.tree.map(lambda _: specs, tree) if isinstance(specs, P) else specs
-    return jax.tree.map(place, specs, tree)
-
-
-def _local(tree: Tree) -> Tree:
-    """What is whole on every device, as arrays of this process's first one."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
-
-
 def _mesh(devices: Sequence[jax.Device] | None) -> Mesh:
     devices = jax.devices() if devices is None else devices
-    if jax.process_index() not in {device.process_index for device in devices}:
+    index = jax.process_index()
+    if index not in {device.process_index for device in devices}:
         raise ValueError(
-            f"devices has none of process {jax.process_index()}, which takes no part then: name some of its "
-            "jax.local_devices(), or let only the other processes prune."
+            f"devices has none of process {index}. Name some of its jax.local_devices(), or let "
+            "only the other processes prune."
         )
     return Mesh(np.array(devices), (_AXIS,))

@@ -25,7 +25,7 @@ TrainFn = Callable[
 ]  # from the state of a level's first step to that after its last
 
 _MAGNITUDE = scores.magnitude()
-_prune = jax.jit(pruning.prune_loop, static_argnames=("scope",))
+_prune = jax.jit(pruning.prune_loop)
 
 
 class Level(NamedTuple):
@@ -76,7 +76,6 @@ def level(
     mask: Mask,
     counts: Sequence[int],
     *,
-    scope: str = "global",
     score_fn: ScoreFn = _MAGNITUDE,
 ) -> Level:
     """One level: rewinds, trains, and prunes the smallest of the trained weights that the mask keeps.
@@ -86,8 +85,7 @@ def level(
       start: see `rewind`; it stays.
       mask: what the level before has left.
       counts: how many weights are to be pruned after this level, those pruned before included: [1] of all for the
-        global scope, [num_leaves] for the local one; a row of `schedules.prune_counts`.
-      scope: "global" or "local".
+        global scope, [num_leaves] for the local one; a row of what a schedule returns.
       score_fn: what trained weights are worth.
 
     Raises:
@@ -96,7 +94,7 @@ def level(
     # Copies: what trains reuses the memory of the state that it is given, and `start` is needed for the next level.
     state = train_fn(jax.tree.map(lambda leaf: leaf.copy(), rewind(start, mask)))
     new, info = _prune(
-        score_fn, state.params, np.asarray([counts], np.int32), jax.random.key(0), mask, scope=scope
+        score_fn, state.params, np.asarray([counts], np.int32), jax.random.key(0), mask
     )
     pruning.check_finite(info, mask)
     return Level(state, new, info)
@@ -107,19 +105,18 @@ def run(
     start: TrainState,
     counts: np.ndarray,
     *,
-    scope: str = "global",
     score_fn: ScoreFn = _MAGNITUDE,
 ) -> list[Level]:
     """All levels, one for each row of `counts`; the last one holds the mask. The arguments are those of `level`.
 
     Args:
-      train_fn, start, scope, score_fn: as `level` takes them.
-      counts: int [num_levels, 1 or num_leaves], from `schedules.prune_counts`: with the exponential schedule each level
+      train_fn, start, score_fn: as `level` takes them.
+      counts: int [num_levels, 1 or num_leaves], from a schedule: with the exponential schedule each level
         keeps the same fraction of what it finds.
     """
     levels: list[Level] = []
     mask = start.mask
     for row in counts:
-        levels.append(level(train_fn, start, mask, row, scope=scope, score_fn=score_fn))
+        levels.append(level(train_fn, start, mask, row, score_fn=score_fn))
         mask = levels[-1].mask
     return levels

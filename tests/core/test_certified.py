@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synflow_jax import analysis, masking, models, pruning, scores, trees
+from synflow_jax import analysis, certified, models, pruning, scores, trees
 from synflow_jax.models.mlp import MLP
 from synflow_jax.models.resnet import ResNet
 from synflow_jax.models.vgg import VGG, stage_widths
@@ -32,16 +33,17 @@ class Case(NamedTuple):
     shortest: int
 
     def prune(
-        self, seed: int, **options: Any
+        self, seed: int, *, by_schedule: bool = False, **options: Any
     ) -> tuple[trees.Mask, pruning.PruneInfo, trees.Params]:
         params = self.draw(jax.random.key(seed))
-        score_fn = scores.synflow(self.apply_fn, self.input_shape)
+        rule = scores.synflow(self.apply_fn, self.input_shape)
+        prune = pruning.prune if by_schedule else certified.prune
         options = {
             "compression": self.num_weights / self.shortest,
             "score_dtype": "float32",
             **options,
         }
-        return *pruning.prune(score_fn, params, **options), params
+        return *prune(rule, params, **options), params
 
     def collapsed(self, params: trees.Params, mask: trees.Mask) -> bool:
         return analysis.collapsed(self.apply_fn, self.input_shape, params, mask)
@@ -79,12 +81,14 @@ def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_los
     assert case.shortest == length
     lost = 0
     for seed in range(NUM_SEEDS):
-        mask, info, params = case.prune(seed, schedule="certified", cut_fraction=0.99)
+        mask, info, params = case.prune(seed, cut_fraction=0.99)
         assert [int(m.sum()) for m in jax.tree.leaves(mask)] == [1] * length, seed
         assert not case.collapsed(params, mask), seed
         assert _ratios(info).max() < 1 and len(info.kept) == int(info.num_done)
         if seed < 20:
-            mask, exponential, params = case.prune(seed, num_iterations=min(16, int(info.num_done)))
+            mask, exponential, params = case.prune(
+                seed, by_schedule=True, num_iterations=min(16, int(info.num_done))
+            )
             broken = case.collapsed(params, mask)
             # Theorem 3: what no iteration pruned too much of is whole.
             assert not (broken and _ratios(exponential).max() < 1)
@@ -94,7 +98,7 @@ def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_los
 
 def test_vgg16_down_to_fourteen_weights() -> None:
     case = _case("vgg16")
-    mask, info, params = case.prune(0, schedule="certified", cut_fraction=0.99)
+    mask, info, params = case.prune(0, cut_fraction=0.99)
     assert [int(m.sum()) for m in jax.tree.leaves(mask)] == [1] * 14
     assert not case.collapsed(params, mask)
     assert _ratios(info).max() < 1
@@ -103,17 +107,17 @@ def test_vgg16_down_to_fourteen_weights() -> None:
 def test_a_network_with_branches_is_pruned_to_a_single_path() -> None:
     """Every weight that is left lies on all paths: it carries the whole flow. It may be longer than the shortest."""
     case = _case("resnet")
-    prune = functools.partial(case.prune, schedule="certified", cut_fraction=0.99)
-    flow_fn = jax.jit(scores.with_cut(scores.synflow(case.apply_fn, case.input_shape)))
+    prune = functools.partial(case.prune, cut_fraction=0.99)
+    flow_fn = jax.jit(scores.synflow(case.apply_fn, case.input_shape).flow)
     lengths = []
     with pytest.warns(
-        pruning.Shortfall,
+        certified.Shortfall,
         match="are left, not 3: every weight that is left carries all of the flow",
     ):
         prune(0)
     for seed in range(NUM_SEEDS):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pruning.Shortfall)
+            warnings.simplefilter("ignore", certified.Shortfall)
             mask, info, params = prune(seed)
         assert not case.collapsed(params, mask), seed
         assert _ratios(info).max() < 1
@@ -127,12 +131,10 @@ def test_a_network_with_branches_is_pruned_to_a_single_path() -> None:
 def test_the_certificate_can_be_replayed() -> None:
     """From `removed_in` alone, in float64: the scores that each iteration pruned are below what a cut held."""
     case = _case("vgg")
-    mask, info, params = case.prune(3, schedule="certified", cut_fraction=0.5)
+    mask, info, params = case.prune(3, cut_fraction=0.5)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        flow_fn = jax.jit(
-            scores.with_cut(scores.synflow(case.apply_fn, case.input_shape, scaled=False))
-        )
+        flow_fn = jax.jit(scores.synflow(case.apply_fn, case.input_shape, scaled=False).flow)
         for i in range(1, int(info.num_done) + 1):
             found = jax.tree.map(lambda n, i=i: jnp.asarray((n == 0) | (n >= i)), info.removed_in)
             flow = flow_fn(wide, found, jax.random.key(0))
@@ -166,16 +168,12 @@ def test_with_biases_a_cut_holds_more_than_flows_in() -> None:
     }
     params = jax.tree.map(jnp.asarray, params)
     mask = trees.prunable(params)
-    flow = scores.with_cut(scores.synflow(apply_fn, (6,), scaled=False))(
-        params, mask, jax.random.key(0)
-    )
+    flow = scores.synflow(apply_fn, (6,), scaled=False).flow(params, mask, jax.random.key(0))
     totals = [float(jnp.sum(s)) for s in jax.tree.leaves(flow.scores)]
     np.testing.assert_allclose(totals[0], float(flow.cut), rtol=1e-6)
     assert totals[0] < totals[1] < totals[2]
     compression = sum(trees.sizes(mask)) / 3
-    found, info = pruning.prune(
-        scores.synflow(apply_fn, (6,)), params, compression=compression, schedule="certified"
-    )
+    found, info = certified.prune(scores.synflow(apply_fn, (6,)), params, compression=compression)
     assert [int(m.sum()) for m in jax.tree.leaves(found)] == [1, 1, 1]
     assert not analysis.collapsed(apply_fn, (6,), params, found)
     assert _ratios(info).max() < 1
@@ -195,21 +193,15 @@ def test_one_trace_for_all_compressions_fractions_and_seeds() -> None:
             for n, k in zip(("fc", "head"), keys, strict=True)
         }
         score_fn = scores.synflow(apply_fn, (8,))
-        pruning.prune(
-            score_fn,
-            params,
-            compression=compression,
-            schedule="certified",
-            cut_fraction=cut_fraction,
-        )
+        certified.prune(score_fn, params, compression=compression, cut_fraction=cut_fraction)
         if seed == 0:
             num_calls = len(calls)
     assert len(calls) == num_calls > 0
 
 
 def test_too_few_iterations_are_a_shortfall() -> None:
-    with pytest.warns(pruning.Shortfall, match="not 6: num_iterations=3 were not enough"):
-        _, info, _ = _case("mlp").prune(0, schedule="certified", num_iterations=3)
+    with pytest.warns(certified.Shortfall, match="not 6: num_iterations=3 were not enough"):
+        _, info, _ = _case("mlp").prune(0, num_iterations=3)
     assert int(info.num_done) == 3 and info.kept.shape == (3, 6)
 
 
@@ -220,15 +212,16 @@ def test_progress_and_objective() -> None:
         seen.append((num_done, int(info.kept[num_done - 1].sum()) if num_done else 0))
 
     objective = scores.path_norm(case.apply_fn, case.input_shape)
-    prune = functools.partial(
-        case.prune, 0, schedule="certified", objective=objective, compression=10
-    )
-    mask, info, _ = prune(on_progress=on_progress)
+    prune = functools.partial(case.prune, 0, compression=10)
+    mask, info, params = prune(on_progress=on_progress)
     jax.tree.map(np.testing.assert_array_equal, mask, prune()[0])
     assert seen[0] == (0, 0) and seen[-1] == (int(info.num_done), 493) and len(seen) > 2
-    np.testing.assert_allclose(
-        np.asarray(info.cut) * 2.0 ** np.asarray(info.exponent), info.objective, rtol=1e-5
-    )
+    # The cut is R of the mask that each iteration found.
+    cuts = np.asarray(info.cut) * 2.0 ** np.asarray(info.exponent)
+    for i in (0, 1, int(info.num_done) - 1):
+        found = jax.tree.map(lambda n, i=i: jnp.asarray((n == 0) | (n > i)), info.removed_in)
+        r = objective(trees.apply_mask(trees.without_biases(params), found))
+        np.testing.assert_allclose(cuts[i], r, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -237,29 +230,29 @@ def test_progress_and_objective() -> None:
         ({"cut_fraction": 0.0}, "cut_fraction=0.0 must be above 0 and below 1"),
         ({"cut_fraction": 1.0}, "cut_fraction=1.0"),
         ({"cut_fraction": float("nan")}, "cut_fraction=nan"),
-        ({"scope": "local"}, "leave scope, nested and loop_fn at their defaults"),
-        ({"nested": False}, "leave scope, nested and loop_fn at their defaults"),
-        ({"loop_fn": pruning.python_loop}, "python_loop"),
         ({"compression": 0.5}, "compression=0.5"),
         ({"num_iterations": 0}, "num_iterations=0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _case("mlp").prune(0, schedule="certified", **options)
+        _case("mlp").prune(0, **options)
 
 
 def test_biases_cannot_be_pruned_by_it() -> None:
     params = _case("mlp").draw(jax.random.key(0))
     mask = trees.prunable(params, biases=True)
     with pytest.raises(ValueError, match=r"mask lets \['fc1/bias', 'fc2/bias'"):
-        _case("mlp").prune(0, schedule="certified", mask=mask)
+        _case("mlp").prune(0, mask=mask)
 
 
 def test_only_synflow_can_be_certified() -> None:
     params = _case("mlp").draw(jax.random.key(0))
-    with pytest.raises(ValueError, match="bounds the scores of SynFlow by those of a cut"):
-        pruning.prune(scores.magnitude(), params, compression=2, schedule="certified")
+    with pytest.raises(ValueError, match="bounds the scores of an iteration by those of a cut"):
+        certified.prune(scores.magnitude(), params, compression=2)
+    without_flow = dataclasses.replace(scores.synflow(_case("mlp").apply_fn, (16,)), flow=None)
+    with pytest.raises(ValueError, match="score_fn has no flow"):
+        certified.prune(without_flow, params, compression=2)
 
 
 SCORES = st.lists(
@@ -293,7 +286,7 @@ def test_the_affordable_mask_prunes_as_many_as_the_budget_allows(
         assert s[gone].sum() >= (1 - 2**-10) * budget and gone.sum() < (kept & ~expected).sum()
 
 
-_affordable = jax.jit(masking.affordable_mask)
+_affordable = jax.jit(certified.affordable_mask)
 
 
 def test_the_affordable_mask_of_many_scores() -> None:

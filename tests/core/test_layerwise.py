@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from paper.figures import ablations
-from synflow_jax import masking, models, pruning, scores, storage, trees
+from synflow_jax import masking, models, pruning, schedules, scores, storage, trees
 from synflow_jax.experiments import config, prune_grid, prune_run, train_run
 from synflow_jax.experiments.config import Config, Grid, PruneConfig
 
@@ -37,7 +37,7 @@ shapes = st.lists(
 def test_erk_counts_are_exact_capped_and_in_proportion(
     shapes: list[tuple[int, ...]], compression: float
 ) -> None:
-    kept = schedules.erdos_renyi_kernel(shapes, compression)
+    kept = schedules.erdos_renyi_kernel_quotas(shapes, compression)
     sizes = np.array([math.prod(shape) for shape in shapes])
     total = int(sizes.sum())
     assert kept.sum() == total - int((1 - 1 / compression) * total)
@@ -58,7 +58,7 @@ def test_erk_counts_are_exact_capped_and_in_proportion(
 def test_erk_densities_are_those_of_the_paper() -> None:
     """Far from full, kept / (inputs + outputs + height + width) is one number."""
     shapes = [(3, 3, 64, 128), (1, 1, 128, 256), (512, 1000)]
-    kept = schedules.erdos_renyi_kernel(shapes, 100)
+    kept = schedules.erdos_renyi_kernel_quotas(shapes, 100)
     factors = kept / np.array([sum(shape) for shape in shapes])
     np.testing.assert_allclose(factors, factors[0], rtol=1e-2)
 
@@ -108,17 +108,23 @@ def test_counts_that_are_given_are_met() -> None:
     params = _params()
     counts = np.array([[10, 20, 3], [100, 199, 40]])
     mask, info = pruning.prune(
-        scores.magnitude(), params, compression=2, scope="local", counts=counts
+        scores.magnitude(), params, compression=2, num_iterations=2, schedule=lambda *_: counts
     )
     np.testing.assert_array_equal(info.kept, np.array([120, 200, 40]) - counts)
     assert [int(leaf.sum()) for leaf in jax.tree.leaves(mask)] == [20, 1, 0]
     for bad, message in (
-        (counts[:, :2], r"counts is int64\[2, 2\]; it must be int\[num_iterations, 3\]"),
-        (counts + 0.5, "counts is float64"),
-        (counts + 100, "must be from 0 to the sizes"),
+        (counts[:, :2], r"schedule returned int64\[2, 2\].*int\[num_iterations, 3\]"),
+        (counts + 0.5, "schedule returned float64"),
+        (counts + 100, "must be between 0 and the number of weights"),
     ):
         with pytest.raises(ValueError, match=message):
-            pruning.prune(scores.magnitude(), params, compression=2, scope="local", counts=bad)
+            pruning.prune(
+                scores.magnitude(),
+                params,
+                compression=2,
+                num_iterations=2,
+                schedule=lambda *_, bad=bad: bad,
+            )
 
 
 def _snip_rule() -> tuple[trees.Params, scores.ScoreFn, Any]:
@@ -215,7 +221,9 @@ def test_rows_of_a_grid_of_ablations(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(
         kept("uniform", "none", "local"), sizes - (0.8 * sizes).astype(int)
     )
-    erk = schedules.erdos_renyi_kernel([leaf.shape for leaf in jax.tree.leaves(network.mask)], 5.0)
+    erk = schedules.erdos_renyi_kernel_quotas(
+        [leaf.shape for leaf in jax.tree.leaves(network.mask)], 5.0
+    )
     np.testing.assert_array_equal(kept("erk", "none", "local"), erk)
     none, shuffled, drawn, inverted = (
         rows["magnitude", name, "global"] for name in config.ABLATIONS

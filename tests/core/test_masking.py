@@ -147,7 +147,7 @@ def test_more_scores_than_a_count_can_hold() -> None:
     # Shapes alone: the check comes before any work.
     scores = {str(i): jax.ShapeDtypeStruct((2**30,), jnp.float32) for i in range(2)}
     with pytest.raises(
-        ValueError, match=r"scores have 2147483648 elements; counts are int32, so at most 2\^31 - 1"
+        ValueError, match=r"scores have 2147483648 elements. Counts are int32, so at most 2\^31 - 1"
     ):
         jax.eval_shape(masking.global_mask, scores, 1)
 

@@ -70,18 +70,22 @@ def _masks_along(
     score_fn: scores.ScoreFn, nested: bool
 ) -> tuple[list[trees.Mask], pruning.PruneInfo]:
     """The mask before the first and after each of three iterations to compression 8, and the info."""
-    counts = jnp.asarray(schedules.prune_counts([SIZE], 8, 3), jnp.int32)
-    step = jax.jit(functools.partial(pruning.advance, score_fn, nested=nested))
+    counts = jnp.asarray(schedules.exponential([(SIZE,)], 8, 3), jnp.int32)
+    propose = pruning.propose_smallest(counts, nested=nested)
+    advance = functools.partial(pruning.advance, scores.as_rule(score_fn), propose=propose)
+    step = jax.jit(advance)
     states = [pruning.init_state(trees.prunable(_params()), 3)]
     for i in range(3):
-        states.append(step(_params(), counts, jax.random.key(0), states[-1], i, i + 1))
+        states.append(step(_params(), jax.random.key(0), states[-1], i, i + 1))
     return [state.mask for state in states], states[-1].info
 
 
 def _expected_kept(
-    compression: float, num_iterations: int, schedule: str = "exponential"
+    compression: float,
+    num_iterations: int,
+    schedule: schedules.Schedule = schedules.exponential,
 ) -> np.ndarray:
-    return SIZE - schedules.prune_counts([SIZE], compression, num_iterations, schedule)[:, 0]
+    return SIZE - schedule([(SIZE,)], compression, num_iterations)[:, 0]
 
 
 def test_python_loop_equals_fori_loop() -> None:
@@ -131,11 +135,11 @@ def test_one_trace_for_all_compressions_schedules_seeds_and_masks() -> None:
             .sum()
         )
         for seed, compression, schedule, more in [
-            (1, 2, "exponential", {}),
-            (0, 30.5, "linear", {}),
-            (2, 100, "exponential", {"key": jax.random.key(3)}),
-            (3, 3, "linear", {"mask": half}),
-            (4, 5, "exponential", {"on_progress": lambda num_done, info: None}),
+            (1, 2, schedules.exponential, {}),
+            (0, 30.5, schedules.linear, {}),
+            (2, 100, schedules.exponential, {"key": jax.random.key(3)}),
+            (3, 3, schedules.linear, {"mask": half}),
+            (4, 5, schedules.exponential, {"on_progress": lambda num_done, info: None}),
         ]
     }
     assert len(calls) == num_calls
@@ -153,17 +157,14 @@ def test_a_rule_made_anew_for_each_network_is_not_a_new_trace() -> None:
     num_calls = []
     for seed in range(3):
         apply_fn = jax.tree_util.Partial(apply, jnp.float32(seed))
-        score_fn, objective = (
-            scores.synflow(apply_fn, WIDTHS[:1]),
-            scores.path_norm(apply_fn, WIDTHS[:1]),
-        )
-        _, info = pruning.prune(
-            score_fn, _params(), compression=2, num_iterations=1, objective=objective
-        )
+        score_fn = scores.synflow(apply_fn, WIDTHS[:1])
+        _, info = pruning.prune(score_fn, _params(), compression=2, num_iterations=1)
+        num_calls.append(len(calls))
         # What is bound is an argument of the program, not a constant: R is that of this network.
-        np.testing.assert_allclose(info.objective[0], objective(_params()), rtol=1e-5)
-        num_calls.append(len(calls) - 1)  # one was ours
-        calls.pop()
+        r = scores.path_norm(apply_fn, WIDTHS[:1])(_params())
+        total = info.score_total[0, 0] * 2.0 ** info.exponent[0]
+        np.testing.assert_allclose(total, r, rtol=1e-5)
+        calls.pop()  # that one was ours
     assert num_calls[0] == num_calls[1] == num_calls[2] > 0
 
 
@@ -217,9 +218,9 @@ def test_synflow_lets_nothing_return_even_if_not_nested() -> None:
     _assert_same((mask, info.kept), (mask_2, info_2.kept))
 
 
-@pytest.mark.parametrize("schedule", ["exponential", "linear"])
+@pytest.mark.parametrize("schedule", [schedules.exponential, schedules.linear])
 @pytest.mark.parametrize("compression", [1, 1.001, 2, 7.3, 40, SIZE])
-def test_exactly_the_counts_are_kept(schedule: str, compression: float) -> None:
+def test_exactly_the_counts_are_kept(schedule: schedules.Schedule, compression: float) -> None:
     mask, info = pruning.prune(
         MAGNITUDE, _params(), compression=compression, num_iterations=3, schedule=schedule
     )
@@ -234,18 +235,17 @@ def test_exactly_the_counts_are_kept(schedule: str, compression: float) -> None:
 
 def test_local_scope_is_exact_in_every_leaf() -> None:
     sizes = [6 * 8, 8 * 9, 9 * 5]
-    for schedule in ("exponential", "linear"):
+    for one_layer in (schedules.exponential, schedules.linear):
+        schedule = schedules.per_layer(one_layer)
         mask, info = pruning.prune(
             MAGNITUDE,
             _params(),
             compression=6.5,
             num_iterations=3,
             schedule=schedule,
-            scope="local",
         )
-        np.testing.assert_array_equal(
-            info.kept, sizes - schedules.prune_counts(sizes, 6.5, 3, schedule)
-        )
+        pruned = [one_layer([(size,)], 6.5, 3)[:, 0] for size in sizes]
+        np.testing.assert_array_equal(info.kept, sizes - np.stack(pruned, axis=1))
     for w, m in zip(jax.tree.leaves(_params()), jax.tree.leaves(mask), strict=True):
         magnitude = np.abs(np.asarray(w))
         assert magnitude[np.asarray(m)].min() > magnitude[~np.asarray(m)].max()
@@ -253,22 +253,27 @@ def test_local_scope_is_exact_in_every_leaf() -> None:
 
 def test_score_totals_are_conserved_and_are_the_objective() -> None:
     """Theorem 2 in every iteration, at the mask that the iteration found."""
-    _, info = pruning.prune(
-        SYNFLOW, _params(), compression=8, num_iterations=3, objective=PATH_NORM
-    )
-    assert info.score_total.shape == (3, LEAVES) and info.objective.shape == (3,)
-    totals = np.asarray(info.score_total) * 2.0 ** np.asarray(info.exponent)[:, None]
-    np.testing.assert_allclose(
-        totals, np.repeat(info.objective[:, None], LEAVES, axis=1), rtol=1e-5
-    )
+    _, info = pruning.prune(SYNFLOW, _params(), compression=8, num_iterations=3)
+    assert info.score_total.shape == (3, LEAVES) and info.cut.shape == (3,)
+    unit = 2.0 ** np.asarray(info.exponent)
     masks, _ = _masks_along(SYNFLOW, True)
     r = [float(PATH_NORM(trees.apply_mask(_params(), mask))) for mask in masks]
-    np.testing.assert_allclose(info.objective, r[:3], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(info.cut) * unit, r[:3], rtol=1e-5)
+    totals = np.asarray(info.score_total) * unit[:, None]
+    np.testing.assert_allclose(
+        totals, np.repeat(np.array(r[:3])[:, None], LEAVES, axis=1), rtol=1e-5
+    )
     assert r[0] > r[1] > r[2] > r[3] > 0  # less is left each time
 
 
-def test_no_objective_no_record() -> None:
-    assert pruning.prune(MAGNITUDE, _params(), compression=2, num_iterations=3)[1].objective is None
+def test_the_usual_number_of_iterations_is_the_rules_own() -> None:
+    by_default = lambda rule, **more: len(
+        pruning.prune(rule, _params(), **{"compression": 2, **more})[1].kept
+    )
+    assert by_default(SYNFLOW) == 100 and by_default(MAGNITUDE) == 1
+    assert by_default(_chance) == 100  # of a function of the user's own nothing is known
+    assert by_default(scores.inverted(SYNFLOW)) == 100
+    assert by_default(SYNFLOW, compression=1) == 1  # nothing to iterate
 
 
 @pytest.mark.parametrize("num_iterations", [3, 45])
@@ -300,7 +305,7 @@ def test_vmap_over_keys_and_networks_is_one_by_one() -> None:
             lambda s, x: s * jnp.exp(x), SYNFLOW(params, mask, key), _chance(params, mask, key)
         )
 
-    counts = jnp.asarray(schedules.prune_counts([SIZE], 10, 2), jnp.int32)
+    counts = jnp.asarray(schedules.exponential([(SIZE,)], 10, 2), jnp.int32)
     mask = trees.prunable(_params())
     loop = functools.partial(pruning.prune_loop, score_fn)
     networks = [_params(seed) for seed in range(3)]
@@ -320,7 +325,7 @@ def test_pmap() -> None:
     num_devices = jax.local_device_count()
     networks = [_params(seed) for seed in range(num_devices)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
-    counts = jnp.asarray(schedules.prune_counts([SIZE], 10, 3), jnp.int32)
+    counts = jnp.asarray(schedules.exponential([(SIZE,)], 10, 3), jnp.int32)
     mask = trees.prunable(_params())
     loop = functools.partial(pruning.prune_loop, SYNFLOW)
     masks, info = jax.pmap(loop, in_axes=(0, None, 0, None))(
@@ -349,7 +354,13 @@ def test_a_function_of_ones_own_is_a_rule() -> None:
         )
         return trees.map_prunable(rows, mask, params)
 
-    final, info = pruning.prune(by_row, _params(), compression=4, num_iterations=3, scope="local")
+    final, info = pruning.prune(
+        by_row,
+        _params(),
+        compression=4,
+        num_iterations=3,
+        schedule=schedules.per_layer(schedules.exponential),
+    )
     jax.effects_barrier()
     for m in jax.tree.leaves(final):
         rows = np.asarray(m).any(axis=1)
@@ -405,8 +416,10 @@ def _mask_like(function: Callable[[jax.Array], Any]) -> trees.Mask:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"scope": "layer"}, r"scope='layer' is unknown. Choose 'global' or 'local'"),
-        ({"schedule": "cosine"}, r"schedule='cosine' is unknown"),
+        ({"schedule": lambda *_: np.zeros((3, 2), int)}, r"schedule returned int64\[3, 2\]"),
+        ({"schedule": lambda *_: np.full((3, 1), 0.5)}, r"schedule returned float64\[3, 1\]"),
+        ({"schedule": lambda *_: np.array([[-1]])}, "Counts must be between 0 and the number of"),
+        ({"schedule": lambda *_: np.array([[SIZE + 1]])}, r"weights, \[165\]"),
         ({"compression": 0.5}, r"compression=0.5 must be a finite number of at least 1"),
         ({"compression": float("nan")}, r"compression=nan must be a finite number"),
         ({"compression": float("inf")}, r"compression=inf must be a finite number"),
@@ -464,15 +477,14 @@ def test_bad_score_dtype(score_dtype: Any, message: str) -> None:
         )
 
 
-def test_score_dtype_is_float64_for_small_networks_on_a_cpu() -> None:
-    """By default, and the mask is that of parameters in float64; what the score function binds is widened too."""
-    mask, info = pruning.prune(SYNFLOW, _params(), compression=8, num_iterations=3)
-    _, narrow = pruning.prune(
-        SYNFLOW, _params(), compression=8, num_iterations=3, score_dtype="float32"
-    )
-    small = jax.default_backend() == "cpu"
-    assert info.score_total.dtype == (np.float64 if small else np.float32)
+def test_scores_have_the_dtype_of_the_parameters_unless_asked_otherwise() -> None:
+    """In float64 the mask is that of parameters in float64; what the rule binds is cast too."""
+    run = functools.partial(pruning.prune, SYNFLOW, compression=8, num_iterations=3)
+    mask, info = run(_params(), score_dtype="float64")
+    same, narrow = run(_params())
+    assert info.score_total.dtype == np.float64
     assert narrow.score_total.dtype == np.float32
+    _assert_same(same, run(_params(), score_dtype="float32")[0])
     np.testing.assert_allclose(info.score_total[0], narrow.score_total[0], rtol=1e-5)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda w: w.astype(jnp.float64), _params())
@@ -509,7 +521,7 @@ def test_the_loop_stops_at_the_first_iteration_with_an_infinite_score() -> None:
             },
         }
 
-    counts = jnp.asarray(schedules.prune_counts([SIZE], 10, 3), jnp.int32)
+    counts = jnp.asarray(schedules.exponential([(SIZE,)], 10, 3), jnp.int32)
     mask, info = jax.jit(functools.partial(pruning.prune_loop, score_fn))(
         _params(), counts, jax.random.key(0), trees.prunable(_params())
     )

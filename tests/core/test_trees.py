@@ -203,7 +203,7 @@ def test_bad_regular_expression() -> None:
 @pytest.mark.parametrize("kinds", [{"exclude": "kernel"}, {"kernels": False}])
 def test_nothing_prunable(kinds: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"no parameter is prunable under .*'conv/kernel'.*choose other kinds"
+        ValueError, match=r"no parameter is prunable with .*'conv/kernel'.*Choose other kinds"
     ):
         trees.prunable(_linen(), **kinds)
 

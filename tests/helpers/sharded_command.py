@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import pruning, scores, storage
+from synflow_jax import pruning, schedules, scores, storage
 from synflow_jax.parallel import hosts, sharded
 from synflow_jax.trees import Params
 
@@ -75,10 +75,13 @@ def _compare() -> dict[str, list[Any]]:
         for score_dtype in dtypes:
             devices = jax.devices()[:num_devices]
             options = {"key": jax.random.key(3), "score_dtype": score_dtype}
+            schedule = schedules.exponential
+            if scope == "local":
+                schedule = schedules.per_layer(schedule)
             request = {
                 "compression": 7,
                 "num_iterations": num_iterations,
-                "scope": scope,
+                "schedule": schedule,
                 "nested": nested,
             }
             mask, info = pruning.prune(rules[name], params, **options, **request)

@@ -164,7 +164,7 @@ def test_bfloat16_scores_a_network_beyond_its_range() -> None:
     params = {name: draw(key, 16, 16) for name, key in zip(names, keys[1:], strict=True)} | {
         "head": draw(keys[0], 16, 3)
     }
-    score = jax.jit(scores.with_cut(scores.synflow(apply_fn, (16,))))
+    score = jax.jit(scores.synflow(apply_fn, (16,)).flow)
     mask = trees.prunable(params)
     half = score(params, mask, jax.random.key(0))
     single = score(jax.tree.map(lambda w: w.astype(jnp.float32), params), mask, jax.random.key(0))
@@ -212,7 +212,7 @@ def test_zeros_stay_zeros_wherever_they_meet() -> None:
     for bias in (0.0, 1e-30):
         grad = jax.value_and_grad(
             lambda w: scaling.evaluate(function, w, jnp.full((1, 2), bias)).value
-        )  # noqa: B023
+        )
         value, slopes = grad(jnp.zeros((2, 2)))
         assert value == 0 and jnp.isfinite(slopes).all() and bool(slopes.any()) == (bias > 0)
 

@@ -67,14 +67,10 @@ def test_processes_and_devices_give_one_hash() -> None:
 def test_what_is_not_shared_is_told() -> None:
     params = {"head": {"kernel": jnp.ones((2, 2))}}
     rule = scores.synflow(lambda p, x: x @ p["head"]["kernel"], (2,))
-    with pytest.raises(
-        ValueError, match=r"schedule='certified' is not pruned over several devices.*pruning\.prune"
-    ):
-        sharded.prune(rule, params, compression=2, schedule="certified")
     with pytest.raises(ValueError, match="devices has none of process 0"):
         sharded.prune(rule, params, compression=2, devices=[])
-    with pytest.raises(ValueError, match="scope='layer' is unknown"):
-        sharded.prune(rule, params, compression=2, scope="layer")
+    with pytest.raises(ValueError, match="compression=5 leaves none"):
+        sharded.prune(rule, params, compression=5)
 
 
 def test_scores_that_are_not_finite_are_named() -> None:

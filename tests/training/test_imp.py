@@ -56,12 +56,14 @@ def test_one_level_without_training_is_magnitude_pruning(scope: str) -> None:
     start = _start()
     sizes = trees.sizes(start.mask)
     for compression, num_levels in ((1.7, 1), (10.0, 1), (10.0, 4)):
-        counts = schedules.prune_counts(
-            [sum(sizes)] if scope == "global" else sizes, compression, num_levels
-        )
-        levels = imp.run(lambda state: state, start, counts, scope=scope)
+        schedule = schedules.exponential
+        if scope == "local":
+            schedule = schedules.per_layer(schedule)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(start.mask)]
+        counts = schedule(shapes, compression, num_levels)
+        levels = imp.run(lambda state: state, start, counts)
         wanted, info = pruning.prune(
-            scores.magnitude(), start.params, compression=compression, num_iterations=1, scope=scope
+            scores.magnitude(), start.params, compression=compression, schedule=schedule
         )
         jax.tree.map(np.testing.assert_array_equal, levels[-1].mask, wanted)
         assert [int(level.info.kept.sum()) for level in levels] == (
@@ -85,7 +87,7 @@ def test_rewinding_restores_every_leaf_bit_for_bit() -> None:
         jax.tree.map(lambda leaf: leaf.delete(), state.params)  # as a loop that reuses the memory
         return trained
 
-    levels = imp.run(train, start, schedules.prune_counts([63 + 36], 8, 3))
+    levels = imp.run(train, start, schedules.exponential([(63 + 36,)], 8, 3))
     assert _bits(start) == before and _bits(given[0]) == before
     masks = [start.mask, *(level.mask for level in levels)]
     for state, mask in zip(given, masks, strict=False):
@@ -152,7 +154,7 @@ def test_a_run_leaves_what_pruning_leaves(
 ) -> None:
     workdir, mask, row = made
     total = sum(trees.sizes(network.mask))
-    counts = schedules.prune_counts([total], 8.0, 3)[:, 0]
+    counts = schedules.exponential([(total,)], 8.0, 3)[:, 0]
     assert (
         row["kept"] == total - counts[-1]
         and [level["kept"] for level in row["levels"]] == (total - counts).tolist()

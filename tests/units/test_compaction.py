@@ -105,9 +105,7 @@ def _masks(
         step = jax.jit(step, compiler_options=QUICK)
         for compression in [c for r, c in cases if r == rule]:
             mask = full
-            for count in schedules.prune_counts(
-                [total], compression, num_iterations, "exponential"
-            )[:, 0]:
+            for count in schedules.exponential([(total,)], compression, num_iterations)[:, 0]:
                 mask = step(mask, int(count))
             yield rule, compression, mask
 
