@@ -1,14 +1,15 @@
-"""The certified schedule beside the paper's: iterations, seconds and the path norm that is left.
+"""Measures the certified schedule against the paper's: iterations, seconds and the path norm left.
 
     python benchmarks/certified.py [--networks=mlp,vgg16] [--thousand]
 
-Prunes by SynFlow, float32, to a compression of 1000 and to the maximum (one weight a layer), with the exponential
-schedule in 10, 30 and 100 iterations (and 1000 with --thousand) and with the certified one at three fractions of a
-cut. `R` is the final path norm over that of the exponential schedule with the most iterations; `of a cut` the most
-that an iteration pruned: below 1, no path was in danger. Seconds are those of the loop, compiled before.
+SynFlow prunes in float32 to a compression of 1000 and to the maximum (one weight per layer). The
+exponential schedule uses 10, 30 and 100 iterations, and 1000 with --thousand. The certified one
+uses three fractions of a cut. `R` is the final path norm divided by that of the exponential
+schedule with the most iterations. `of a cut` is the most that an iteration pruned: below 1, no path
+was in danger. Seconds are those of the loop, without compilation.
 
-Expect a table for each network and `benchmarks/results/certified.json`; six and a half minutes on two cores with
---thousand, half of it for its two runs of VGG-16.
+Prints a table for each network and writes `benchmarks/results/certified.json`. It takes six and a
+half minutes on two cores with --thousand, half of it for its two runs of VGG-16.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ COLUMNS = ("schedule", "iterations", "seconds", "of a cut", "log10 R", "R", "wei
 
 
 def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
-    """A row for each schedule and compression."""
+    """Returns a row for each schedule and compression."""
     model, shape = NETWORKS[name]
     params, batch_stats = models.init(model, shape, jax.random.key(0))
     params = trees.without_biases(params)  # the certified schedule takes none into account
     apply_fn = models.synflow_fn(model, batch_stats)
     score_fn = scores.synflow(apply_fn, shape)
     mask = trees.prunable(params)
-    maximum = analysis.max_compression(apply_fn, shape, mask, params)
+    maximum = analysis.max_compression(apply_fn, params, mask, shape)
     schedules = [{"schedule": "exponential", "num_iterations": number} for number in exponential]
     schedules += [{"schedule": "certified", "cut_fraction": fraction} for fraction in FRACTIONS]
     rows = []
@@ -80,16 +81,16 @@ def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
                     "iterations": int(info.num_done),
                     "seconds": seconds,
                     "largest_cut_fraction": float(np.nanmax(fraction)),
-                    "log10_norm": analysis.log10_path_norm(apply_fn, shape, params, found),
+                    "log10_norm": analysis.log10_path_norm(apply_fn, params, found, shape),
                     "kept": int(info.kept[-1].sum()),
-                    "collapsed": analysis.collapsed(apply_fn, shape, params, found),
+                    "collapsed": analysis.collapsed(apply_fn, params, found, shape),
                 }
             )
     return rows
 
 
 def show(rows: list[dict[str, Any]], compression: float) -> None:
-    """One table."""
+    """Prints the table of one network."""
     rows = [row for row in rows if row["compression"] == compression]
     reference = max(
         (row for row in rows if row["schedule"] == "exponential"),
@@ -105,22 +106,27 @@ def show(rows: list[dict[str, Any]], compression: float) -> None:
         )
         table.append(
             (
-                f"{row['schedule']}{fraction}", str(row["iterations"]), f"{row['seconds']:.2f}",
-                f"{row['largest_cut_fraction']:.3g}", f"{row['log10_norm']:.3f}", f"{relative:.2f}",
-                f"{row['kept']:,}", "yes" if row["collapsed"] else "no",
+                f"{row['schedule']}{fraction}",
+                str(row["iterations"]),
+                f"{row['seconds']:.2f}",
+                f"{row['largest_cut_fraction']:.3g}",
+                f"{row['log10_norm']:.3f}",
+                f"{relative:.2f}",
+                f"{row['kept']:,}",
+                "yes" if row["collapsed"] else "no",
             )
-        )  # fmt: skip
+        )
     print_table(f"{rows[0]['network']}, compression {compression:,.1f}", COLUMNS, table)
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(description="The certified schedule beside the paper's.")
     parser.add_argument(
         "--networks", default="mlp,vgg16", help=f"of {', '.join(NETWORKS)}, separated by commas"
     )
     parser.add_argument(
-        "--thousand", action="store_true", help="the exponential schedule with 1000 iterations too"
+        "--thousand", action="store_true", help="also the exponential schedule with 1000 iterations"
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "certified.json"
@@ -129,7 +135,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     others = others_seconds()
     rows = []

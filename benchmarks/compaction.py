@@ -1,27 +1,30 @@
-"""Training and inference of a pruned VGG-16: dense, masked, compact, and masked in PyTorch, on one machine in one run.
+"""Times training and inference of a pruned VGG-16: dense, masked, compact, and masked in PyTorch.
 
     python benchmarks/compaction.py --torch-python=PATH [--quick] [--plot]
 
-PATH is a Python that has torch; without the flag it is the one that runs this script. VGG-16 with batch norm at batch
-128 on 32x32 images, pruned by SynFlow in 100 iterations to compressions 10, 100 and 1000. Every variant runs in a new
-process; `--repeats` rounds of all of them follow one another:
+PATH is a Python that has torch; by default it is the one that runs this script. The network is
+VGG-16 with batch norm at batch 128 on 32x32 images, pruned by SynFlow in 100 iterations to
+compressions 10, 100 and 1000. Every variant runs in a new process, and `--repeats` rounds of all
+variants follow one another:
 
   dense    a step of `synflow_jax.training` with a full mask
-  masked   the same with a pruned mask: what sparsity costs where it is simulated
+  masked   the same with a pruned mask: the cost of simulated sparsity
   compact  the smaller dense network of the same mask (`models.compact`)
-  torch    a step of `torch_training.py` with masked weights, which does without the augmentation
+  torch    a step of `torch_training.py` with masked weights, without the augmentation
 
-A step is crop, flip, masked loss, gradient and SGD; inference is a batch of `training.make_evaluate`, which takes eight
-of them in a call (PyTorch's inference does without normalisation and loss). Peaks of memory are those of whole
-processes: ours hold XLA and what it compiles, and the full network that was pruned.
+A step is crop, flip, masked loss, gradient and SGD. Inference is a batch of
+`training.make_evaluate`, which takes eight of them per call (PyTorch's inference has neither
+normalisation nor loss). Peaks of memory are those of whole processes: ours hold XLA and what it
+compiles, and the full network that was pruned.
 
-The limit is the ratio of multiply-adds, `possible` in the table. Wanted: the compact step reaches at least half of it
-against the masked one; against PyTorch it is 2.5 times as fast at compression 100, and 10 times at 1000.
+The upper limit of the speed-up is the ratio of multiply-adds, `possible` in the table. The goals:
+the compact step reaches at least half of that against the masked one, and against PyTorch it is 2.5
+times as fast at compression 100 and 10 times at 1000.
 
-Expect a table, `benchmarks/results/compaction.json`, and with --plot `docs/compaction.png`; four minutes on two idle
-cores with --steps=5 --repeats=1, with --quick (compression 100 alone, masks of 10 iterations, one round) one and a
-quarter. `--plot-only` draws the picture
-again from the file.
+Prints a table, writes `benchmarks/results/compaction.json`, and with --plot draws
+`docs/compaction.png`; --plot-only draws it from an earlier file of results. It takes four minutes
+on two idle cores with --steps=5 --repeats=1, and one and a quarter with --quick (only compression
+100, masks of 10 iterations, one round).
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ Record = dict[str, Any]
 
 
 def prune(folder: Path, compressions: list[float], num_iterations: int) -> Record:
-    """Runs in a process of its own: writes a mask per compression."""
+    """Writes a mask per compression, in a new process."""
     import jax
 
     from synflow_jax import models, pruning, scores, storage
@@ -87,31 +90,33 @@ def _mask_path(folder: Path, compression: float) -> Path:
 
 
 def ours(variant: str, compression: float, folder: Path, steps: int) -> Record:
-    """Runs in a process of its own: training in calls of the compiled loop, as train.py makes them, then inference.
+    """Times training in calls of the compiled loop, as train.py does, and inference.
 
-    The peak is read between the two.
+    It runs in a new process. The peak is read between the two.
     """
     import jax
     import numpy as np
 
-    from synflow_jax import data, storage, training, trees
+    from synflow_jax import data, models, storage, training, trees
     from synflow_jax.training import forms
 
     model, params, batch_stats = _network()
     mask = trees.prunable(params)
     if variant != "dense":
         mask = storage.load_mask(_mask_path(folder, compression), params)
-    form = forms.choose(model, params, batch_stats, mask, SHAPE, compact=variant == "compact")
-    del params, batch_stats, mask
+    network = models.Network(model, params, batch_stats, mask, SHAPE)
+    form = forms.choose(network, compact=variant == "compact")
+    chosen, size = form.network, form.size
+    del form, network, params, batch_stats, mask
     optimizer = training.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     state = training.init_state(
-        form.params, form.batch_stats, form.mask, optimizer, jax.random.key(1)
+        chosen.params, chosen.batch_stats, chosen.mask, optimizer, jax.random.key(1)
     )
     rng = np.random.default_rng(0)
     num = 8 * BATCH
     images = jax.device_put(rng.integers(0, 256, (num, *SHAPE)).astype(np.uint8))
     labels = jax.device_put(rng.integers(0, CLASSES, num).astype(np.int32))
-    step = training.make_step(form.model, optimizer)
+    step = training.make_step(chosen.model, optimizer)
     epoch = jax.jit(
         training.make_epoch(step, data.spec("cifar100"), num, BATCH), donate_argnums=(0, 1)
     )
@@ -129,7 +134,7 @@ def ours(variant: str, compression: float, folder: Path, steps: int) -> Record:
     cpu_seconds = (time.process_time() - cpu) / (3 * steps)
     peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
 
-    evaluate = jax.jit(training.make_evaluate(form.model, data.spec("cifar100"), BATCH))
+    evaluate = jax.jit(training.make_evaluate(chosen.model, data.spec("cifar100"), BATCH))
     infer = lambda: jax.block_until_ready(evaluate(state, images, labels))
     return {
         "variant": variant,
@@ -139,13 +144,13 @@ def ours(variant: str, compression: float, folder: Path, steps: int) -> Record:
         "inference_seconds": [value / (num // BATCH) for value in timings(infer, 3)],
         "compile_seconds": compile_seconds,
         "peak_mb": peak,
-        "size": form.size if variant == "compact" else None,
+        "size": size if variant == "compact" else None,
         "platform": jax.default_backend(),
     }
 
 
 def child_json(command: list[str]) -> Record:
-    """The last line that a command printed; ends with its output if it failed."""
+    """Returns the last line that a command printed. Exits with its output if it failed."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     child = run_child(command, env)
@@ -157,19 +162,19 @@ def child_json(command: list[str]) -> Record:
 
 
 def median(records: list[Record], name: str) -> float:
-    """Of the medians of the processes."""
+    """Returns the median of the medians of the processes."""
     return statistics.median(statistics.median(record[name]) for record in records)
 
 
 def find(records: list[Record], variant: str, compression: float | None = None) -> list[Record]:
-    """The records of a variant, at a compression where it has several."""
+    """Returns the records of a variant, at a compression if it has several."""
     return [
         r for r in records if r["variant"] == variant and compression in (None, r["compression"])
     ]
 
 
 def summary(records: list[Record], compressions: list[float]) -> list[Record]:
-    """A row a compression: how much faster the compact network is than the others, and the limit."""
+    """Returns a row per compression: the speed-up of the compact network, and its upper limit."""
     rows = []
     for compression in compressions:
         compact = find(records, "compact", compression)
@@ -191,12 +196,12 @@ def summary(records: list[Record], compressions: list[float]) -> list[Record]:
 
 
 def median_peak(records: list[Record]) -> float:
-    """MB."""
+    """Returns the median peak of memory, in MB."""
     return statistics.median(record["peak_mb"] for record in records)
 
 
 def plot(path: Path, results: Path) -> None:
-    """Speed against compression, from the file of results alone."""
+    """Draws speed against compression, from the file of results."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,15 +236,19 @@ def plot(path: Path, results: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(
         description="A pruned VGG-16: dense, masked, compact, and in PyTorch."
     )
     parser.add_argument(
-        "--torch-python", default=sys.executable, help="a Python that has torch; none leaves it out"
+        "--torch-python",
+        default=sys.executable,
+        help="a Python that has torch; one without it leaves PyTorch out",
     )
-    parser.add_argument("--quick", action="store_true", help="compression 100 alone, once")
-    parser.add_argument("--steps", type=int, default=3, help="of a call; a process times two calls")
+    parser.add_argument("--quick", action="store_true", help="only compression 100, one round")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps per call; a process times two calls"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plot", action="store_true", help="draw docs/compaction.png")
     parser.add_argument(
@@ -258,7 +267,7 @@ def parse_args() -> argparse.Namespace:
 def measure_all(
     args: argparse.Namespace, compressions: list[float], torch_works: bool
 ) -> list[Record]:
-    """The records of all processes."""
+    """Returns the records of all processes."""
     this, records = [sys.executable, str(Path(__file__).resolve())], []
     torch_script = str(ROOT / "benchmarks" / "torch_training.py")
     variants = [
@@ -286,21 +295,24 @@ def measure_all(
                     values = json.dumps([compression, args.steps])
                     record = child_json([*this, "--worker", variant, folder, values])
                 records.append(record)
-                print(
-                    f"{variant} {compression:g}: {statistics.median(record['seconds']):.3f} s a step",
-                    flush=True,
-                )
+                seconds = statistics.median(record["seconds"])
+                print(f"{variant} {compression:g}: {seconds:.3f} s a step", flush=True)
     return records
 
 
 def main() -> None:
-    """Measures, prints, writes, draws."""
+    """Measures, prints the table, writes the results and draws."""
     args = parse_args()
     if args.worker:
         what, folder, values = args.worker
         first, number = json.loads(values)
-        print(json.dumps(prune(Path(folder), first, number) if what == "prune"
-                          else ours(what, first, Path(folder), number)))  # fmt: skip
+        print(
+            json.dumps(
+                prune(Path(folder), first, number)
+                if what == "prune"
+                else ours(what, first, Path(folder), number)
+            )
+        )
         return
     if args.plot_only:
         plot(ROOT / "docs" / "compaction.png", args.out)
@@ -320,33 +332,53 @@ def main() -> None:
     rows = []
     for variant, compression in dict.fromkeys((r["variant"], r["compression"]) for r in records):
         found = find(records, variant, compression)
-        rows.append([
-            variant if variant in ("dense", "torch") else f"{variant}, {compression:g}",
-            spread([statistics.median(r["seconds"]) for r in found], 3),
-            spread([statistics.median(r["inference_seconds"]) for r in found], 3),
-            spread([r["peak_mb"] for r in found], 0),
-        ])  # fmt: skip
+        rows.append(
+            [
+                variant if variant in ("dense", "torch") else f"{variant}, {compression:g}",
+                spread([statistics.median(r["seconds"]) for r in found], 3),
+                spread([statistics.median(r["inference_seconds"]) for r in found], 3),
+                spread([r["peak_mb"] for r in found], 0),
+            ]
+        )
     print_table(
         f"VGG-16 (BN), batch {BATCH}; {facts['cpu']}, {facts['cores']} cores",
         ["", "s a step", "s an inference", "peak of training, MB"],
         rows,
-        caption=f"Median (least-greatest) of processes. Cores that other processes took meanwhile: {disturbed}.",
+        caption="Median (least-greatest) of processes. Cores that other processes used meanwhile: "
+        f"{disturbed}.",
     )
     summed = summary(records, compressions)
     print_table(
         "How many times as fast the compact network is",
-        ["compression", "weights", "possible", "masked", "PyTorch", "inference: masked", "PyTorch", "memory: masked"],
+        [
+            "compression",
+            "weights",
+            "possible",
+            "masked",
+            "PyTorch",
+            "inference: masked",
+            "PyTorch",
+            "memory: masked",
+        ],
         [
             [
                 f"{row['compression']:g}",
                 f"{100 * row['weights']:.2g} %",
-                *(f"{row[name]:.2f}" if name in row else ""
-                  for name in ("possible", "over_masked", "over_torch", "inference_over_masked",
-                               "inference_over_torch", "memory")),
+                *(
+                    f"{row[name]:.2f}" if name in row else ""
+                    for name in (
+                        "possible",
+                        "over_masked",
+                        "over_torch",
+                        "inference_over_masked",
+                        "inference_over_torch",
+                        "memory",
+                    )
+                ),
             ]
             for row in summed
         ],
-    )  # fmt: skip
+    )
     write_json(args.out, {"machine": facts, "summary": summed, "records": records})
     if args.plot:
         plot(ROOT / "docs" / "compaction.png", args.out)

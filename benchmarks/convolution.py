@@ -1,14 +1,19 @@
-"""Why `models/layers.py` convolves by patches times a matrix on a CPU: both forms on the shapes of the paper.
+"""Times the two forms of convolution on a CPU: XLA's own, and patches times a matrix.
 
     python benchmarks/convolution.py [--batches=1,128]
 
-Times a 3x3 convolution of stride 1 and its gradients with respect to the inputs and the kernel, once as
-`jax.lax.conv_general_dilated` (native) and once as `layers._convolution_as_matrices`; plain, in one jitted call, and
-as a step of a `lax.fori_loop`, where XLA on a CPU does not call its fast convolution. Batch 1 is what SynFlow scores
-with, batch 128 what training takes. Expect a table and `benchmarks/results/convolution.json`.
+The result is why `models/layers.py` convolves by patches times a matrix on a CPU. The script times
+a 3x3 convolution of stride 1 and its gradients with respect to the inputs and the kernel, in the
+shapes of the paper. The forms are `jax.lax.conv_general_dilated` (native) and
+`layers._convolution_as_matrices`. Each runs plain, in one jitted call, and as a step of a
+`lax.fori_loop`, where XLA on a CPU does not call its fast convolution. SynFlow scores with batch 1,
+and training uses batch 128.
 
-The native form in a loop runs one step. Where an eighth of the batch says that the step would take more than
-`--limit` seconds (20), it is left out and the table says so. Takes about five minutes on two idle cores.
+The native form runs one step in a loop. If an eighth of the batch shows that the step would take
+more than `--limit` seconds (20), it is left out and the table says so.
+
+Prints a table and writes `benchmarks/results/convolution.json`. It takes about five minutes on two
+idle cores.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Shape(NamedTuple):
-    """A 3x3 convolution of a square map."""
+    """The shape of a 3x3 convolution of a square map."""
 
     network: str
     side: int
@@ -60,14 +65,14 @@ PADDING = ((1, 1), (1, 1))
 
 
 def native(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """XLA's own convolution."""
+    """Convolves by XLA's own primitive."""
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), PADDING, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def as_matrices(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The form that the networks take on a CPU."""
+    """Convolves by patches times a matrix, as the networks do on a CPU."""
     return layers._convolution_as_matrices(
         x, kernel, strides=(1, 1), padding=PADDING, precision=None
     )
@@ -76,7 +81,10 @@ def as_matrices(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def with_gradients(
     convolution: Convolution, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of half the sum of the squared outputs: they need the forward pass and both backward ones."""
+    """Returns a function to the gradients of half the sum of squared outputs.
+
+    They need the forward pass and both backward passes.
+    """
     y, transpose = jax.vjp(convolution, x, kernel)
     return transpose(y)
 
@@ -84,7 +92,10 @@ def with_gradients(
 def loop(
     convolution: Convolution, num_steps: jax.Array, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Steps that each read what the last one wrote. XLA unrolls short loops of a known length, so it is traced."""
+    """Returns a loop of steps, each of which reads the output of the step before it.
+
+    The number of steps is traced: XLA unrolls short loops of a known length.
+    """
 
     def step(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         gradients = with_gradients(convolution, *state)
@@ -98,7 +109,7 @@ def loop(
 def measure_plain(
     convolution: Convolution, x: jax.Array, kernel: jax.Array, repeats: int
 ) -> list[float]:
-    """Seconds of each of `repeats` single calls."""
+    """Returns the seconds of each of `repeats` single calls."""
     run = jax.jit(lambda x, kernel: with_gradients(convolution, x, kernel))
     return timings(lambda: jax.block_until_ready(run(x, kernel)), repeats)
 
@@ -106,7 +117,10 @@ def measure_plain(
 def measure_loop(
     convolution: Convolution, x: jax.Array, kernel: jax.Array, num_steps: int, repeats: int
 ) -> list[float]:
-    """Seconds of a step in each of `repeats` runs of `num_steps`; in the first run alone if that takes a second."""
+    """Returns the seconds per step of each of `repeats` runs of `num_steps`.
+
+    If the first run takes a second per step, it is the only one.
+    """
     run = jax.jit(lambda num_steps, x, kernel: loop(convolution, num_steps, x, kernel))
     jax.block_until_ready(run(0, x, kernel))  # compiles, and takes no step
     seconds = timings(lambda: jax.block_until_ready(run(num_steps, x, kernel)), repeats, limit=1)
@@ -114,7 +128,7 @@ def measure_loop(
 
 
 def random_pair(shape: Shape, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Inputs and a kernel that keeps their variance."""
+    """Returns inputs and a kernel that keeps their variance."""
     x_key, kernel_key = jax.random.split(jax.random.key(0))
     kernel = (
         jax.random.normal(kernel_key, (3, 3, shape.inputs, shape.outputs))
@@ -124,7 +138,11 @@ def random_pair(shape: Shape, batch: int) -> tuple[jax.Array, jax.Array]:
 
 
 def measure_shape(shape: Shape, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both forms, plain and in a loop. Raises AssertionError if the forms differ."""
+    """Returns the seconds of both forms, plain and in a loop.
+
+    Raises:
+      AssertionError: the forms differ.
+    """
     x, kernel = random_pair(shape, batch)
     difference = jnp.max(jnp.abs(native(x, kernel) - as_matrices(x, kernel)))
     assert difference < 1e-4, f"the two forms differ by {difference} on {shape}"
@@ -147,7 +165,7 @@ def measure_shape(shape: Shape, batch: int, args: argparse.Namespace) -> dict[st
 
 
 def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for each shape and batch."""
+    """Returns a record for each shape and batch."""
     records = []
     for shape in SHAPES:
         for batch in args.batches:
@@ -158,7 +176,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table_row(record: dict[str, Any]) -> list[str]:
-    """The record as text."""
+    """Returns the record as a row of text."""
 
     def ratio(one: str, other: str) -> str:
         return f"{statistics.median(record[one]) / statistics.median(record[other]):.1f}"
@@ -181,14 +199,14 @@ def table_row(record: dict[str, Any]) -> list[str]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(
         description="Convolution on a CPU: XLA's own against patches times a matrix."
     )
     parser.add_argument("--batches", default="1,128", help="separated by commas")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=3, help="of the loop, for the form of matrices"
+        "--steps", type=int, default=3, help="steps of the loop, for the form of matrices"
     )
     parser.add_argument(
         "--limit", type=float, default=20, help="seconds that a native step in a loop may take"
@@ -207,7 +225,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     facts = machine() | {"platform": jax.default_backend()}
     start, others = time.perf_counter(), others_seconds()
@@ -231,7 +249,8 @@ def main() -> None:
             "ratio",
         ],
         [table_row(record) for record in records],
-        caption=f"Medians of {args.repeats}. The ratio is native / matrices: above 1 the form of matrices is faster.",
+        caption=f"Medians of {args.repeats}. The ratio is native / matrices: above 1 the form of "
+        "matrices is faster.",
     )
     write_json(
         args.out,

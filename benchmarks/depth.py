@@ -1,22 +1,27 @@
-"""Deep networks in float32: masks against float64's, and conservation by cuts where float64 overflows too.
+"""Checks deep networks in float32: masks against those of float64, and conservation by cuts.
 
-    python benchmarks/depth.py [--networks=mlp300,cifar_resnet110] [--compressions=10,100,1000] [--iterations=100]
+    python benchmarks/depth.py [--networks=mlp300,cifar_resnet110] [--compressions=10,100,1000]
     python benchmarks/depth.py --cuts=cifar_resnet1202
 
-The first prunes by SynFlow twice, in float32 with powers of two beside the values (the default of every run) and in
-float64 without any, and compares the masks: weights kept, in all and by layer, and the fraction of bits that are equal.
-`first` is the first iteration whose masks differ in their counts by layer. The networks: any of `models.NAMES`, and
-mlp300, a residual MLP of 300 layers of 16 units. --rounded adds a run in float64 whose scores are rounded to float32's
-24 bits before they are ranked: `rounded` is what an evaluation without any other error would reach; and prints the
+The first command prunes twice by SynFlow: in float32 with a power of two beside each value (the
+default of every run), and in float64 without. It compares the masks: the weights kept, in total and
+by layer, and the fraction of bits that are equal. `first` is the first iteration whose masks have
+different counts by layer. A network is any of `models.NAMES`, or mlp300, a residual MLP of 300
+layers of 16 units.
+
+--rounded adds a run in float64 whose scores are rounded to the 24 bits of float32 before they are
+ranked: `rounded` is what an evaluation without any other error would reach. It also prints the
 relative error of the scores of one pass in float32.
 
-The second takes the scores of a network of residual blocks once, in float32, and the flow through every cut between two
-blocks: the derivative of R with respect to a factor on what a block puts out. Theorem 2: all of them are R.
+The second command scores a network of residual blocks once in float32, also where float64
+overflows. It compares the flow through every cut between two blocks: the derivative of R with
+respect to a factor on the output of a block. By Theorem 2 all of them are R.
 
-Expect a table and `benchmarks/results/depth.json`. --cuts takes 12 s of processor time for ResNet-20 and 32 s for
-ResNet-56; ResNet-1202 took 17 minutes beside other work. The comparison of mlp300 and cifar_resnet110 takes five and a
-half minutes of processor time with --rounded; imagenet_resnet50 took three minutes for two compressions,
-tiny_resnet152 twelve for three, and 5 GB.
+Prints a table and writes `benchmarks/results/depth.json`. --cuts takes 12 s of processor time for
+ResNet-20 and 32 s for ResNet-56; ResNet-1202 took 17 minutes beside other work. The comparison of
+mlp300 and cifar_resnet110 takes five and a half minutes of processor time with --rounded.
+imagenet_resnet50 took three minutes for two compressions, and tiny_resnet152 twelve minutes and
+5 GB for three.
 """
 
 from __future__ import annotations
@@ -40,13 +45,22 @@ from synflow_jax.models.resnet import Block
 
 Network = tuple[scores.ApplyFn, trees.Params, tuple[int, ...]]
 COLUMNS = (
-    "network", "compression", "kept: f32", "f64", "layers alike", "bits alike, %", "first", "rounded: bits", "first",
-    "s: f32", "f64",
-)  # fmt: skip
+    "network",
+    "compression",
+    "kept: f32",
+    "f64",
+    "layers alike",
+    "bits alike, %",
+    "first",
+    "rounded: bits",
+    "first",
+    "s: f32",
+    "f64",
+)
 
 
 def residual_mlp(num_layers: int, width: int = 16) -> Network:
-    """A residual MLP, one parameter a layer: x + relu(x W)."""
+    """Returns a residual MLP with one parameter per layer: x + relu(x W)."""
     names = [f"layer{i:03d}" for i in range(num_layers - 1)]
 
     def apply_fn(params: trees.Params, x: jax.Array) -> jax.Array:
@@ -61,7 +75,7 @@ def residual_mlp(num_layers: int, width: int = 16) -> Network:
 
 
 def build(name: str) -> Network:
-    """Network, weights and input shape."""
+    """Builds a network, and returns its function, weights and input shape."""
     if name == "mlp300":
         return residual_mlp(300)
     model, shape = (
@@ -75,7 +89,7 @@ def build(name: str) -> Network:
 def run(
     network: Network, dtype: str, compression: float, iterations: int, rounded: bool = False
 ) -> tuple[trees.Mask, np.ndarray, float]:
-    """The mask, the weights kept in each layer after each iteration, and the seconds of the loop."""
+    """Returns the mask, the weights kept by iteration and layer, and the seconds of the loop."""
     apply_fn, params, shape = network
     started: list[float] = []
 
@@ -92,14 +106,18 @@ def run(
         )
 
     mask, info = pruning.prune(
-        to_24_bits if rounded else score_fn, params, compression=compression,
-        num_iterations=iterations, score_dtype=dtype, on_progress=on_progress,
-    )  # fmt: skip
+        to_24_bits if rounded else score_fn,
+        params,
+        compression=compression,
+        num_iterations=iterations,
+        score_dtype=dtype,
+        on_progress=on_progress,
+    )
     return jax.tree.map(np.asarray, mask), np.asarray(info.kept), time.perf_counter() - started[0]
 
 
 def errors(network: Network) -> tuple[float, float]:
-    """The relative error of one pass of scores in float32: root mean square, and the largest."""
+    """Returns the relative error of scores in float32: root mean square and largest."""
     apply_fn, params, shape = network
     score_fn = jax.jit(scores.synflow(apply_fn, shape))
     found = [jax.tree.map(np.asarray, score_fn(params, trees.prunable(params), jax.random.key(0)))]
@@ -117,7 +135,7 @@ def errors(network: Network) -> tuple[float, float]:
 
 
 def alike(mask: trees.Mask, reference: trees.Mask) -> float:
-    """The fraction of bits that are equal."""
+    """Returns the fraction of bits that are equal."""
     same = sum(
         int((a == b).sum())
         for a, b in zip(jax.tree.leaves(mask), jax.tree.leaves(reference), strict=True)
@@ -126,7 +144,7 @@ def alike(mask: trees.Mask, reference: trees.Mask) -> float:
 
 
 def first_difference(kept: np.ndarray, reference: np.ndarray) -> int | None:
-    """The first iteration, from 1, that keeps other numbers of weights in the layers."""
+    """Returns the first iteration, from 1, whose numbers of weights by layer differ."""
     differ = (kept != reference).any(axis=1)
     return int(np.argmax(differ)) + 1 if differ.any() else None
 
@@ -134,7 +152,7 @@ def first_difference(kept: np.ndarray, reference: np.ndarray) -> int | None:
 def compare(
     name: str, compression: float, iterations: int, network: Network, rounded: bool
 ) -> dict[str, Any]:
-    """A row: float32 beside float64."""
+    """Returns a row that compares float32 with float64."""
     (narrow, kept, seconds), (wide, wide_kept, wide_seconds) = (
         run(network, dtype, compression, iterations) for dtype in ("float32", "float64")
     )
@@ -160,7 +178,10 @@ def compare(
 
 
 def flows_between_blocks(name: str) -> dict[str, Any]:
-    """R, the flow through each cut, and the scores of the first and the last layer, which are cuts as well."""
+    """Returns R, the flow through each cut, and the scores of the first and the last layer.
+
+    Those two layers are cuts as well.
+    """
     model, shape = models.create(name, 10), models.default_input_shape(name)
     params, batch_stats = models.init(model, shape, jax.random.key(0))
     params = jax.tree.map(jnp.abs, trees.without_biases(params))
@@ -217,21 +238,21 @@ def flows_between_blocks(name: str) -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(description="Deep networks in float32.")
     parser.add_argument("--networks", default="mlp300,cifar_resnet110", help="separated by commas")
     parser.add_argument("--compressions", default="10,100,1000")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument(
-        "--rounded", action="store_true", help="float64 with scores rounded to float32 as well"
+        "--rounded", action="store_true", help="also float64 with scores rounded to float32"
     )
-    parser.add_argument("--cuts", help="a network whose cuts are looked at instead")
+    parser.add_argument("--cuts", help="compare the flow through the cuts of this network instead")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "depth.json")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     others = others_seconds()
     rows: list[dict[str, Any]] = []
@@ -248,19 +269,24 @@ def main() -> None:
         )
         table = [
             (
-                r["network"], f"{r['log10_norm']:.1f}", str(r["num_cuts"]), f"{r['residual']:.1e}",
-                f"{r['trace_seconds']:.0f}", f"{r['compile_seconds']:.0f}", f"{r['seconds']:.2f}",
+                r["network"],
+                f"{r['log10_norm']:.1f}",
+                str(r["num_cuts"]),
+                f"{r['residual']:.1e}",
+                f"{r['trace_seconds']:.0f}",
+                f"{r['compile_seconds']:.0f}",
+                f"{r['seconds']:.2f}",
             )
             for r in rows
-        ]  # fmt: skip
+        ]
         print_table("The flow through every cut between two blocks, float32", columns, table)
     for name in args.networks.split(",") if not args.cuts else []:
         network = build(name)
         if args.rounded:
+            rms, largest = errors(network)
             print(
-                f"{name}: scores in float32 err by {{:.1e}} (root mean square), {{:.1e}} at most".format(
-                    *errors(network)
-                )
+                f"{name}: scores in float32 err by {rms:.1e} (root mean square), "
+                f"{largest:.1e} at most"
             )
         for compression in map(float, args.compressions.split(",")):
             rows.append(compare(name, compression, args.iterations, network, args.rounded))
@@ -268,14 +294,19 @@ def main() -> None:
     if not args.cuts:
         table = [
             (
-                r["network"], f"{r['compression']:g}", f"{r['kept'][0]:,}", f"{r['kept'][1]:,}",
-                f"{r['layers_alike']} of {r['layers']}", f"{100 * r['bits_alike']:.4f}", str(r["first_difference"]),
+                r["network"],
+                f"{r['compression']:g}",
+                f"{r['kept'][0]:,}",
+                f"{r['kept'][1]:,}",
+                f"{r['layers_alike']} of {r['layers']}",
+                f"{100 * r['bits_alike']:.4f}",
+                str(r["first_difference"]),
                 f"{100 * r['rounded_bits_alike']:.4f}" if args.rounded else "",
                 str(r["rounded_first_difference"]) if args.rounded else "",
                 *(f"{s:.1f}" for s in r["seconds"]),
             )
             for r in rows
-        ]  # fmt: skip
+        ]
         print_table(f"SynFlow, {args.iterations} iterations", COLUMNS, table)
     spent = None if others is None else others_seconds() - others  # type: ignore[operator]
     write_json(args.out, {"machine": machine(), "others_seconds": spent, "rows": rows})

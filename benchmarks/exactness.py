@@ -1,15 +1,17 @@
-"""Compact against masked logits: every family, rule and compression, before and after training, in both modes.
+"""Checks that compact networks have the logits of masked ones: every family, rule and compression.
 
     python benchmarks/exactness.py [--families=vgg,resnet] [--steps=60]
 
-Prunes a network of each family on scikit-learn's digits by each rule at each compression, trains it masked for --steps
-steps, and compares its logits with those of its compact form: at initialization and trained, in evaluation mode and by
-the statistics of the batch; float32, dropout left out. A difference is the largest over a batch of 64 images and all
-logits, divided by the largest logit. Where a mask leaves no path the compact form must be refused.
+The script prunes a network of each family on scikit-learn's digits by each rule at each
+compression, trains it masked for --steps steps, and compares its logits with those of its compact
+form. It compares at initialization and after training, in evaluation mode and with the statistics
+of the batch, in float32 without dropout. A difference is the largest over 64 images and all logits,
+divided by the largest logit. Where a mask leaves no path, the compact form must be refused.
 
-Expect a table of the largest differences, `benchmarks/results/exactness.json` with each of them, and status 1 if one is
-above 1e-5 or a collapsed mask was not refused. It took 35 minutes of processor time, nearly all of it compilation: 376
-differences of at most 2.1e-6, 41 masks refused.
+Prints a table of the largest differences and writes all of them to
+`benchmarks/results/exactness.json`. The status is 1 if a difference is above 1e-5, or if a
+collapsed mask was not refused. It took 35 minutes of processor time, nearly all of it compilation:
+376 differences of at most 2.1e-6, and 41 masks refused.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ Row = dict[str, Any]
 def both_modes(
     model: nn.Module,
 ) -> Callable[[trees.Tree, trees.Tree, trees.Mask, jax.Array], dict[str, jax.Array]]:
-    """Logits in evaluation mode and by the batch's statistics."""
+    """Returns the logits in evaluation mode and with the statistics of the batch."""
 
     def apply(
         params: trees.Tree, stats: trees.Tree, mask: trees.Mask, x: jax.Array
@@ -106,11 +108,15 @@ def measure_family(
     for rule in RULES:
         for compression in COMPRESSIONS:
             mask, _ = pruning.prune(
-                score_fns[rule], params, compression=compression, num_iterations=100 if rule == "synflow" else 1,
-                key=jax.random.key(1), score_dtype="float32",
-            )  # fmt: skip
+                score_fns[rule],
+                params,
+                compression=compression,
+                num_iterations=100 if rule == "synflow" else 1,
+                key=jax.random.key(1),
+                score_dtype="float32",
+            )
             row = {"family": name, "rule": rule, "compression": compression}
-            if analysis.collapsed(models.synflow_fn(model, stats), shape, params, mask):
+            if analysis.collapsed(models.synflow_fn(model, stats), params, mask, shape):
                 report(
                     {
                         **row,
@@ -124,7 +130,7 @@ def measure_family(
                 ("start", (params, stats)),
                 ("trained", (state.params, state.batch_stats)),
             ):
-                small = models.compact(model, *values, mask, shape)
+                small = models.compact(models.Network(model, *values, mask, shape)).network
                 ours = both_modes(small.model)(small.params, small.batch_stats, small.mask, x)
                 for mode, theirs in full(*values, mask, x).items():
                     largest = float(jnp.max(jnp.abs(theirs)))
@@ -144,16 +150,16 @@ def measure_family(
 def is_refused(
     model: nn.Module, params: trees.Tree, stats: trees.Tree, mask: trees.Mask, shape: Any
 ) -> bool:
-    """Whether `compact` names the collapse."""
+    """Returns whether `compact` refuses the network because it has collapsed."""
     try:
-        models.compact(model, params, stats, mask, shape)
+        models.compact(models.Network(model, params, stats, mask, shape))
     except ValueError as error:
         return "collapsed" in str(error)
     return False
 
 
 def show(rows: list[Row]) -> None:
-    """A line for each family and rule: the largest difference at each compression."""
+    """Prints a line per family and rule: the largest difference at each compression."""
     table = []
     for family in dict.fromkeys(row["family"] for row in rows):
         for rule in RULES:
@@ -174,10 +180,10 @@ def show(rows: list[Row]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(description="Compact against masked logits.")
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas")
-    parser.add_argument("--steps", type=int, default=60, help="of training, batches of 64")
+    parser.add_argument("--steps", type=int, default=60, help="steps of training, in batches of 64")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "exactness.json"
     )
@@ -191,7 +197,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     rows: list[Row] = []
     arrays = data.load("digits", (32, 32, 3))
@@ -206,7 +212,8 @@ def main() -> None:
     ]
     measured = [row["difference"] for row in rows if not row["collapsed"]]
     print(
-        f"{len(measured)} differences, the largest {np.max(measured):.1e}; {len(rows) - len(measured)} masks refused."
+        f"{len(measured)} differences, the largest {np.max(measured):.1e}; "
+        f"{len(rows) - len(measured)} masks refused."
     )
     if wrong:
         raise SystemExit(f"{len(wrong)} are wrong, the first: {wrong[0]}")

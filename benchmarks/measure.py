@@ -1,7 +1,7 @@
-"""What the benchmarks share: facts about the machine, timing, child processes, tables and JSON files.
+"""Holds what the benchmarks share: facts about the machine, timing, child processes, tables, JSON.
 
-Nothing but the standard library is imported at the top: `torch_synflow.py` runs in an interpreter of its own, and
-`prune_speed.py` must stay small (see `run_child`).
+Only the standard library is imported at the top: `torch_synflow.py` runs in another interpreter,
+and `prune_speed.py` must stay small (see `run_child`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Child(NamedTuple):
-    """What a finished command left behind."""
+    """The output, time and memory of a finished command."""
 
     status: int
     stdout: str
@@ -35,16 +35,17 @@ class Child(NamedTuple):
 
 
 def peak_mb(usage: resource.struct_rusage) -> float:
-    """The largest resident size of a process, in MB of 2^20 bytes."""
+    """Returns the largest resident size of a process, in MB of 2^20 bytes."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
     return round(usage.ru_maxrss * unit / 2**20, 1)
 
 
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
-    """Runs a command in the root of the repository; its peak memory is that of itself and its own children.
+    """Executes a command in the root of the repository, and measures its time and peak memory.
 
-    On Linux a child starts with the peak of the process that forked it: a caller that has imported jax would add
-    its own memory to every figure. So callers import nothing large.
+    The peak is that of the command and its own children. On Linux a child starts with the peak of
+    the process that forked it: a caller that has imported jax would add its memory to every figure.
+    So callers import nothing large.
     """
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         start = time.perf_counter()
@@ -63,9 +64,10 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> C
 
 
 def timings(function: Callable[[], object], repeats: int, limit: float = math.inf) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that counts only if it took over `limit` and so is the last.
+    """Returns the seconds of each of `repeats` calls, after a first call that does not count.
 
-    The function waits for its results.
+    If the first call takes more than `limit` seconds, it is the only one and counts. The function
+    must wait for its results.
     """
     first = _seconds(function)
     return [first] if first > limit else [_seconds(function) for _ in range(repeats)]
@@ -78,7 +80,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """The facts that a reader needs to place the figures; nothing that names the machine itself."""
+    """Returns the facts that a reader needs to place the figures, without naming the machine."""
     versions = {}
     for package in ("jax", "jaxlib", "flax", "numpy"):
         try:
@@ -101,10 +103,11 @@ def machine() -> dict[str, Any]:
 
 
 def others_seconds() -> float | None:
-    """CPU seconds spent since the machine started by all but this process and its finished children.
+    """Returns the CPU seconds of all other processes since the machine started.
 
-    The difference of two calls tells whether figures taken between them had the machine to themselves. None where
-    the system does not say (it does on Linux).
+    This process and its finished children do not count. The difference of two calls shows whether
+    the figures taken between them had the machine to themselves. Linux has this figure; elsewhere
+    it is None.
     """
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
@@ -129,7 +132,7 @@ def _cpu_name() -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median, and the range where there is more than one value: "1.52 (1.49-1.60)"."""
+    """Returns the median, with the range if there are several values: "1.52 (1.49-1.60)"."""
     median = f"{statistics.median(values):.{digits}f}"
     return (
         median
@@ -139,7 +142,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
-    """The median in milliseconds, with three digits that count: "0.0123", "12.3", "1,230"."""
+    """Returns the median in milliseconds to three digits: "0.0123", "12.3", "1,230"."""
     median = statistics.median(seconds) * 1e3
     return f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
 
@@ -147,7 +150,7 @@ def milliseconds(seconds: Sequence[float]) -> str:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
 ) -> None:
-    """Prints rows of text; the first column is flush left, the others right."""
+    """Prints rows of text. The first column is flush left, the others are flush right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -162,7 +165,7 @@ def print_table(
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes all of the file or nothing."""
+    """Writes the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,20 +1,24 @@
-"""SynFlow's loop and the whole command against PyTorch, on one machine in one run.
+"""Times SynFlow's loop and the whole command against PyTorch, on one machine in one run.
 
     python benchmarks/prune_speed.py --torch-python=PATH
     python benchmarks/prune_speed.py --models=vgg19 --compression=1024 --iterations=15 --repeats=1
 
-PATH is a Python that has torch; without the flag it is the one that runs this script. For each network and each
-repeat, in turn, each in a new process:
+PATH is a Python that has torch; by default it is the one that runs this script. For each network
+and each repeat it runs, each in a new process:
 
   ours      the compiled loop of `synflow_jax.prune`, called a second time
   torch     the loop of `torch_synflow.py`
-  command   `python prune.py --config=...` from start to end, first with an empty compilation cache, then again
+  command   `python prune.py --config=...` from start to end, first with an empty compilation cache,
+            then again
 
-The sides alternate, and every other repeat runs them in reverse, so that a machine that slows down or speeds up
-favours none. Expect a table of medians with their range, ratios PyTorch / ours taken repeat by repeat, and
-`benchmarks/results/prune_speed.json` with every figure. Takes about ten minutes on two idle cores. Other work on the
-machine slows PyTorch's threads down up to ten times, more than ours: the cores that others took during each repeat
-are in the JSON, and the table says so if they were more than a tenth of one.
+Every other repeat runs them in reverse, so that a machine that slows down or speeds up favours
+neither. Prints a table of medians with their range and of the ratios PyTorch / ours, taken repeat
+by repeat, and writes `benchmarks/results/prune_speed.json` with every figure. It takes about ten
+minutes on two idle cores.
+
+Other work on the machine slows PyTorch's threads down up to ten times, more than ours. The number
+of cores that others used during each repeat is in the JSON, and the table reports it above a tenth
+of a core.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ Record = dict[str, Any]
 
 
 class Network(NamedTuple):
-    """What a name of `torch_synflow.py` stands for on our side."""
+    """The model and config that a name of `torch_synflow.py` stands for."""
 
     model: str
     num_classes: int
@@ -70,8 +74,9 @@ NETWORKS = {
 
 
 def our_loop(name: str, compression: float, iterations: int) -> Record:
-    """Runs in a process of its own: compiles the loop and times its second call."""
-    # Not at the top: what the parent imports counts towards the memory of its children, see measure.run_child.
+    """Compiles the loop and times its second call, in a new process."""
+    # Not at the top: the imports of the parent count towards the memory of its children, see
+    # `measure.run_child`.
     import jax
 
     from synflow_jax import models, pruning, scores
@@ -112,7 +117,7 @@ def our_loop(name: str, compression: float, iterations: int) -> Record:
 
 
 def run_or_exit(command: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
-    """The finished command; where it failed, shows what it said and ends with status 1."""
+    """Executes a command. If it fails, shows its output and exits with status 1."""
     child = run_child(command, env)
     if child.status:
         print(child.stdout + child.stderr, file=sys.stderr)
@@ -122,12 +127,12 @@ def run_or_exit(command: Sequence[str], env: Mapping[str, str] | None = None) ->
 
 
 def last_json(child: Child) -> Record:
-    """The last line that a child printed."""
+    """Returns the last line that a child printed."""
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def measure_ours(name: str, compression: float, iterations: int) -> dict[str, Record]:
-    """A cache would hide what compiling costs, so this process has none; and it imports this checkout."""
+    """Measures our loop, in a process without a compilation cache, which would hide compiling."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     flags = [f"--worker={name}", f"--compression={compression:g}", f"--iterations={iterations}"]
@@ -138,14 +143,14 @@ def measure_ours(name: str, compression: float, iterations: int) -> dict[str, Re
 def measure_torch(
     name: str, compression: float, iterations: int, torch_python: str
 ) -> dict[str, Record]:
-    """`torch_synflow.py`, which times itself."""
+    """Measures `torch_synflow.py`, which times itself."""
     script = str(ROOT / "benchmarks" / "torch_synflow.py")
     flags = [f"--model={name}", f"--compression={compression:g}", f"--iterations={iterations}"]
     return {"torch": last_json(run_or_exit([torch_python, script, *flags]))}
 
 
 def measure_command(name: str, compression: float, iterations: int) -> dict[str, Record]:
-    """The command as a user types it, twice: the second run finds the compilation cache of the first."""
+    """Measures the command twice: the second run uses the compilation cache of the first."""
     records = {}
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "cache"))}
@@ -163,7 +168,7 @@ def measure_command(name: str, compression: float, iterations: int) -> dict[str,
 
 
 def check_same_work(name: str, repeat: Mapping[str, Any]) -> None:
-    """Both loops must have ended at the same number of weights; only ties at a threshold may differ."""
+    """Checks that both loops kept the same number of weights, except for ties at a threshold."""
     ours, theirs = repeat["ours"], repeat["torch"]
     if (
         not ours["total"] == theirs["total"] == NETWORKS[name].total
@@ -173,12 +178,12 @@ def check_same_work(name: str, repeat: Mapping[str, Any]) -> None:
 
 
 def ratios(repeats: Sequence[Mapping[str, Any]], side: str, figure: str) -> list[float]:
-    """PyTorch / `side`, repeat by repeat: above 1 PyTorch takes more."""
+    """Returns PyTorch / `side` of each repeat: above 1, PyTorch takes more."""
     return [repeat["torch"][figure] / repeat[side][figure] for repeat in repeats]
 
 
 def table_rows(name: str, repeats: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row of text for each side."""
+    """Returns a row of text for each side."""
     rows = []
     for side, label in SIDES.items():
         records = [repeat[side] for repeat in repeats]
@@ -197,7 +202,7 @@ def table_rows(name: str, repeats: Sequence[Mapping[str, Any]]) -> list[list[str
 
 
 def summary(repeats: Sequence[Mapping[str, Any]]) -> Record:
-    """Medians of the figures and of the ratios."""
+    """Prints the medians of the figures and of the ratios."""
     medians: Record = {}
     for side in SIDES:
         medians[side] = {
@@ -213,7 +218,7 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> Record:
 
 
 def check_before_work(torch_python: str, names: Sequence[str]) -> None:
-    """Ends with a message if anything that the run needs is missing."""
+    """Exits with a message if anything that the run needs is missing."""
     unknown = [name for name in names if name not in NETWORKS]
     if unknown or not names:
         raise SystemExit(
@@ -233,13 +238,14 @@ def check_before_work(torch_python: str, names: Sequence[str]) -> None:
     if found.status:
         raise SystemExit(
             f"--torch-python={torch_python} cannot import torch:\n{found.stderr.strip()}\n"
-            "Install it with `pip install torch`, best into an environment of its own (on Linux without a GPU, from "
-            "PyTorch's index of CPU wheels: the default brings gigabytes of CUDA), and pass that environment's Python."
+            "Install it with `pip install torch`, best into a separate environment (on Linux "
+            "without a GPU, from PyTorch's index of CPU wheels: the default brings gigabytes of "
+            "CUDA), and pass the Python of that environment."
         )
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(
         description="SynFlow's loop and the whole command against PyTorch."
     )
@@ -261,7 +267,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     if args.worker:
         print(json.dumps(our_loop(args.worker, args.compression, args.iterations)))
@@ -285,10 +291,8 @@ def main() -> None:
                 new = measure_side()
                 record.update(new)
                 for side, figures in new.items():
-                    print(
-                        f"{name} {repeat + 1}/{args.repeats}, {SIDES[side]}: {figures['seconds']:.2f} s",
-                        flush=True,
-                    )
+                    progress = f"{name} {repeat + 1}/{args.repeats}, {SIDES[side]}"
+                    print(f"{progress}: {figures['seconds']:.2f} s", flush=True)
             if others is not None:
                 record["others_cores"] = round(
                     (others_seconds() - others) / (time.perf_counter() - start), 2
@@ -297,8 +301,15 @@ def main() -> None:
             runs[name].append(record)
 
     others_cores = max(record.get("others_cores", 0) for name in names for record in runs[name])
+    caption = (
+        "Median (least-greatest). Seconds of prune.py are those of the whole command; MB are 2^20 "
+        "bytes."
+    )
+    if others_cores > 0.1:
+        caption += f" DISTURBED: others took up to {others_cores:.1f} cores."
     print_table(
-        f"SynFlow, {args.iterations} iterations, compression {args.compression:g}, repeats: {args.repeats}; "
+        f"SynFlow, {args.iterations} iterations, compression {args.compression:g}, "
+        f"repeats: {args.repeats}; "
         f"{facts['cpu']}, {facts['cores']} cores",
         [
             "",
@@ -309,10 +320,7 @@ def main() -> None:
             "memory: PyTorch / ours",
         ],
         [row for name in names for row in table_rows(name, runs[name])],
-        caption="Median (least-greatest). Seconds of prune.py are those of the whole command; MB are 2^20 bytes."
-        + (
-            f" DISTURBED: others took up to {others_cores:.1f} cores." if others_cores > 0.1 else ""
-        ),
+        caption=caption,
     )
     settings = {
         "compression": args.compression,

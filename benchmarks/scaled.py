@@ -1,11 +1,12 @@
-"""What it costs that SynFlow's scores cannot overflow: scaled against plain evaluation.
+"""Times scaled against plain evaluation: what it costs that SynFlow's scores cannot overflow.
 
     python benchmarks/scaled.py [--networks=cifar_vgg16_bn,tiny_resnet18]
 
-Times a pass of scores (forward and gradient, float32) inside of a `fori_loop`, as the pruning loop has it, with a power
-of two carried beside every value and without, in turn; compilation once each. The limit is 1.1 times.
+The script times a pass of scores (forward and gradient, float32) inside a `fori_loop`, as in the
+pruning loop, alternately with and without a power of two beside each value. Compilation is timed
+once each. The goal is a ratio of at most 1.1.
 
-Expect a table and `benchmarks/results/scaled.json`; about two minutes on two cores.
+Prints a table and writes `benchmarks/results/scaled.json`. It takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PASSES = 10  # in a call
 
 
 def measure_network(name: str, repeats: int) -> dict[str, Any]:
-    """Seconds a pass, and of compilation."""
+    """Returns the seconds per pass and those of compilation."""
     model, shape = models.create(name, 100), models.default_input_shape(name)
     params, batch_stats = models.init(model, shape, jax.random.key(0))
     mask = trees.prunable(params)
@@ -57,7 +58,7 @@ def measure_network(name: str, repeats: int) -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(
         description="Scaled against plain evaluation of SynFlow's scores."
     )
@@ -68,7 +69,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     others = others_seconds()
     rows, table = [], []
@@ -80,10 +81,12 @@ def main() -> None:
         ratio = statistics.median(b / a for a, b in zip(plain, scaled, strict=True))
         table.append(
             (
-                name, *(spread(values, 1) for values in milliseconds), f"{ratio:.2f}",
+                name,
+                *(spread(values, 1) for values in milliseconds),
+                f"{ratio:.2f}",
                 *(f"{row['compile_seconds'][label]:.1f}" for label in ("plain", "scaled")),
             )
-        )  # fmt: skip
+        )
     columns = ("network", "plain: ms", "scaled: ms", "ratio", "compiling plain: s", "scaled: s")
     print_table("A pass of SynFlow's scores", columns, table)
     spent = None if others is None else others_seconds() - others  # type: ignore[operator]

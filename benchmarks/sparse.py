@@ -1,21 +1,21 @@
-"""Where a sparse product is faster than the dense one: a masked matrix times a few columns, on this machine.
+"""Times sparse against dense products: a masked matrix times a few columns, on this machine.
 
     python benchmarks/sparse.py [--densities=0.001,0.003,0.01,0.03,0.1,0.3] [--repeats=5]
 
-Times y = W x for a random mask of each density, W being
+The product is y = W x for a random mask of each density, where W is
 
   512 x 4608    a 3x3 convolution of 512 channels to 512, as a product of matrices
   4096 x 4096   a dense layer of ImageNet's VGG
 
-and x 128 columns, or 1:
+and x has 128 columns or 1. The forms are
 
   dense      `W @ x`, jitted
   BCOO       `jax.experimental.sparse.BCOO`, jitted
   BCSR       `jax.experimental.sparse.BCSR`, jitted
   scipy CSR  `scipy.sparse.csr_array` on the host, one core
 
-checks that all agree to 1e-4, and prints a table and, for each shape, up to which density each form is faster than the
-dense product. Writes benchmarks/results/sparse.json. A minute.
+Checks that all agree to 1e-4, prints a table, and reports for each shape up to which density each
+form is faster than the dense product. Writes `benchmarks/results/sparse.json`. It takes a minute.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ LIMIT = 2.0  # seconds of a first call (it compiles, too) from which on it is no
 def measure(
     shape: tuple[int, int], columns: int, density: float, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each form. Raises AssertionError where two results differ."""
+    """Returns the seconds of each call of each form.
+
+    Raises:
+      AssertionError: two results differ.
+    """
     rng = np.random.default_rng(0)
     w = rng.standard_normal(shape, dtype=np.float32) * (rng.random(shape) < density)
     x = rng.standard_normal((shape[1], columns), dtype=np.float32)
@@ -67,7 +71,7 @@ def measure(
 
 
 def break_even(densities: list[float], medians: list[dict[str, float]], form: str) -> str:
-    """The largest density up to which a form is always faster than the dense product."""
+    """Returns the largest density up to which a form is always faster than the dense product."""
     faster = "never"
     for density, row in zip(densities, medians, strict=True):
         if row[form] >= row["dense"]:
@@ -77,7 +81,7 @@ def break_even(densities: list[float], medians: list[dict[str, float]], form: st
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(
         description="Where a sparse product is faster than the dense one."
     )
@@ -99,7 +103,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     facts = machine() | {"platform": jax.default_backend()}
     start, others = time.perf_counter(), others_seconds()
@@ -127,7 +131,8 @@ def main() -> None:
             (others_seconds() - others) / (time.perf_counter() - start), 2
         )
     title = f"Masked matrix times columns, ms; {facts['cpu']}, {facts['cores']} cores"
-    caption = f"Medians of {args.repeats} calls. Others kept {facts.get('others_cores', '?')} cores busy meanwhile."
+    others_cores = facts.get("others_cores", "?")
+    caption = f"Medians of {args.repeats} calls. Others kept {others_cores} cores busy meanwhile."
     print_table(title, ["matrix", "density", *FORMS], rows, caption=caption)
     print_table("Faster than the dense product", ["matrix", *FORMS[1:]], summary)
     write_json(args.out, {"machine": facts, "repeats": args.repeats, "results": results})

@@ -1,11 +1,12 @@
-"""A grid of training runs on the digits: as one sweep, one by one in one process, and one by one in fresh processes.
+"""Times a grid of training runs on the digits: one sweep against one run after another.
 
-    python benchmarks/sweep.py                 # 3 rules x 6 compressions x 3 seeds
-    python benchmarks/sweep.py --fresh=6       # only so many of the fresh processes, multiplied up; says so
-    python benchmarks/sweep.py --layouts       # one seed: runs a device by map and vmap, and 1, 2, 4, 8 virtual devices
+    python benchmarks/sweep.py            # 3 rules x 6 compressions x 3 seeds
+    python benchmarks/sweep.py --fresh=6  # runs only six of the fresh processes and extrapolates
+    python benchmarks/sweep.py --layouts  # one seed: map and vmap; 1, 2, 4 and 8 virtual devices
 
-Each variant starts with an empty compilation cache, which its own runs share. Programs are counted by JAX's own event
-of a compilation; what comes out of the cache is one too, and a short one.
+The grid runs as one sweep, run by run in one process, and run by run in fresh processes. Each
+variant starts with an empty compilation cache, which its own runs share. Programs are counted by
+JAX's event of a compilation. A program from the cache counts as well, with a short duration.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def _config(seeds: tuple[int, ...]) -> Any:
 def child(
     variant: str, workdir: Path, per_device: int, batching: str, devices: int, num_seeds: int
 ) -> None:
-    """Runs the grid in this process and prints {"seconds", "compilations", "compile_seconds"} as its last line."""
+    """Trains the grid in this process, and prints its figures as the last line.
+
+    They are {"seconds", "compilations", "compile_seconds"}.
+    """
     import jax
 
     if devices > 1:
@@ -64,27 +68,34 @@ def child(
             compiled.append(seconds) if event.endswith("backend_compile_duration") else None
         )
     )
-    from synflow_jax.experiments import cli, config, prune_run, sweep, train_run
+    from synflow_jax.experiments import cli, engine, initialization, masks
     from synflow_jax.experiments.config import SweepConfig
+    from synflow_jax.experiments.events import Finished
+    from synflow_jax.experiments.run import resolve
+    from synflow_jax.storage import Workdir
 
     cli.use_compilation_cache()
-    runs = config.expand(_config(SEEDS[:num_seeds]))
+    runs = resolve(_config(SEEDS[:num_seeds]))
     started = time.perf_counter()
     if variant == "sweep":
-        for settings in runs:
-            settings.sweep = SweepConfig(runs_per_device=per_device, batching=batching)
-        outcomes = list(sweep.run(runs, workdir))
-        assert all(outcome.row for outcome in outcomes), [outcome.error for outcome in outcomes]
+        for run in runs:
+            run.config.sweep = SweepConfig(runs_per_device=per_device, batching=batching)
+        outcomes = engine.run(runs, Workdir(workdir))
+        assert all(isinstance(outcome, Finished) for outcome in outcomes), outcomes
     else:
-        for settings in runs:
-            network = prune_run.build(settings)
-            prune_run.prune(settings, network, workdir)
-            found = prune_run.find_mask(settings, network, workdir)
-            assert found is not None
-            train_run.train(settings, network, found[0], workdir)
-    print(json.dumps({
-        "seconds": time.perf_counter() - started, "compilations": len(compiled), "compile_seconds": sum(compiled),
-    }))  # fmt: skip
+        for run in runs:
+            network = initialization.build(run)
+            mask, _ = masks.prune(run, network, Workdir(workdir))
+            engine.train(run, network, mask, Workdir(workdir))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - started,
+                "compilations": len(compiled),
+                "compile_seconds": sum(compiled),
+            }
+        )
+    )
 
 
 def measure(
@@ -95,12 +106,19 @@ def measure(
     devices: int = 1,
     num_seeds: int = len(SEEDS),
 ) -> dict[str, Any]:
-    """One variant in a process of its own: what `child` prints, the whole process's seconds and its peak memory."""
+    """Measures a variant in a new process, and adds its seconds and peak memory to its figures."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        command = [sys.executable, str(Path(__file__)), f"--child={variant}", f"--workdir={folder}/work",
-                   f"--per_device={per_device}", f"--batching={batching}", f"--devices={devices}",
-                   f"--num_seeds={num_seeds}"]  # fmt: skip
+        command = [
+            sys.executable,
+            str(Path(__file__)),
+            f"--child={variant}",
+            f"--workdir={folder}/work",
+            f"--per_device={per_device}",
+            f"--batching={batching}",
+            f"--devices={devices}",
+            f"--num_seeds={num_seeds}",
+        ]
         done = run_child(command, environment)
         if done.status:
             raise RuntimeError(done.stderr)
@@ -109,7 +127,7 @@ def measure(
 
 
 def fresh(number: int) -> dict[str, Any]:
-    """`train.py` once a run, `number` of them spread over the grid, with one compilation cache."""
+    """Times `train.py` for `number` runs spread over the grid, with one compilation cache."""
     runs = [(r, c, s) for s in SEEDS for r in RULES for c in COMPRESSIONS]
     chosen = runs[:: max(1, len(runs) // number)][:number]
     seconds, peak = 0.0, 0.0
@@ -117,11 +135,19 @@ def fresh(number: int) -> dict[str, Any]:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         for rule, compression, seed in chosen:
             done = run_child(
-                [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={folder}/work", *SETTINGS,
-                 f"--config.prune.pruner={rule}", f"--config.prune.compression={compression}",
-                 f"--config.seed={seed}", "--config.train.compact=False"],
+                [
+                    sys.executable,
+                    "train.py",
+                    "--config=configs/digits.py",
+                    f"--workdir={folder}/work",
+                    *SETTINGS,
+                    f"--config.prune.pruner={rule}",
+                    f"--config.prune.compression={compression}",
+                    f"--config.seed={seed}",
+                    "--config.train.compact=False",
+                ],
                 environment,
-            )  # fmt: skip
+            )
             if done.status:
                 raise RuntimeError(done.stderr)
             seconds, peak = seconds + done.seconds, max(peak, done.peak_mb)
@@ -130,11 +156,13 @@ def fresh(number: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fresh", type=int, default=54, help="fresh processes to run, of 54")
+    parser.add_argument(
+        "--fresh", type=int, default=54, help="the number of fresh processes to run, of 54"
+    )
     parser.add_argument("--layouts", action="store_true")
     parser.add_argument("--child")
     parser.add_argument("--workdir", type=Path)
@@ -166,15 +194,20 @@ def main() -> None:
         variants[f"one by one, fresh processes ({more['measured']} of 54 run)"] = more
     columns = ("process_seconds", "seconds", "compilations", "compile_seconds", "peak_mb")
     first = next(iter(variants.values()))["process_seconds"]
+    num_seeds = 1 if args.layouts else len(SEEDS)
     print_table(
-        f"{len(RULES)} rules x {len(COMPRESSIONS)} compressions x {1 if args.layouts else len(SEEDS)} seeds",
+        f"{len(RULES)} rules x {len(COMPRESSIONS)} compressions x {num_seeds} seeds",
         ["", "process, s", "times the first", "grid, s", "programs", "compiling, s", "peak, MB"],
         [
-            [name, f"{found['process_seconds']:.1f}", f"{found['process_seconds'] / first:.2f}",
-             *("" if found.get(c) is None else f"{found[c]:.4g}" for c in columns[1:])]
+            [
+                name,
+                f"{found['process_seconds']:.1f}",
+                f"{found['process_seconds'] / first:.2f}",
+                *("" if found.get(c) is None else f"{found[c]:.4g}" for c in columns[1:]),
+            ]
             for name, found in variants.items()
         ],
-    )  # fmt: skip
+    )
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     (results / f"sweep{'_layouts' if args.layouts else ''}.json").write_text(

@@ -1,17 +1,18 @@
-"""What the exact k-th smallest score costs: our search against a sort and against numpy.
+"""Times the exact k-th smallest score: our search against a sort and against numpy.
 
     python benchmarks/threshold.py [--sizes=1e6,1e7,1e8]
 
-Times, on one array of lognormal float32 scores with k at 99 % of them:
+All methods work on one array of lognormal float32 scores, with k at 99 % of them:
 
-  separators     `synflow_jax.masking.separators`, what the pruning loop calls
-  kth_smallest   `synflow_jax.masking.kth_smallest`, which adds a pass to name the score itself
+  separators     `synflow_jax.masking.separators`, which the pruning loop calls
+  kth_smallest   `synflow_jax.masking.kth_smallest`, which needs one more pass to find the score
   np.partition   numpy's selection, on one core
   jnp.sort       a full sort
   count          one pass of the search, `masking.sum_of` of a comparison; and the same as `jnp.sum`
 
-and checks that all of them agree to the last bit. Expect a table and `benchmarks/results/threshold.json`; half a
-minute and 2 GB for the default sizes. `--sort-all` sorts above 1e7 scores too: a minute more.
+Checks that all agree to the last bit, prints a table and writes
+`benchmarks/results/threshold.json`. It takes half a minute and 2 GB for the default sizes.
+`--sort-all` also sorts above 1e7 scores, for one minute more.
 """
 
 from __future__ import annotations
@@ -44,12 +45,16 @@ COLUMNS = (
 
 
 def lognormal(size: int) -> np.ndarray:
-    """Scores of many magnitudes, as SynFlow's are, and with a few ties."""
+    """Returns scores of many magnitudes, like SynFlow's, with a few ties."""
     return np.exp(3 * np.random.default_rng(0).standard_normal(size, dtype=np.float32))
 
 
 def measure_size(size: int, repeats: int, sort: bool) -> dict[str, list[float]]:
-    """Seconds of each call of each method that runs. Raises AssertionError where two results differ."""
+    """Returns the seconds of each call of each method that runs.
+
+    Raises:
+      AssertionError: two results differ.
+    """
     on_host = lognormal(size)
     scores = jnp.asarray(on_host)
     k = int(FRACTION * size)
@@ -82,14 +87,14 @@ def measure_size(size: int, repeats: int, sort: bool) -> dict[str, list[float]]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(description="What the exact k-th smallest score costs.")
     parser.add_argument(
         "--sizes", default="1e6,1e7,1e8", help="numbers of scores, separated by commas"
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--sort-all", action="store_true", help=f"run jnp.sort above {SORT_LIMIT:.0e} scores too"
+        "--sort-all", action="store_true", help=f"also run jnp.sort above {SORT_LIMIT:.0e} scores"
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "threshold.json"
@@ -105,7 +110,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     facts = machine() | {"platform": jax.default_backend()}
     start, others = time.perf_counter(), others_seconds()
@@ -123,15 +128,15 @@ def main() -> None:
             ]
         )
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        print(
-            f"{size:,} scores: np.partition takes {medians['np.partition'] / medians['separators']:.1f} times as long"
-        )
+        ratio = medians["np.partition"] / medians["separators"]
+        print(f"{size:,} scores: np.partition takes {ratio:.1f} times as long")
     if others is not None:
         facts["others_cores"] = round(
             (others_seconds() - others) / (time.perf_counter() - start), 2
         )
     print_table(
-        f"The k-th smallest of n scores, k = {FRACTION:g} n, in ms; {facts['cpu']}, {facts['cores']} cores",
+        f"The k-th smallest of n scores, k = {FRACTION:g} n, in ms; {facts['cpu']}, "
+        f"{facts['cores']} cores",
         ["scores", *COLUMNS],
         rows,
         caption=f"Medians of {args.repeats} calls; all results agree to the last bit.",

@@ -1,13 +1,15 @@
-"""Iterative SynFlow in PyTorch, written from the paper (arXiv 2006.05467, Algorithm 1): what `prune_speed.py` times.
+"""Runs iterative SynFlow in PyTorch, written from the paper (arXiv 2006.05467, Algorithm 1).
 
     python benchmarks/torch_synflow.py --model=vgg16 --compression=100 --iterations=100
 
-Prints one line of JSON. `seconds` is the time of the loop alone: without the imports, without the building of the
-network, after one scoring pass that is not counted. Expect 30 s or more on two cores, two thirds of it in the
-threshold. Needs torch and nothing else, and uses its default number of threads.
+This is what `prune_speed.py` times. It prints one line of JSON. `seconds` is the time of the loop
+alone: without imports, without building the network, and after one scoring pass that is not
+counted. Expect 30 s or more on two cores, two thirds of it in the threshold. It needs only torch,
+and uses its default number of threads.
 
-It is as simple as a PyTorch user would write it, and does nothing that slows it down: the absolute value is taken
-once, since nothing reads the signs; only the prunable weights are differentiated; pruned weights are zeroed in place.
+The code is as simple as a PyTorch user would write it, and does nothing that slows it down: the
+absolute value is taken once, since nothing reads the signs; only the prunable weights are
+differentiated; pruned weights are zeroed in place.
 """
 
 from __future__ import annotations
@@ -49,12 +51,15 @@ class Block(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, channels, height, width] -> the same, at 1 / stride of height and width."""
+        """Maps [batch, channels, height, width] to the same at 1 / stride of height and width."""
         return functional.relu(self.main(x) + self.shortcut(x))
 
 
 def vgg(stages: Sequence[Sequence[int]], num_classes: int) -> nn.Module:
-    """A VGG with batch norm for 32x32 images: a convolution a width, a max pool between stages, one linear layer."""
+    """Returns a VGG with batch norm for 32x32 images.
+
+    It has one convolution per width, a max pool between stages, and one linear layer.
+    """
     modules: list[nn.Module] = []
     channels = 3
     for i, stage in enumerate(stages):
@@ -67,7 +72,10 @@ def vgg(stages: Sequence[Sequence[int]], num_classes: int) -> nn.Module:
 
 
 def vgg19(num_classes: int) -> nn.Module:
-    """VGG-19 for 224x224 images, without batch norm and, being evaluated only, without dropout."""
+    """Returns VGG-19 for 224x224 images, without batch norm.
+
+    It has no dropout, since it is only evaluated.
+    """
     modules: list[nn.Module] = []
     channels = 3
     for stage in VGG19_STAGES:
@@ -86,7 +94,10 @@ def vgg19(num_classes: int) -> nn.Module:
 
 
 def resnet18(num_classes: int) -> nn.Module:
-    """ResNet-18 for 64x64 images: a 3x3 stem of stride 1 without pooling, eight blocks, a linear layer."""
+    """Returns ResNet-18 for 64x64 images.
+
+    It has a 3x3 stem of stride 1 without pooling, eight blocks and a linear layer.
+    """
     modules: list[nn.Module] = [
         nn.Conv2d(3, 64, 3, padding=1, bias=False),
         nn.BatchNorm2d(64),
@@ -102,7 +113,7 @@ def resnet18(num_classes: int) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A new network in evaluation mode, its weights drawn as ours are, biases at 0."""
+    """Returns a new network in evaluation mode, with weights drawn like ours and biases 0."""
     builders = {
         "vgg16": lambda: vgg(VGG16_STAGES, 100),
         "resnet18": lambda: resnet18(200),
@@ -123,7 +134,7 @@ def build(name: str) -> nn.Module:
 
 
 def prunable(model: nn.Module) -> list[torch.Tensor]:
-    """The weights of all convolutions and linear layers."""
+    """Returns the weights of all convolutions and linear layers."""
     return [
         module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)
     ]
@@ -132,7 +143,10 @@ def prunable(model: nn.Module) -> list[torch.Tensor]:
 def synflow_scores(
     model: nn.Module, weights: Sequence[torch.Tensor], ones: torch.Tensor
 ) -> list[torch.Tensor]:
-    """|dR/dw * w|, R being the sum of the outputs; all parameters of the model are positive or 0."""
+    """Returns |dR/dw * w|, where R is the sum of the outputs.
+
+    All parameters of the model must be at least 0.
+    """
     gradients = torch.autograd.grad(model(ones).sum(), list(weights))
     with torch.no_grad():
         return [
@@ -144,7 +158,7 @@ def synflow_scores(
 def prune_below_kth(
     weights: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], k: int
 ) -> None:
-    """Zeroes what does not score strictly above the k-th smallest score of the whole network."""
+    """Zeroes all weights that do not score above the k-th smallest score of the network."""
     if k < 1:
         return
     threshold = torch.kthvalue(torch.cat([score.flatten() for score in scores]), k).values
@@ -153,7 +167,7 @@ def prune_below_kth(
 
 
 def run(name: str, compression: float, iterations: int) -> dict[str, object]:
-    """Prunes a new network and returns what it took."""
+    """Prunes a new network and returns the time and the memory that it took."""
     model = build(name)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -192,7 +206,7 @@ def run(name: str, compression: float, iterations: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Parses the flags, runs, prints."""
+    """Parses the flags, runs and prints the line of JSON."""
     parser = argparse.ArgumentParser(
         description="Iterative SynFlow in PyTorch; prints one line of JSON."
     )

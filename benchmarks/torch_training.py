@@ -1,12 +1,13 @@
-"""Steps of training in PyTorch, as a PyTorch user would write them: what `train_speed.py` times.
+"""Runs steps of training in PyTorch, as a PyTorch user would write them.
 
     python benchmarks/torch_training.py --model=vgg16 --steps=4
 
-Prints one line of JSON: the seconds of each step after a first one that is not counted, and of inference. With
---compression each convolution and linear layer multiplies its weights by a random mask of that density, as simulated
-sparsity does: where the zeros lie is nothing to a dense product. The images are on the device
-as float32, normalised and augmented already, which spares PyTorch what our step does besides. Needs torch and nothing
-else, and uses its default number of threads.
+This is what `train_speed.py` times. It prints one line of JSON: the seconds of inference and of
+each step, after a first step that is not counted. With --compression each convolution and linear
+layer multiplies its weights by a random mask of that density, as simulated sparsity does; the
+places of the zeros do not matter to a dense product. The images are on the device as float32,
+already normalised and augmented, which our step still has to do. It needs only torch, and uses its
+default number of threads.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class Masked(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The masked weight."""
+        """Returns the masked weight."""
         return weight * self.mask
 
 
 def run(name: str, steps: int, batch_size: int, compression: float | None) -> dict[str, object]:
-    """Trains, and returns what each step took."""
+    """Trains, and returns the seconds of each step."""
     torch.manual_seed(0)
     model = vgg(STAGES[name], 100)
     for module in list(model.modules()):
@@ -80,7 +81,7 @@ def run(name: str, steps: int, batch_size: int, compression: float | None) -> di
 
 
 def main() -> None:
-    """Parses the flags, runs, prints."""
+    """Parses the flags, runs and prints the line of JSON."""
     parser = argparse.ArgumentParser(
         description="Steps of training in PyTorch; prints one line of JSON."
     )

@@ -1,16 +1,17 @@
-"""A step of training against PyTorch's, on one machine in one run, and whole epochs with their input.
+"""Times a step of training against PyTorch's on one machine, and whole epochs with their input.
 
     python benchmarks/train_speed.py --torch-python=PATH
 
-PATH is a Python that has torch; without the flag it is the one that runs this script. For VGG-11 and VGG-16 with batch
-norm at batch 128 on 32x32 images, in turn, each in a new process:
+PATH is a Python that has torch; by default it is the one that runs this script. The networks are
+VGG-11 and VGG-16 with batch norm at batch 128 on 32x32 images. In turn, each in a new process:
 
-  ours   a step of `synflow_jax.training`: crop, flip and normalise uint8 images, masked loss, gradient, SGD
+  ours   a step of `synflow_jax.training`: crop, flip and normalise uint8 images, masked loss,
+         gradient, SGD
   torch  a step of `torch_training.py`, without the augmentation
 
-The sides alternate, and every other repeat begins with the other one. Then one epoch each of configs/digits.py and, if
-its files are there, configs/fashion_mnist.py. Expect a table and `benchmarks/results/train_speed.json`; four minutes on
-two idle cores.
+Every other repeat begins with the other one. Then follows one epoch of configs/digits.py and, if
+its files exist, one of configs/fashion_mnist.py. Prints a table and writes
+`benchmarks/results/train_speed.json`. It takes four minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Record = dict[str, Any]
 
 
 def our_steps(name: str, steps: int) -> Record:
-    """Runs in a process of its own: calls of the compiled loop that do `steps` steps each, as train.py makes them."""
+    """Times calls of the compiled loop, `steps` steps each, as in train.py, in a new process."""
     import jax
     import numpy as np
 
@@ -81,17 +82,18 @@ def our_steps(name: str, steps: int) -> Record:
 
 
 def our_epoch(name: str) -> Record:
-    """Runs in a process of its own: one epoch of a config, compiled before, in one call."""
+    """Times one epoch of a config in one call, compiled before, in a new process."""
     import importlib
 
     import jax
 
     sys.path.insert(0, str(ROOT))
     from synflow_jax import data, training
-    from synflow_jax.experiments import prune_run
+    from synflow_jax.experiments import initialization
+    from synflow_jax.experiments.run import resolve_one
 
     settings = importlib.import_module(f"configs.{name}").get_config()
-    network = prune_run.build(settings)
+    network = initialization.build(resolve_one(settings))
     arrays = data.load(settings.dataset, network.input_shape)
     optimizer = training.sgd(lambda step: 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
     key = jax.random.key(1)
@@ -118,7 +120,7 @@ def our_epoch(name: str) -> Record:
 
 
 def child_json(command: list[str]) -> Record:
-    """The last line that a command printed; ends with its output if it failed."""
+    """Returns the last line that a command printed. Exits with its output if it failed."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     child = run_child(command, env)
@@ -130,7 +132,7 @@ def child_json(command: list[str]) -> Record:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(description="A step of training against PyTorch's.")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
@@ -148,7 +150,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints the table and writes the file of results."""
     args = parse_args()
     if args.worker:
         print(json.dumps(our_steps(args.worker, args.steps)))

@@ -1,17 +1,18 @@
-"""A small convolutional network on scikit-learn's digits, SynFlow, compression 10: seconds, with real data.
+"""Prunes and trains a small convolutional network on scikit-learn's digits in seconds.
 
     python prune.py --config=configs/digits.py --workdir=runs/digits
-    python train.py --config=configs/digits.py --workdir=runs/digits   # prunes too
+    python train.py --config=configs/digits.py --workdir=runs/digits  # prunes too
 
-Expect 26,039 of 260,384 weights kept in 3 layers, no layer empty, and a test accuracy of 97.8 %.
-Measured on two CPU cores, compilation included: 8 s of pruning; training takes 1 s an epoch.
+SynFlow to compression 10. Keeps 26,039 of 260,384 weights in 3 layers and empties no layer.
+The test accuracy is 97.8 %.
+Pruning took 8 s on two CPU cores, compilation included; training took 1 s per epoch.
 """
 
 from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
 
 
 def get_config() -> Config:
-    """Three layers, digits."""
+    """Returns the convolutional network of three layers on the digits."""
     return Config(
         model="conv",
         dataset="digits",

@@ -1,20 +1,19 @@
-"""ResNet-18 (the 3x3 stem of the Tiny ImageNet form) on CIFAR-100, SynFlow, compression 100 (Fig. 6).
+"""Prunes ResNet-18 on CIFAR-100 with SynFlow to compression 100 (Fig. 6).
 
     python prune.py --config=configs/resnet18_c100.py --workdir=runs/resnet18_c100
-    python train.py --config=configs/resnet18_c100.py --workdir=runs/resnet18_c100   # prunes too
+    python train.py --config=configs/resnet18_c100.py --workdir=runs/resnet18_c100  # prunes too
 
-Expect 112,105 of 11,210,432 weights kept in 21 layers, not collapsed (shortcut convolutions may be empty).
-Its duration was not measured.
-Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
+The stem is the 3x3 convolution of the Tiny ImageNet form.
+Keeps 112,105 of 11,210,432 weights in 21 layers. The network does not collapse, but shortcut
+convolutions may be empty.
+The duration was not measured.
+Training needs CIFAR-100, prepared once for tensorflow-datasets. Without it the run says how.
 """
 
-from synflow_jax.experiments.config import Config, TrainConfig
+from configs import recipes
+from synflow_jax.experiments.config import Config
 
 
 def get_config() -> Config:
-    """ResNet-18, CIFAR-100."""
-    return Config(
-        model="tiny_resnet18",
-        dataset="cifar100",
-        train=TrainConfig(learning_rate=0.01, drop_factor=0.2, weight_decay=5e-4),
-    )
+    """Returns ResNet-18 on CIFAR-100, with the published recipe."""
+    return Config(model="tiny_resnet18", dataset="cifar100", train=recipes.resnet_cifar())

@@ -1,18 +1,18 @@
-"""VGG-19 on ImageNet input (224x224), SynFlow, compression 100 (Fig. 2 of the paper).
+"""Prunes VGG-19 on ImageNet input (224x224) with SynFlow to compression 100 (Fig. 2 of the paper).
 
     python prune.py --config=configs/vgg19_imagenet.py --workdir=runs/vgg19_imagenet
-    python train.py --config=configs/vgg19_imagenet.py --workdir=runs/vgg19_imagenet   # prunes too
+    python train.py --config=configs/vgg19_imagenet.py --workdir=runs/vgg19_imagenet  # prunes too
 
-Expect 1,436,526 of 143,652,544 weights kept in 19 layers, no layer empty.
-Its duration was not measured.
-Training needs the data, prepared once for tensorflow-datasets; without it the run says how.
+Keeps 1,436,526 of 143,652,544 weights in 19 layers and empties no layer.
+The duration was not measured.
+Training needs ImageNet, prepared once for tensorflow-datasets. Without it the run says how.
 """
 
 from synflow_jax.experiments.config import Config, TrainConfig
 
 
 def get_config() -> Config:
-    """VGG-19, ImageNet."""
+    """Returns VGG-19 on ImageNet."""
     return Config(
         model="imagenet_vgg19",
         dataset="imagenet",

@@ -1,12 +1,15 @@
-"""A small vision transformer: where SynFlow's law ends, and what can be done about it.
+"""Prunes a small vision transformer, where SynFlow's conservation law does not hold as it is.
 
     python examples/vision_transformer.py
 
-Saliency is conserved where every step is homogeneous of degree one. A transformer has three kinds that are not: layer
-norm, softmax and GELU. The audit names their steps (integer_pow, rsqrt, tanh, ...), and its cuts do not agree:
-residual 1. SynFlow scores weights, so let the steps that only normalise be replaced, for the scoring alone, by what
-they are for an input of ones: attention by an average over the tokens, and a norm by its scale, GELU by ReLU. On that
-form every cut agrees to 4e-7, and at compression 100 each layer keeps weights.
+Saliency is conserved where every step is homogeneous of degree one. Three kinds of steps in a
+transformer are not: layer norm, softmax and GELU. The audit names their primitives (integer_pow,
+rsqrt, tanh, ...), and its cuts do not agree: residual 1.
+
+SynFlow scores weights, so for the scoring alone we replace each step that only normalises by what
+it does to an input of ones: attention becomes an average over the tokens, a norm its scale and
+bias, and GELU becomes ReLU. In that linear form all cuts agree to 4e-7, and at compression 100 each
+layer keeps weights.
 """
 
 from __future__ import annotations
@@ -16,15 +19,21 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import show
 
 import synflow_jax
 from synflow_jax import analysis, masking, trees
 
+INPUT_SHAPE = (16, 16, 3)
+PATCH = (4, 4)
+
 
 class Transformer(nn.Module):
-    """Patches of 4x4 of 16x16 images, two blocks, an average over the tokens.
+    """Two blocks of attention and MLP on patches, and an average over the tokens.
 
-    linear: every norm, softmax and GELU is replaced as the module's docstring says; same parameters.
+    Attributes:
+      linear: replaces every norm, softmax and GELU as the module's docstring says. The parameters
+        are the same.
     """
 
     linear: bool = False
@@ -34,67 +43,71 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[batch, 16, 16, 3] -> [batch, 10]."""
-        x = nn.Conv(self.width, (4, 4), strides=4, padding="VALID", name="patches")(images)
-        x = x.reshape(x.shape[0], -1, self.width)
+        """Maps [batch, 16, 16, 3] to [batch, 10]."""
+        patches = nn.Conv(self.width, PATCH, strides=PATCH, padding="VALID", name="patches")(images)
+        x = patches.reshape(images.shape[0], -1, self.width)
+        activation = nn.relu if self.linear else nn.gelu
         for i in range(1, self.num_blocks + 1):
             x = x + self.attention(self.norm(x, f"block{i}_norm1"), f"block{i}")
-            y = nn.Dense(2 * self.width, name=f"block{i}_fc1")(self.norm(x, f"block{i}_norm2"))
-            y = nn.relu(y) if self.linear else nn.gelu(y)
+            y = self.norm(x, f"block{i}_norm2")
+            y = activation(nn.Dense(2 * self.width, name=f"block{i}_fc1")(y))
             x = x + nn.Dense(self.width, name=f"block{i}_fc2")(y)
-        return nn.Dense(10, name="head")(jnp.mean(self.norm(x, "norm"), axis=1))
+        x = jnp.mean(self.norm(x, "norm"), axis=1)
+        return nn.Dense(10, name="head")(x)
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """Layer norm, or its scale and bias alone."""
-        scale = self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],))[None, None]
-        bias = self.param(f"{name}_bias", nn.initializers.zeros, (x.shape[-1],))[None, None]
+        """Applies layer norm, or its scale and bias alone."""
+        shape = (x.shape[-1],)
+        scale = self.param(f"{name}_scale", nn.initializers.ones, shape)[None, None]
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, shape)[None, None]
         if self.linear:
             return x * scale + bias
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        return (
-            centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * scale
-            + bias
-        )
+        variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias
 
     def attention(self, x: jax.Array, name: str) -> jax.Array:
-        """Self-attention, or the average of the tokens' values."""
-        heads = (self.num_heads, self.width // self.num_heads)
-        query, key, value = (
-            nn.Dense(self.width, name=f"{name}_{part}")(x).reshape(*x.shape[:2], *heads)
-            for part in ("query", "key", "value")
-        )
-        logits = jnp.einsum("bqhc,bkhc->bhqk", query, key) / heads[1] ** 0.5
-        weights = jnp.full_like(logits, 1 / x.shape[1]) if self.linear else jax.nn.softmax(logits)
+        """Applies self-attention, or averages the values of all tokens."""
+        num_tokens, channels = x.shape[1], self.width // self.num_heads
+        heads = (*x.shape[:2], self.num_heads, channels)
+        query = nn.Dense(self.width, name=f"{name}_query")(x).reshape(heads)
+        key = nn.Dense(self.width, name=f"{name}_key")(x).reshape(heads)
+        value = nn.Dense(self.width, name=f"{name}_value")(x).reshape(heads)
+        logits = jnp.einsum("bqhc,bkhc->bhqk", query, key) / channels**0.5
+        if self.linear:
+            weights = jnp.full_like(logits, 1 / num_tokens)
+        else:
+            weights = jax.nn.softmax(logits)
         mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, value).reshape(x.shape)
         return nn.Dense(self.width, name=f"{name}_out")(mixed)
 
 
+def apply(linear: bool, params: trees.Params, images: jax.Array) -> jax.Array:
+    """Applies the transformer or its linear form."""
+    return Transformer(linear=linear).apply({"params": params}, images)
+
+
 def main() -> tuple[analysis.Conservation, analysis.Conservation, list[int]]:
-    """The audits of the transformer and of its linear form, and the weights that are left in each layer at the end."""
-    shape = (16, 16, 3)
-    params = Transformer().init(jax.random.key(0), jnp.ones((1, *shape)))["params"]
-    apply = lambda linear, params, x: Transformer(linear=linear).apply({"params": params}, x)
-    true_fn, linear_fn = functools.partial(apply, False), functools.partial(apply, True)
+    """Returns the audits of the transformer and its linear form, and the weights kept per layer."""
+    params = Transformer().init(jax.random.key(0), jnp.ones((1, *INPUT_SHAPE)))["params"]
+    true_fn = functools.partial(apply, False)
+    linear_fn = functools.partial(apply, True)
 
-    audit = synflow_jax.conservation(true_fn, params, shape)
-    print(
-        f"the transformer: largest residual {audit.residual:.2g}; not homogeneous: {', '.join(audit.broken)}"
-    )
-    linear = synflow_jax.conservation(linear_fn, params, shape)
-    print(
-        f"its linear form: largest residual {linear.residual:.2g}; not homogeneous: {', '.join(linear.broken) or '-'}"
-    )
+    audit = synflow_jax.conservation(true_fn, params, input_shape=INPUT_SHAPE)
+    linear_audit = synflow_jax.conservation(linear_fn, params, input_shape=INPUT_SHAPE)
+    for name, found in (("the transformer", audit), ("its linear form", linear_audit)):
+        broken = ", ".join(found.broken) or "-"
+        print(f"{name}: largest residual {found.residual:.2g}; not homogeneous: {broken}")
 
-    # Queries and keys have no part in the linear form: they are not on its paths, and are left out of the pruning.
+    # Queries and keys are not on any path of the linear form, so they are not pruned.
     mask = synflow_jax.prunable(params, exclude="query|key")
-    score_fn = synflow_jax.synflow(linear_fn, shape)
+    score_fn = synflow_jax.synflow(linear_fn, INPUT_SHAPE)
     mask, _ = synflow_jax.prune(score_fn, params, mask=mask, compression=100)
-    kept = [int(n) for n in masking.count_kept(mask)]
-    print(f"compression 100: {sum(kept)} of {sum(trees.sizes(mask))} weights kept, "
-          f"collapsed: {synflow_jax.collapsed(linear_fn, shape, params, mask)}")  # fmt: skip
-    for name, number in zip(trees.names(mask), kept, strict=True):
-        print(f"  {name:<22} {number:>5}")
-    return audit, linear, kept
+    collapsed = synflow_jax.collapsed(linear_fn, params, mask, INPUT_SHAPE)
+    print(f"compression 100, collapsed: {collapsed}")
+    show.layers(mask)
+    kept = [int(number) for number in masking.count_kept(mask)]
+    return audit, linear_audit, kept
 
 
 if __name__ == "__main__":

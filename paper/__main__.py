@@ -1,10 +1,11 @@
-"""Draws a figure of the paper from the rows that prune.py or train.py has left in a folder, as NAME.png and NAME.pdf.
+"""Draws a figure of the paper from the rows that prune.py or train.py left in a folder.
 
     python -m paper fig2 --rows=runs/fig2
     python -m paper fig6 --rows=runs/vgg,runs/resnet --published=paper/published/fig6.json
 
-NAME is one of fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7 and schedule; paper/configs/NAME.py makes the rows.
-`ablations` is a table, ablations.md, of the rows of paper/configs/ablations.py.
+NAME is one of fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7 and schedule. The rows are made by
+paper/configs/NAME.py, and the figure is written as NAME.png and NAME.pdf. `ablations` is a table,
+written as ablations.md, of the rows of paper/configs/ablations.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from absl import flags
 
 from paper.figures import (
     ablations,
-    accuracy,
+    curves,
     fig1,
     fig2,
     fig3,
@@ -39,70 +40,89 @@ if TYPE_CHECKING:
 _ROWS = flags.DEFINE_list(
     "rows", None, "the folder that prune.py or train.py wrote, its --workdir; or several: A,B"
 )
-_OUT = flags.DEFINE_string("out", None, "the folder for the pictures; that of the rows by default")
+_OUT = flags.DEFINE_string("out", None, "the folder to write to; by default that of the rows")
 _ACCURACY = flags.DEFINE_string(
-    "accuracy", "best", "best: of the best epoch, as in the paper; or last"
+    "accuracy", "best", "the epoch whose test accuracy is drawn: best, as in the paper, or last"
 )
 _PUBLISHED = flags.DEFINE_string(
-    "published", None, "published accuracies, drawn behind: paper/published/fig6.json"
+    "published",
+    None,
+    "a file of published accuracies to draw behind fig1 or fig6, such as paper/published/fig6.json",
 )
 
-_PRUNING = {"fig2": fig2.draw, "fig3": fig3.draw, "fig4": fig4.draw, "schedule": schedule.draw}
-_ACCURACIES = {
-    "fig1": (fig1.panels, fig1.draw), "fig5a": (fig5a.panels, fig5a.draw), "fig6": (fig6.panels, fig6.draw),
-    "fig7": (fig7.panels, fig7.draw),
-}  # fmt: skip
-_NAMES = sorted([*_PRUNING, *_ACCURACIES, "fig5b"])
-
-
-def _draw(name: str, folders: Sequence[pathlib.Path]) -> Figure:
-    if name == "fig5b":
-        return fig5b.draw(rows.read_trained(folders))
-    if name in _PRUNING:
-        if len(folders) != 1:
-            raise ValueError(
-                f"--rows names {len(folders)} folders, and {name} is of one: choose one of them."
-            )
-        return _PRUNING[name](rows.read(folders[0]), folders[0])
-    panels, draw = _ACCURACIES[name]
-    behind = None if _PUBLISHED.value is None else published.read(pathlib.Path(_PUBLISHED.value))
-    found = panels(rows.read_trained(folders), _ACCURACY.value)
-    for panel in found:
-        print("\n".join(accuracy.summary(panel)))
-    return draw(found, _ACCURACY.value, behind)
-
-
-def _table(folder: pathlib.Path, out: pathlib.Path) -> None:
-    lines = ablations.table(folder)
-    storage.check_writable(out, "out")
-    ablations.show(lines)
-    storage.write_bytes(out / "ablations.md", ablations.markdown(lines).encode())
-    print(out / "ablations.md")
+# Figures of pruning rows, of one folder.
+_OF_PRUNING = {"fig2": fig2, "fig3": fig3, "fig4": fig4, "schedule": schedule}
+# Figures of accuracy against compression, of training rows. Those in `_OF_RULES` have one curve per
+# rule, as the published accuracies do.
+_OF_ACCURACY = {"fig1": fig1, "fig5a": fig5a, "fig6": fig6, "fig7": fig7}
+_OF_RULES = {"fig1": fig1, "fig6": fig6}
+_NAMES = [*sorted([*_OF_PRUNING, *_OF_ACCURACY, "fig5b"]), "ablations"]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the rows, draws, writes two files and names them."""
-    names = ", ".join([*_NAMES, "ablations"])
-    if len(argv) != 2:
-        raise ValueError(
-            f"{len(argv) - 1} figures are named; name one of {names}, and the rows: --rows=DIR."
-        )
-    if argv[1] not in [*_NAMES, "ablations"]:
-        raise ValueError(f"figure {argv[1]!r} is unknown. Choose one of {names}.")
+    """Reads the rows, draws the figure, writes its files and prints their names."""
+    name = _name(argv[1:])
     if not _ROWS.value:
         raise ValueError(
-            "--rows is missing: the folder that prune.py or train.py wrote, its --workdir."
+            "--rows is missing: name the folder that prune.py or train.py wrote, its --workdir."
         )
-    name, folders = argv[1], [pathlib.Path(folder) for folder in _ROWS.value]
+    folders = [pathlib.Path(folder) for folder in _ROWS.value]
     out = folders[0] if _OUT.value is None else pathlib.Path(_OUT.value)
     if name == "ablations":
-        _table(folders[0], out)
-        return
-    figure = _draw(name, folders)
+        _write_table(folders[0], out)
+    else:
+        _write_figure(name, _draw(name, folders), out)
+
+
+def _name(words: Sequence[str]) -> str:
+    if len(words) != 1:
+        raise ValueError(
+            f"{len(words)} figures are named; name one of {', '.join(_NAMES)}, and the rows: "
+            "--rows=DIR."
+        )
+    if words[0] not in _NAMES:
+        raise ValueError(f"figure {words[0]!r} is unknown. Choose one of {', '.join(_NAMES)}.")
+    return words[0]
+
+
+def _draw(name: str, folders: Sequence[pathlib.Path]) -> Figure:
+    if name in _OF_PRUNING:
+        if len(folders) != 1:
+            raise ValueError(
+                f"--rows names {len(folders)} folders, and {name} shows one: choose one of them."
+            )
+        return _OF_PRUNING[name].draw(rows.read(folders[0]))
+    if name == "fig5b":
+        return fig5b.draw(rows.read_trained(folders))
+    return _draw_accuracy(name, folders)
+
+
+def _draw_accuracy(name: str, folders: Sequence[pathlib.Path]) -> Figure:
+    epoch = _ACCURACY.value
+    behind = None if _PUBLISHED.value is None else published.read(pathlib.Path(_PUBLISHED.value))
+    panels = _OF_ACCURACY[name].panels(rows.read_trained(folders), epoch)
+    for panel in panels:
+        print("\n".join(curves.summary(panel)))
+    if name in _OF_RULES:
+        return _OF_RULES[name].draw(panels, epoch, behind)
+    return _OF_ACCURACY[name].draw(panels, epoch)
+
+
+def _write_figure(name: str, figure: Figure, out: pathlib.Path) -> None:
     storage.check_writable(out, "out")
-    for ending in ("png", "pdf"):
-        pictures.save(figure, out / f"{name}.{ending}")
-        print(out / f"{name}.{ending}")
+    for suffix in ("png", "pdf"):
+        path = out / f"{name}.{suffix}"
+        pictures.save(figure, path)
+        print(path)
+
+
+def _write_table(folder: pathlib.Path, out: pathlib.Path) -> None:
+    lines = ablations.table(folder)
+    storage.check_writable(out, "out")
+    ablations.show(lines)
+    path = out / "ablations.md"
+    storage.write_bytes(path, ablations.markdown(lines).encode())
+    print(path)
 
 
 if __name__ == "__main__":

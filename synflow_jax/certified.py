@@ -94,6 +94,8 @@ def prune(
     _check_rule(rule, cut_fraction)
     params = _only_paths(params, mask)
 
+    # There are no counts: how many weights an iteration can prune depends on the scores. So the run
+    # goes in short stretches until it is done, and the info is cut to the iterations that it took.
     goal = num_kept(sum(trees.sizes(mask)), compression)
     with pruning.scoring_dtype(score_dtype, params, mask) as cast:
         rule, params = cast((rule, params))
@@ -267,6 +269,7 @@ def affordable_mask(
     is_closed = purse.high - purse.low <= 1
     num_ties = jnp.where(is_closed, jnp.where(is_forced, 1, num_ties), 0)
 
+    # Pruned weights are at infinity, and must not count as a tie.
     is_tie = jax.tree.map(lambda s: (s == next_score) & jnp.isfinite(s), ranked)
     ties = first_of(is_tie, num_ties)
     return jax.tree.map(lambda m, s, tie: m & (s > largest) & ~tie, mask, ranked, ties)
@@ -299,6 +302,7 @@ def _search(leaves: Sequence[jax.Array], budget: jax.Array, most: jax.Array) -> 
         for i, factor in enumerate((1 - _SPREAD, 1 + _SPREAD)):
             pivot = jnp.where(b.num_pivots == i, to_key(factor * guess), pivot)
         pivot = jnp.clip(pivot, b.low + 1, b.high - 1)
+        # Scores are not negative, so a larger value never adds up to less: bisection is exact.
         count, total = at_most(from_key(pivot, dtype))
         fits = (count <= most) & (total <= budget)
         return _Purse(

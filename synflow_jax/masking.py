@@ -61,7 +61,9 @@ def global_mask(scores: Scores, k: chex.Numeric, exchange: Exchange = ONE_DEVICE
     >>> global_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 5.0])}, 2)
     {'a': Array([ True, False], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
-    (threshold,) = separators(scores, jnp.asarray(k, jnp.int32)[None], exchange)
+    counts = jnp.asarray(k, jnp.int32)[None]
+    (threshold,) = separators(scores, counts, exchange)
+    # Nothing is to go for k < 1, where the threshold is -inf: scores of -inf must stay as well.
     return jax.tree.map(lambda s: (s > threshold) | (k < 1), scores)
 
 
@@ -124,6 +126,7 @@ def sum_of(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     flat = [array.reshape(-1) for array in arrays]
     if flat[0].size < 2 * _CHUNK:
         return _sum_at_once(function, *flat)
+    # Decided when the program is compiled, so that an exported program fits every platform.
     return jax.lax.platform_dependent(
         *flat,
         cpu=lambda *flat: _sum_by_chunks(function, *flat),
@@ -222,6 +225,7 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
     leaves = jax.tree.leaves(scores)
     chex.assert_shape(k, ({1, len(leaves)},))
     by_leaf = k.shape[0] > 1
+    # Half precision has too few values to interpolate between.
     dtype = jnp.result_type(jnp.float32, *leaves)
     sizes = np.array([leaf.size for leaf in leaves]) * exchange.num_parts
     total = sizes.sum()
@@ -240,6 +244,7 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
             return exchange.sum(per_leaf)
         return exchange.sum(jnp.sum(per_leaf, keepdims=True, dtype=jnp.int32))
 
+    # At a fixed stride, so that the sample costs no random numbers and is the same in every run.
     samples = []
     for leaf, size in zip(leaves, sizes, strict=True):
         stride = sample_stride(size if by_leaf else total)
@@ -288,11 +293,15 @@ def _search(
         from_sample, num_sampled = _pivot_from_sample(b, aim, samples)
         from_ends = _pivot_from_ends(b, aim, lowest, highest, dtype)
         pivot = jnp.where(num_sampled >= 2, from_sample, from_ends)
+        # If the upper end is a tie, no count between the ends can be k: a pivot just below it says
+        # so, and the search ends.
         pivot = jnp.where(b.num_pivots == _TIE_CHECK, b.high - 1, pivot)
+        # Interpolation can creep where scores are clustered. Bisection always ends.
         middle = b.low + (b.high - b.low) // 2
         pivot = jnp.where(b.num_pivots >= _INTERPOLATIONS, middle, pivot)
         pivot = jnp.clip(pivot, b.low + 1, b.high - 1)
 
+        # Brackets that have closed already stay as they are.
         at_most = count_at_most(from_key(pivot, dtype))
         raise_low = is_open(b) & (at_most < k)
         lower_high = is_open(b) & (at_most >= k)
@@ -365,6 +374,7 @@ def to_key(value: jax.Array) -> jax.Array:
     unsigned = jnp.dtype(f"uint{num_bits}")
     sign = np.array(1 << (num_bits - 1), unsigned)
     bits = jax.lax.bitcast_convert_type(value, unsigned)
+    # The bits of positive floats are ordered as they are. Those of negative ones run backwards.
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 

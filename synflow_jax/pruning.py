@@ -148,6 +148,7 @@ def advance(
         next_step = functools.partial(
             step, rule, params, key, iteration, propose=propose, exchange=exchange
         )
+        # A fori_loop cannot end early. Iterations after the end cost nothing instead.
         return jax.lax.cond(state.done, lambda state: state, next_step, state)
 
     return loop_fn(start, stop, body, state)
@@ -381,6 +382,7 @@ def prune(
     with scoring_dtype(score_dtype, params, mask) as cast:
         rule, params = cast((rule, params))
         key = jax.random.key(0) if key is None else key
+        # Counts and stretches are arguments of the program, not constants: one trace serves all.
         state = init_state(mask, len(counts), score_type(params, mask))
         # A Python loop is not compiled: it is there to be stepped through.
         run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
@@ -542,7 +544,7 @@ def check_request(params: Params, mask: Mask, compression: float) -> None:
     """Raises ValueError for a mask that does not fit, or a compression that leaves no weight."""
     trees.check_mask(mask, params)
     num_weights = sum(trees.sizes(mask))
-    # Values that are not numbers at all are refused by the schedule.
+    # The schedule refuses infinity and NaN, with a message of its own.
     if num_weights < compression < np.inf:
         raise ValueError(
             f"compression={compression} leaves none of the {num_weights} prunable weights. "

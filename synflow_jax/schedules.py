@@ -74,6 +74,7 @@ def counts_of(sizes: Sequence[int], densities: Sequence[float]) -> np.ndarray:
     Returns:
       int64 [len(densities), len(sizes)].
     """
+    # Truncated, not rounded, and 1 - density first: the published counts depend on both.
     rows = [[int((1 - density) * size) for size in sizes] for density in densities]
     return np.array(rows, np.int64).reshape(len(densities), len(sizes))
 
@@ -89,6 +90,7 @@ def per_layer(schedule: Schedule) -> Schedule:
     """
 
     def counts(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
+        # A network of one layer has one ranking, of its own weights.
         columns = [schedule([shape], compression, num_iterations) for shape in shapes]
         return np.concatenate(columns, axis=1)
 
@@ -196,7 +198,9 @@ def _toward(kept: Sequence[int], shapes: Sequence[Shape], num_iterations: int) -
 
 def check_request(compression: float, num_iterations: int) -> None:
     """Raises ValueError, naming the argument, for a request that no schedule can meet."""
-    is_whole = isinstance(num_iterations, int | np.integer) and not isinstance(num_iterations, bool)
+    # In Python True is an int.
+    is_bool = isinstance(num_iterations, bool)
+    is_whole = isinstance(num_iterations, int | np.integer) and not is_bool
     if not is_whole or num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
     if not np.isfinite(compression) or compression < 1:

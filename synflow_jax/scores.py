@@ -130,8 +130,10 @@ def saliency(objective: Objective, params: Params, mask: Mask) -> Scores:
     >>> saliency(lambda p: jnp.sum(p["w1"] @ p["w2"]), params, mask)["w1"]
     Array([[3., 8.]], dtype=float32)
     """
+    # Only the prunable leaves are differentiated: others may be integers or need no derivative.
     selected = select(apply_mask(params, mask), mask)
     gradient = jax.grad(lambda prunable: objective(merge(prunable, params)))(selected)
+    # The factor is the unmasked weight, so that a pruned weight can score too.
     return map_prunable(lambda _, g, theta: g * theta, mask, gradient, params)
 
 
@@ -155,7 +157,9 @@ def _path_norm(input_shape: tuple[int, ...]) -> Callable[..., jax.Array]:
     # Cached, so that jitted users of equal objectives share one trace.
     def objective(apply_fn: ApplyFn, params: Params, input_scale: chex.Numeric = 1) -> jax.Array:
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        inputs = jnp.ones((1, *input_shape), dtype) * jnp.asarray(input_scale, dtype)
+        # The derivative with respect to the scale is the flow at the input, which bounds every cut.
+        scale = jnp.asarray(input_scale, dtype)
+        inputs = jnp.ones((1, *input_shape), dtype) * scale
         outputs = apply_fn(jax.tree.map(jnp.abs, params), inputs)
         return jnp.sum(outputs)
 
@@ -185,7 +189,9 @@ def _cross_entropy(
     inputs, labels = batch
     logits = apply_fn(params, inputs)
     chex.assert_rank([logits, labels], [2, 1])
-    log_probabilities = jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype))
+    # In the dtype of the logits: a Python float would be a float64 where 64-bit types are enabled.
+    logits = logits / jnp.asarray(temperature, logits.dtype)
+    log_probabilities = jax.nn.log_softmax(logits)
     of_labels = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)
     return -jnp.mean(of_labels)
 
@@ -247,7 +253,7 @@ def _flow(
     differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
     (gradient, cut), exponent = differentiate(selected, input_scale)
 
-    # A pruned weight scores 0, whatever its gradient is.
+    # A pruned weight scores 0, even if its gradient is infinite and the product would be NaN.
     scores = map_prunable(
         lambda m, g, theta: jnp.where(m, g * theta, jnp.zeros_like(theta)),
         mask,
@@ -323,6 +329,8 @@ def _grasp(
         loss = lambda prunable: loss_fn(merge(prunable, theta), batch)
         return jax.grad(loss)(select(theta, mask))
 
+    # First pass over the batches: g. It is a constant of the second pass, which differentiates
+    # <g, grad L>; JAX computes that as a Hessian-vector product.
     g = sum_over_batches(lambda batch: gradient(masked, batch), params)
 
     def objective(theta: Params, batch: Batch) -> jax.Array:
@@ -381,6 +389,7 @@ def sum_over(groups: list[Batch], function: Callable[[Batch], Scores], params: P
     def add(total: Scores, batch: Batch) -> tuple[Scores, None]:
         return jax.tree.map(jnp.add, total, term(batch)), None
 
+    # The sum starts from the first term, not from 0: its dtypes and shapes need not be guessed.
     first = jax.tree.map(lambda leaf: leaf[0], groups[0])
     total = term(first)
     for i, group in enumerate(groups):
@@ -426,6 +435,7 @@ def random() -> Rule:
 
 
 def _random(params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+    # In float32 always, so that a seed gives one mask whatever the scores are ranked in.
     leaves, structure = jax.tree.flatten(select(params, mask))
     keys = jax.random.split(key, len(leaves))
     draws = []
@@ -453,6 +463,7 @@ def inverted(score_fn: ScoreFn) -> Rule:
 
 def _inverted(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
     leaves, structure = jax.tree.flatten(rule(params, mask, key))
+    # Folded, since a random rule has used the key itself.
     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
     negated = []
     for leaf_key, leaf in zip(keys, leaves, strict=True):

@@ -120,6 +120,8 @@ def prunable(
             f"exclude={exclude!r} is not a regular expression: {error}. "
             "Name leaves by a pattern such as 'head'."
         ) from error
+    # Everything that is not a kernel, a bias or a norm (running statistics, position embeddings) is
+    # never pruned.
     kinds = leaf_kinds(params)
     wanted = {
         "kernel": kernels,
@@ -150,6 +152,7 @@ def prunable(
 def check_mask(mask: Mask, params: Params) -> None:
     """Raises ValueError unless `mask` fits `params`: bool leaves of the same shapes, or holes."""
     flat_params, structure = jax.tree_util.tree_flatten_with_path(params)
+    # `flatten_up_to` keeps the holes, which `jax.tree.leaves` would drop.
     try:
         flat_mask = structure.flatten_up_to(mask)  # type: ignore[attr-defined]
     except ValueError as error:
@@ -184,6 +187,7 @@ def apply_mask(params: Params, mask: Mask) -> Params:
     >>> apply_mask(params, {"w": jnp.array([True, False]), "b": None})["w"]
     Array([3., 0.], dtype=float32)
     """
+    # Not a product: an infinite weight times 0 would be NaN.
     masked = map_prunable(lambda m, leaf: jnp.where(m, leaf, jnp.zeros_like(leaf)), mask, params)
     return merge(masked, params)
 

@@ -1,4 +1,4 @@
-"""Strictness for all tests, and the folder of golden figures."""
+"""Makes the tests strict, shares compiled programs, and finds the golden files."""
 
 from __future__ import annotations
 
@@ -7,43 +7,50 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-# Most time of the tests is compilation, whose last stage need not try hardest: it saves a fifth of the processor time,
-# and golden masks take as long as ever (at level 0 twice as long). For the commands that tests start, too.
+# Most of the time of the tests is compilation. Its last stage at level 1 saves a fifth of the
+# processor time. At level 0 the programs are slower: golden masks take twice as long. The variable
+# also reaches the commands that tests start.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 )
 
 import jax
 import pytest
+from cases import slow_except
 
 # A shape that broadcasts by accident is an error in every test; so is a warning (pyproject.toml).
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The same network is compiled in many tests: once is enough, also over several runs, workers and commands.
+# Many tests compile the same network. The cache shares it between workers, commands and runs.
 _CACHE = pathlib.Path(__file__).parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-# Tracing makes many small objects, and JAX has the collector sweep its own as well: a third of a tracing test's time.
+# Tracing makes many small objects. Collecting them took a third of the time of a tracing test.
 gc.disable()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _collect() -> Iterator[None]:
-    """Collects between files."""
+    """Collects garbage after each file."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="session")
 def cache() -> pathlib.Path:
-    """The folder of compiled programs that commands are started with."""
+    """Returns the folder of compiled programs, for the commands that tests start."""
     return _CACHE
+
+
+def _is_small(file: pathlib.Path) -> bool:
+    """Returns whether a golden file is of a network that is pruned in seconds."""
+    return file.stat().st_size < 200_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden-dir",
         default=str(pathlib.Path(__file__).parent / "golden"),
-        help="the folder of NAME_seedS.npz files that tests/test_golden.py checks",
+        help="the folder of NAME_seedS.npz files that tests/core/test_golden.py checks",
     )
 
 
@@ -53,4 +60,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         files = sorted(folder.glob("*.npz"))
         if not files:
             raise pytest.UsageError(f"--golden-dir={folder} holds no .npz file")
-        metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
+        # The masks of a large network take a minute or more, its scores do not.
+        makes_masks = metafunc.function.__name__ == "test_masks"
+        fast = [file for file in files if _is_small(file) or not makes_masks]
+        cases = slow_except(fast, files)
+        metafunc.parametrize("golden_file", cases, ids=[file.stem for file in files])

@@ -1,36 +1,34 @@
-"""Fig. 1: test accuracy against compression, a curve a rule; only SynFlow's reaches the maximal compression.
+"""Draws Fig. 1: test accuracy against compression, one curve per rule.
 
-The paper's is VGG-16 on CIFAR-100 at 10^0 to 10^6, with the critical compression of each rule as an arrow at the axis
-and the maximal compression as a dashed line.
+Only SynFlow's curve reaches the maximal compression. The paper's figure is VGG-16 on CIFAR-100 at
+10^0 to 10^6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from paper.figures import accuracy
-from paper.figures.accuracy import Panel
-from paper.figures.published import Published
+from paper.figures import accuracy, curves
+from paper.figures.accuracy import Behind
+from paper.figures.curves import Panel
 from paper.figures.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def panels(rows: Sequence[Row], which: str) -> list[Panel]:
-    """The panel of the only network, a curve a rule.
+def panels(rows: Sequence[Row], epoch: str) -> list[Panel]:
+    """Returns the panel of the only network, with one curve per rule.
 
     Raises:
-      ValueError: see `accuracy.panels`; the rows are of several networks.
+      ValueError: as `curves.panels`, or the rows are of several networks.
     """
-    return [accuracy.one_panel(accuracy.panels(rows, lambda row: row["pruner"], str, which))]
+    found = curves.panels(rows, lambda row: row["pruner"], str, epoch)
+    return [curves.one_panel(found)]
 
 
-def draw(
-    found: Sequence[Panel], which: str, behind: Mapping[Any, Published] | None = None
-) -> Figure:
-    """Draws Fig. 1 from `panels`, with published curves of the same network behind where there are any."""
-    return accuracy.figure_of_one(
-        found[0], accuracy.STYLES, "Accuracy against compression", which, behind
-    )
+def draw(found: Sequence[Panel], epoch: str, behind: Behind | None = None) -> Figure:
+    """Draws Fig. 1 from its panel, over the published curves of the same network."""
+    title = "Accuracy against compression"
+    return accuracy.figure_of_one(found[0], accuracy.STYLES, title, epoch, behind)

@@ -1,75 +1,77 @@
-"""Fig. 7: SynFlow beside iterative pruning algorithms: SNIP and GraSP in many iterations, and IMP in several levels.
+"""Draws Fig. 7: SynFlow and iterative pruning: SNIP and GraSP in many iterations, IMP in levels.
 
-Test accuracy against compression. Of SynFlow and IMP the largest number of iterations or levels in the rows is drawn,
-of SNIP and GraSP also a single iteration, dashed; random and magnitude pruning are left out.
-The paper's own figure was not at hand: what is drawn, and how, is our choice.
+It shows test accuracy against compression. Of SynFlow and IMP the largest number of iterations or
+levels in the rows is drawn, of SNIP and GraSP also a single iteration, dashed. Random and magnitude
+pruning are left out. We did not have the paper's own figure: the choice is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from paper.figures import accuracy
-from paper.figures.accuracy import Panel
-from paper.figures.published import Published
+from paper.figures import accuracy, curves, titles
+from paper.figures.curves import Panel
 from paper.figures.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Key = tuple[str, int] | None  # a rule and its iterations; None: unpruned
 
-_BOTH = ("snip", "grasp")
-_RULES = (*_BOTH, "synflow", "imp")
+_ALSO_ONCE = ("snip", "grasp")  # rules that are drawn with a single iteration as well
+_RULES = (*_ALSO_ONCE, "synflow", "imp")
 
 
-def panels(rows: Sequence[Row], which: str) -> list[Panel]:
-    """The panel of the only network, a curve for each rule and number of iterations.
+def panels(rows: Sequence[Row], epoch: str) -> list[Panel]:
+    """Returns the panel of the only network, with a curve for each rule and its iterations.
 
     Raises:
-      ValueError: see `accuracy.panels`; the rows are of several networks; none is of an iterative rule.
+      ValueError: as `curves.panels`, the rows are of several networks, or none is of an iterative
+        rule.
     """
-    number = lambda row: row["config"]["prune"]["num_iterations"]
-    key = lambda row: (row["pruner"], number(row)) if row["compression"] != 1 else None
-    found = {
-        (row["pruner"], number(row))
-        for row in rows
-        if row["compression"] != 1 and row["pruner"] in _RULES
-    }
-    most = {rule: max(number for name, number in found if name == rule) for rule, _ in found}
-    shown = {
-        (rule, number)
-        for rule, number in found
-        if number == most[rule] or (rule in _BOTH and number == 1)
-    }
-    dense = accuracy.first_dense(rows)
-    used = [row for row in rows if key(row) in shown or row in dense.values()]
-    panel = accuracy.one_panel(accuracy.panels(used, key, _label, which))
-    curves = {name: curve for name, curve in panel.curves.items() if name is not None}
-    if not curves:
+    shown = _shown(rows)
+    unpruned = curves.unpruned_by_seed(rows)
+    used = [row for row in rows if _key(row) in shown or row in unpruned.values()]
+    panel = curves.one_panel(curves.panels(used, _key, _label, epoch))
+    pruned = {key: curve for key, curve in panel.curves.items() if key is not None}
+    if not pruned:
         raise ValueError(
             f"no row above compression 1 is of {', '.join(_RULES)}: see paper/configs/fig7.py."
         )
-    return [panel._replace(curves=curves)]
+    return [panel._replace(curves=pruned)]
 
 
-def _label(key: tuple[str, int] | None) -> str:
+def _key(row: Row) -> Key:
+    if row["compression"] == 1:
+        return None
+    return row["pruner"], row["config"]["prune"]["num_iterations"]
+
+
+def _shown(rows: Sequence[Row]) -> set[Key]:
+    """Returns the keys of the curves that are drawn."""
+    found = {key for row in rows if (key := _key(row)) is not None and key[0] in _RULES}
+    most: dict[str, int] = {}
+    for rule, number in found:
+        most[rule] = max(number, most.get(rule, 0))
+    once = {(rule, 1) for rule in _ALSO_ONCE}
+    return {key for key in found if key in most.items() or key in once}
+
+
+def _label(key: Key) -> str:
     if key is None:
         return "unpruned"
     rule, number = key
-    return (
-        f"{rule}, {number} {'level' if rule == 'imp' else 'iteration'}{'s' if number > 1 else ''}"
-    )
+    noun = "level" if rule == "imp" else "iteration"
+    return f"{rule}, {titles.plural(number, noun)}"
 
 
-def draw(
-    found: Sequence[Panel], which: str, behind: Mapping[Any, Published] | None = None
-) -> Figure:
-    """Draws Fig. 7 from `panels`."""
-    del behind
-    keys = sorted(found[0].curves, key=lambda key: (list(accuracy.STYLES).index(key[0]), key[1]))
-    styles = {
-        key: accuracy.STYLES[key[0]]._replace(line="--" if key[1] == 1 and key[0] != "imp" else "-")
-        for key in keys
-    }
-    return accuracy.figure_of_one(found[0], styles, "SynFlow beside iterative pruning", which)
+def draw(found: Sequence[Panel], epoch: str) -> Figure:
+    """Draws Fig. 7 from its panel."""
+    order = list(accuracy.STYLES)
+    styles = {}
+    for rule, number in sorted(found[0].curves, key=lambda key: (order.index(key[0]), key[1])):
+        line = "--" if number == 1 and rule != "imp" else "-"
+        styles[rule, number] = accuracy.STYLES[rule]._replace(line=line)
+    title = "SynFlow beside iterative pruning"
+    return accuracy.figure_of_one(found[0], styles, title, epoch)

@@ -1,16 +1,17 @@
-"""Published accuracies, to be drawn behind ours: JSON files such as paper/published/fig6.json.
+"""Reads published accuracies, to be drawn behind ours: files such as paper/published/fig6.json.
 
     {"source": TEXT, "log10_compression": [...],
-     "panels": [{"model": NAME, "dataset": NAME, "note": TEXT, "top1": {RULE: [[per cent, ...], ...]}}, ...]}
+     "panels": [{"model": NAME, "dataset": NAME, "note": TEXT,
+                 "top1": {RULE: [[per cent, ...], ...]}}, ...]}
 
-There is a list of accuracies for each run of a rule, one for each compression; the note may be left out.
+A rule has one list per run, with one accuracy per compression. The note may be missing.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,10 @@ import numpy as np
 class Published(NamedTuple):
     """Published accuracies of one network on one data set.
 
-    compression: [num]. top1: per rule, the mean of its runs, per cent [num]. note: what a reader has to know.
+    Attributes:
+      compression: [num_compressions].
+      top1: the mean of each rule's runs, in per cent, [num_compressions].
+      note: what a reader has to know.
     """
 
     compression: np.ndarray
@@ -27,29 +31,33 @@ class Published(NamedTuple):
 
 
 def read(path: pathlib.Path) -> dict[tuple[str, str], Published]:
-    """What a file holds, by (model, data set).
+    """Reads the published accuracies of a file, by model and data set.
 
     Raises:
-      ValueError: the file is missing or of another form.
+      ValueError: the file is missing or has another form.
     """
     try:
         found = json.loads(path.read_text())
         compression = 10 ** np.asarray(found["log10_compression"], float)
-        panels = {}
-        for panel in found["panels"]:
-            top1 = {
-                rule: np.asarray(runs, float).reshape(-1, len(compression))
-                for rule, runs in panel["top1"].items()
-            }
-            means = {rule: runs.mean(axis=0) for rule, runs in top1.items()}
-            panels[panel["model"], panel["dataset"]] = Published(
-                compression, means, panel.get("note", "")
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) else f"it is of another form ({error!r})"
-        )
-        raise ValueError(
-            f"--published={str(path)!r} cannot be used: {reason}. Name a file such as paper/published/fig6.json."
-        ) from error
-    return panels
+        return {
+            (panel["model"], panel["dataset"]): _panel(panel, compression)
+            for panel in found["panels"]
+        }
+    except OSError as error:
+        reason = error.strerror
+        cause: Exception = error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has another form ({error!r})"
+        cause = error
+    raise ValueError(
+        f"--published={str(path)!r} cannot be used: {reason}. Name a file such as "
+        "paper/published/fig6.json."
+    ) from cause
+
+
+def _panel(panel: dict[str, Any], compression: np.ndarray) -> Published:
+    means = {}
+    for rule, runs in panel["top1"].items():
+        # Raises ValueError unless every run has all compressions.
+        means[rule] = np.asarray(runs, float).reshape(-1, len(compression)).mean(axis=0)
+    return Published(compression, means, panel.get("note", ""))

@@ -1,4 +1,4 @@
-"""What a mask has done, and whether the paper's laws hold for a model."""
+"""Analyses masks and models: the paths that are left, and the conservation of saliency."""
 
 from synflow_jax.analysis.conservation import Conservation, conservation
 from synflow_jax.analysis.paths import (

@@ -1,4 +1,4 @@
-"""The few training examples that SNIP and GraSP score with."""
+"""Chooses the few training examples that SNIP and GraSP score with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,59 @@ from synflow_jax.data.augmentation import normalise
 from synflow_jax.data.specs import STREAMED, ImageShape, spec
 
 
+def prune_batches(
+    dataset: str,
+    image_shape: ImageShape,
+    directory: str | None = None,
+    *,
+    examples_per_class: int,
+    batch_size: int,
+    seed: int,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns batches with the same number of training examples per class, not augmented.
+
+    Args:
+      dataset, image_shape, directory: as `load` takes them.
+      examples_per_class: 10 in the paper.
+      batch_size: 256 in the paper; the last batch may be smaller.
+      seed: decides which examples, and their order.
+
+    Returns:
+      Batches (images float32 [batch, height, width, channels], normalised; labels int32 [batch]).
+
+    Raises:
+      ValueError: the data set cannot be read, or has too few examples of a class.
+
+    >>> batches = prune_batches("digits", (8, 8, 1), examples_per_class=2, batch_size=16, seed=0)
+    >>> [images.shape for images, _ in batches]
+    [(16, 8, 8, 1), (4, 8, 8, 1)]
+    """
+    if examples_per_class < 1 or batch_size < 1:
+        raise ValueError(
+            f"examples_per_class={examples_per_class} and batch_size={batch_size} must each be at "
+            "least 1."
+        )
+    if dataset in STREAMED:
+        images, labels = streaming.balanced_examples(
+            dataset, image_shape, directory, examples_per_class, seed
+        )
+    else:
+        arrays = readers.load(dataset, image_shape, directory)
+        num_classes = spec(dataset).num_classes
+        chosen = _choose_balanced(arrays.train_labels, examples_per_class, seed, num_classes)
+        images, labels = arrays.train_images[chosen], arrays.train_labels[chosen]
+    normalised = normalise(images, spec(dataset))
+    batches = []
+    for start in range(0, len(labels), batch_size):
+        part = slice(start, start + batch_size)
+        batches.append((normalised[part], jnp.asarray(labels[part])))
+    return batches
+
+
 def _choose_balanced(
     labels: np.ndarray, examples_per_class: int, seed: int, num_classes: int
 ) -> np.ndarray:
-    """Indices of the same number of examples of each class, shuffled.
+    """Returns the indices of the same number of examples of each class, shuffled.
 
     Raises:
       ValueError: a class has too few examples.
@@ -25,52 +74,8 @@ def _choose_balanced(
         places = np.flatnonzero(labels == label)
         if len(places) < examples_per_class:
             raise ValueError(
-                f"examples_per_class={examples_per_class} is more than the {len(places)} training examples of class "
-                f"{label}: choose a smaller number."
+                f"examples_per_class={examples_per_class} is more than the {len(places)} training "
+                f"examples of class {label}: choose a smaller number."
             )
         chosen.append(rng.choice(places, examples_per_class, replace=False))
     return rng.permutation(np.concatenate(chosen))
-
-
-def prune_batches(
-    dataset: str,
-    image_shape: ImageShape,
-    directory: str | None = None,
-    *,
-    examples_per_class: int,
-    batch_size: int,
-    seed: int,
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Class-balanced batches for SNIP and GraSP: the same number of training examples of each class, not augmented.
-
-    Args:
-      dataset, image_shape, directory: as `load`.
-      examples_per_class: 10 in the paper.
-      batch_size: 256 in the paper; the last batch may be smaller.
-      seed: decides which examples, and their order.
-
-    Returns:
-      Batches (images float32 [batch, height, width, channels], normalised; labels int32 [batch]).
-
-    Raises:
-      ValueError: the data set cannot be read, or has too few examples of a class.
-    """
-    if examples_per_class < 1 or batch_size < 1:
-        raise ValueError(
-            f"examples_per_class={examples_per_class} and batch_size={batch_size} must each be at least 1."
-        )
-    if dataset in STREAMED:
-        images, labels = streaming.balanced_examples(
-            dataset, image_shape, directory, examples_per_class, seed
-        )
-    else:
-        arrays = readers.load(dataset, image_shape, directory)
-        order = _choose_balanced(
-            arrays.train_labels, examples_per_class, seed, spec(dataset).num_classes
-        )
-        images, labels = arrays.train_images[order], arrays.train_labels[order]
-    normalised = normalise(images, spec(dataset))
-    return [
-        (normalised[start : start + batch_size], jnp.asarray(labels[start : start + batch_size]))
-        for start in range(0, len(labels), batch_size)
-    ]

@@ -1,4 +1,4 @@
-"""What is known of the data sets without reading them."""
+"""Lists the data sets, and what is known of each without reading it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ ImageShape = tuple[int, int, int]  # height, width, channels
 
 
 class DataSpec(NamedTuple):
-    """What is known of a data set without reading it.
+    """A data set.
 
-    image_shape: (height, width, channels), or None for images that are resized to what the network takes.
-    mean, deviation: per channel, of values from 0 to 1, as published with the networks.
-    padding: pixels of zeros on every side before a random crop.
-    flip: whether an image and its mirror image mean the same.
+    Attributes:
+      num_classes: the number of labels, which count from 0.
+      image_shape: (height, width, channels), or None for images that are resized to the network's
+        input.
+      mean, deviation: of each channel, for values from 0 to 1, as published with the networks.
+      padding: how many pixels of zeros go on every side before a random crop.
+      flip: whether an image and its mirror image mean the same.
     """
 
     num_classes: int
@@ -25,23 +28,34 @@ class DataSpec(NamedTuple):
 
 
 DATASETS = {
-    "cifar10": DataSpec(10, (32, 32, 3), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), 4, True),
-    "cifar100": DataSpec(100, (32, 32, 3), (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 4, True),
+    "cifar10": DataSpec(
+        10, (32, 32, 3), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), padding=4, flip=True
+    ),
+    "cifar100": DataSpec(
+        100, (32, 32, 3), (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), padding=4, flip=True
+    ),
     "tiny_imagenet": DataSpec(
-        200, (64, 64, 3), (0.480, 0.448, 0.397), (0.276, 0.269, 0.282), 4, True
+        200, (64, 64, 3), (0.480, 0.448, 0.397), (0.276, 0.269, 0.282), padding=4, flip=True
     ),
     "imagenet": DataSpec(
-        1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True
+        1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), flip=True
     ),
-    "mnist": DataSpec(10, (28, 28, 1), (0.1307,), (0.3081,), 2),
-    "fashion_mnist": DataSpec(10, (28, 28, 1), (0.2860,), (0.3530,), 2, True),
+    "mnist": DataSpec(10, (28, 28, 1), (0.1307,), (0.3081,), padding=2),
+    "fashion_mnist": DataSpec(10, (28, 28, 1), (0.2860,), (0.3530,), padding=2, flip=True),
     "digits": DataSpec(10, None, (0.3053,), (0.3760,)),
 }
-STREAMED = ("imagenet",)  # too large to lie on a device as a whole
+STREAMED = ("imagenet",)  # too large for the memory of a device
 
 
 def spec(dataset: str) -> DataSpec:
-    """Number of classes, image shape and so on of a data set. Raises ValueError for an unknown one."""
+    """Returns what is known of a data set.
+
+    Raises:
+      ValueError: the data set is unknown.
+
+    >>> spec("mnist").num_classes
+    10
+    """
     if dataset not in DATASETS:
         raise ValueError(f"dataset={dataset!r} is unknown. Choose one of {sorted(DATASETS)}.")
     return DATASETS[dataset]

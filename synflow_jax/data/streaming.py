@@ -1,7 +1,7 @@
-"""Data sets that are read while the network trains: decoded and cropped by threads, ahead of the device.
+"""Reads a data set while the network trains: threads decode and crop ahead of the device.
 
-The order is a function of the seed and of the step alone, so that a run that starts again at a step sees what it
-would have seen.
+The order depends on the seed and the step alone. A run that resumes at a step sees the same batches
+as a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -12,11 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from synflow_jax.data import readers
+from synflow_jax.data import prepared
 from synflow_jax.data.specs import ImageShape, spec
 
-_RESIZE = 256 / 224  # the shorter side before the central crop, as a multiple of the crop
 Batch = tuple[np.ndarray, np.ndarray]
+Example = tuple[np.ndarray, np.int32]
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+
+# The random crops of training, as published: area and aspect of the crop.
+_AREAS = (0.08, 1.0)  # parts of the image
+_ASPECTS = (3 / 4, 4 / 3)  # width over height
+_TRIES = 10
+# For testing, the shorter side before the central crop, as a multiple of the crop.
+_RESIZE = 256 / 224
 
 
 def train_batches(
@@ -28,108 +36,139 @@ def train_batches(
     seed: int,
     first_step: int = 0,
 ) -> Iterator[Batch]:
-    """Endless training batches from step `first_step` on, each epoch in another order, without a partial last batch.
+    """Yields training batches without end, each epoch in another order.
+
+    The examples that do not fill a last batch are left out of an epoch.
+
+    Args:
+      dataset, image_shape, directory: as `data.load` takes them.
+      batch_size: the number of examples of every batch.
+      seed: decides the orders and the crops.
+      first_step: the step of the first batch, counted from 0.
 
     Yields:
-      (images uint8 [batch, height, width, channels], cropped and resized at random; labels int32 [batch]).
+      (images uint8 [batch, height, width, channels], cropped and resized at random; labels int32
+      [batch]).
     """
     import grain
 
-    records = readers.source(dataset, "train", directory, decode=False)
-    examples = (
-        grain.MapDataset.source(records)
-        .seed(seed)
-        .shuffle()
-        .random_map(lambda record, rng: _train_example(record, image_shape, rng))
-        .batch(batch_size, drop_remainder=True)
-        .repeat(reseed_each_epoch=True)
-    )
-    yield from examples[first_step:].to_iter_dataset()
+    records = prepared.source(dataset, "train", directory, decode=False)
+
+    def example(record: Any, rng: np.random.Generator) -> Example:
+        return _train_example(record, image_shape, rng)
+
+    examples = grain.MapDataset.source(records).seed(seed).shuffle().random_map(example)
+    epochs = examples.batch(batch_size, drop_remainder=True).repeat(reseed_each_epoch=True)
+    yield from epochs[first_step:].to_iter_dataset()
 
 
 def test_batches(
     dataset: str, image_shape: ImageShape, directory: str | None, *, batch_size: int
 ) -> Iterator[Batch]:
-    """The test split once, in its order, centrally cropped; the last batch may be smaller."""
+    """Yields the test split once, in its order, centrally cropped; the last batch may be smaller.
+
+    Args:
+      dataset, image_shape, directory, batch_size: as `train_batches` takes them.
+
+    Yields:
+      Batches as `train_batches`.
+    """
     import grain
 
-    records = readers.source(dataset, "test", directory, decode=False)
-    examples = grain.MapDataset.source(records).map(
-        lambda record: _test_example(record, image_shape)
-    )
+    records = prepared.source(dataset, "test", directory, decode=False)
+
+    def example(record: Any) -> Example:
+        return _test_example(record, image_shape)
+
+    examples = grain.MapDataset.source(records).map(example)
     yield from examples.batch(batch_size).to_iter_dataset()
 
 
 def num_examples(dataset: str, split: str, directory: str | None) -> int:
-    """The size of a split."""
-    return len(readers.source(dataset, split, directory, decode=False))
+    """Returns the number of examples of a split."""
+    return len(prepared.source(dataset, split, directory, decode=False))
 
 
 def balanced_examples(
     dataset: str, image_shape: ImageShape, directory: str | None, examples_per_class: int, seed: int
 ) -> Batch:
-    """The same number of training examples of each class, centrally cropped: the first that a shuffled order meets."""
-    records = readers.source(dataset, "train", directory, decode=False)
+    """Returns the same number of training examples of each class, centrally cropped.
+
+    They are the first ones of each class in an order that the seed decides.
+
+    Raises:
+      ValueError: a class has too few examples.
+    """
+    records = prepared.source(dataset, "train", directory, decode=False)
     missing = dict.fromkeys(range(spec(dataset).num_classes), examples_per_class)
     images, labels = [], []
-    for index in np.random.default_rng(seed).permutation(len(records)):
+    order = np.random.default_rng(seed).permutation(len(records))
+    for index in order:
         if not any(missing.values()):
             break
         record = records[int(index)]
-        if missing[int(record["label"])]:
-            missing[int(record["label"])] -= 1
-            image, label = _test_example(record, image_shape)
+        label = int(record["label"])
+        # Decoding takes time: only the images that are needed are decoded.
+        if missing[label]:
+            missing[label] -= 1
+            image, _ = _test_example(record, image_shape)
             images.append(image)
             labels.append(label)
     short = [label for label, number in missing.items() if number]
     if short:
         raise ValueError(
-            f"examples_per_class={examples_per_class} is more than {dataset!r} has of class {short[0]}: choose a "
-            "smaller number."
+            f"examples_per_class={examples_per_class} is more than {dataset!r} has of class "
+            f"{short[0]}: choose a smaller number."
         )
     return np.stack(images), np.array(labels, np.int32)
 
 
 def _open(record: Any) -> Any:
+    """Decodes the image of a record."""
     import PIL.Image
 
     return PIL.Image.open(io.BytesIO(record["image"])).convert("RGB")
 
 
-def _train_example(
-    record: Any, image_shape: ImageShape, rng: np.random.Generator
-) -> tuple[np.ndarray, np.int32]:
-    """8 % to 100 % of the area at an aspect of 3/4 to 4/3, resized; the central square where ten tries fail."""
+def _train_example(record: Any, image_shape: ImageShape, rng: np.random.Generator) -> Example:
+    """Crops a part of random area and aspect, and resizes it."""
     import PIL.Image
 
     image = _open(record)
     height, width, _ = image_shape
-    for _ in range(10):
-        area = image.width * image.height * rng.uniform(0.08, 1)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 0 < w <= image.width and 0 < h <= image.height:
-            left, top = rng.integers(image.width - w + 1), rng.integers(image.height - h + 1)
-            box = (left, top, left + w, top + h)
-            break
-    else:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
+    box = _random_box(image.width, image.height, rng)
     resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized), np.int32(record["label"])
 
 
-def _test_example(record: Any, image_shape: ImageShape) -> tuple[np.ndarray, np.int32]:
-    """The shorter side to 256 for a crop of 224, and the crop at the centre."""
+def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """Draws a box of random area and aspect inside an image; its central square if tries fail."""
+    narrowest, widest = (np.log(aspect) for aspect in _ASPECTS)
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(*_AREAS)
+        aspect = np.exp(rng.uniform(narrowest, widest))
+        box_width = round(np.sqrt(area * aspect))
+        box_height = round(np.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = rng.integers(width - box_width + 1)
+            top = rng.integers(height - box_height + 1)
+            return (left, top, left + box_width, top + box_height)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return (left, top, left + side, top + side)
+
+
+def _test_example(record: Any, image_shape: ImageShape) -> Example:
+    """Resizes the shorter side to a little more than the crop, and crops at the centre."""
     import PIL.Image
 
     image = _open(record)
     height, width, _ = image_shape
     scale = _RESIZE * max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, PIL.Image.Resampling.BILINEAR)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height))), np.int32(
-        record["label"]
-    )
+    # Rounding must not make the image smaller than the crop.
+    resized_width = max(width, round(image.width * scale))
+    resized_height = max(height, round(image.height * scale))
+    image = image.resize((resized_width, resized_height), PIL.Image.Resampling.BILINEAR)
+    left, top = (resized_width - width) // 2, (resized_height - height) // 2
+    cropped = image.crop((left, top, left + width, top + height))
+    return np.asarray(cropped), np.int32(record["label"])

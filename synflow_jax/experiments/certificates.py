@@ -1,15 +1,16 @@
-"""Whether a certificate of the certified schedule holds: every iteration of the run, looked at once more.
+"""Writes and verifies the certificates of the certified schedule.
 
-A certificate says which weights each iteration pruned. That no iteration can have disconnected the network (Theorem 3)
-needs no trust in the run that made it: `verify` draws the network anew, takes SynFlow's scores in float64 before each
-iteration and compares the total score of what went with what the smallest cut held.
+A certificate says which weights each iteration pruned. It shows that no iteration can have
+disconnected the network (Theorem 3), and `verify` does not rely on the run that made it: it draws
+the network again, takes SynFlow's scores in float64 before each iteration, and compares the total
+score of the weights that were pruned with that of the smallest cut.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import models, scores, storage, trees
-from synflow_jax.experiments import config, prune_run
+from synflow_jax.experiments import initialization, rows
+from synflow_jax.experiments.run import from_dict
+from synflow_jax.models import Network
+from synflow_jax.pruning import PruneInfo
+from synflow_jax.trees import Params, Tree
+
+
+def certificate(row: Mapping[str, Any], info: PruneInfo) -> dict[str, Any]:
+    """Returns the certificate of a run, without the arrays of `info.removed_in`.
+
+    Args:
+      row: from `rows.prune_row`, with the digest of the mask.
+      info: from `certified.prune`.
+    """
+    iterations = zip(
+        row["iterations"]["kept"],
+        rows.cut_fractions(info),
+        row["iterations"]["log10_cut"],
+        strict=True,
+    )
+    return {
+        "run_id": row["run_id"],
+        "claim": "no iteration pruned weights of a total score of a cut or more, so that none can "
+        "have disconnected the network (Theorem 3); prune.py --verify looks at every iteration "
+        "again",
+        "kept": row["kept"],
+        "largest_cut_fraction": row["largest_cut_fraction"],
+        "mask_sha256": row["mask_sha256"],
+        "iterations": [
+            {"kept": kept, "cut_fraction": fraction, "log10_cut": log10_cut}
+            for kept, fraction, log10_cut in iterations
+        ],
+        "config": row["config"],
+    }
 
 
 class Verdict(NamedTuple):
-    """What a certificate that holds has shown.
+    """The result of a certificate that holds.
 
-    num_iterations, kept: of the run. largest_fraction: the most that an iteration pruned of a cut, in float64.
     run_id: of the run.
+    num_iterations: of the run.
+    kept: how many weights are left.
+    largest_fraction: the largest score that an iteration pruned, as a fraction of the smallest cut
+      before it, in float64.
     """
 
     run_id: str
@@ -39,83 +76,118 @@ def verify(
     *,
     init: str | None = None,
 ) -> Verdict:
-    """Looks at every iteration of a certificate's run, independently of what the run itself has computed.
+    """Verifies every iteration of a certificate, independently of the run that wrote it.
 
     Args:
       path: of the JSON file; see `storage.load_certificate`.
       on_progress: called as `on_progress(num_done, num_iterations)`.
-      init: the file of weights, where the run began from one.
+      init: the file of weights that the run began from, if it did.
 
     Raises:
-      ValueError: it does not hold, or its files are not what they should be; says what is wrong and in which iteration.
+      ValueError: the certificate does not hold, or its files are not of one run; says which
+        iteration or which file.
     """
     certificate, removed_in = storage.load_certificate(path)
-    settings = config.from_dict(certificate["config"])
-    if init is not None and settings.init is not None:
-        recorded, settings.init = settings.init, init
-        if config.init_digest(settings) != recorded:
-            raise ValueError(
-                f"init={init!r} is not the file that the run of certificate {str(path)!r} began from."
-            )
-    network = prune_run.build(settings)
-    names, sizes = trees.names(network.mask), trees.sizes(network.mask)
-    found = {name: int(leaf.size) for name, leaf in removed_in.items()}
-    if found != dict(zip(names, sizes, strict=True)):
-        raise ValueError(
-            f"certificate {str(path)!r} is of other layers ({found}) than its network has."
-        )
-    numbers = [removed_in[name] for name in names]
-    structure = jax.tree.structure(network.mask)
+    network = initialization.build(from_dict(certificate["config"], init))
+    _check_layers(path, certificate, removed_in, network)
     num_iterations = len(certificate["iterations"])
-    if max(int(leaf.max()) for leaf in numbers) > num_iterations:
-        raise ValueError(
-            f"certificate {str(path)!r} prunes weights in iterations that it does not list."
-        )
-    if certificate["mask_sha256"] != storage.mask_digest(
-        jax.tree.unflatten(structure, [n == 0 for n in numbers])
-    ):
-        raise ValueError(f"certificate {str(path)!r} is of another mask than it says.")
-
-    apply_fn = models.synflow_fn(network.model, network.batch_stats)
     fractions = []
     with jax.enable_x64(True):
-        score_fn, params = jax.tree.map(
-            _widen,
-            (scores.synflow(apply_fn, network.input_shape), trees.without_biases(network.params)),
-        )
-        iterations = jax.tree.unflatten(structure, [jnp.asarray(n) for n in numbers])
+        replay = _Replay(network, removed_in)
         for i in range(1, num_iterations + 1):
-            pruned, cut = _pruned_and_cut(score_fn.flow, params, iterations, i)
-            fractions.append(float(pruned) / float(cut) if cut > 0 else math.inf)
-            if not fractions[-1] < 1:
+            fraction = replay.fraction(i)
+            # Also refuses NaN.
+            if not fraction < 1:
                 raise ValueError(
-                    f"certificate {str(path)!r} does not hold: iteration {i} pruned {fractions[-1]:.6g} times what the "
-                    "smallest cut is known to hold, which may have disconnected the network."
+                    f"certificate {str(path)!r} does not hold: iteration {i} pruned {fraction:.6g} "
+                    "times what the smallest cut is known to hold, which may have disconnected the "
+                    "network."
                 )
+            fractions.append(fraction)
             if on_progress is not None:
                 on_progress(i, num_iterations)
-        _, cut = _pruned_and_cut(score_fn.flow, params, iterations, num_iterations + 1)
-        if not cut > 0:
+        if not replay.has_path_after(num_iterations):
             raise ValueError(
                 f"certificate {str(path)!r} does not hold: no path is left in the end."
             )
-    kept = sum(int(np.count_nonzero(n == 0)) for n in numbers)
-    return Verdict(certificate["run_id"], num_iterations, kept, max(fractions, default=0.0))
+    return Verdict(
+        certificate["run_id"],
+        num_iterations,
+        kept=sum(int(np.count_nonzero(leaf == 0)) for leaf in removed_in.values()),
+        largest_fraction=max(fractions, default=0.0),
+    )
+
+
+def _check_layers(
+    path: str | os.PathLike[str],
+    certificate: Mapping[str, Any],
+    removed_in: Mapping[str, np.ndarray],
+    network: Network,
+) -> None:
+    """Checks that a certificate, its arrays and its network belong together.
+
+    Raises:
+      ValueError: the layers, the iterations or the mask differ.
+    """
+    sizes = dict(zip(trees.names(network.mask), trees.sizes(network.mask), strict=True))
+    found = {name: int(leaf.size) for name, leaf in removed_in.items()}
+    if found != sizes:
+        raise ValueError(
+            f"certificate {str(path)!r} is of other layers ({found}) than its network has."
+        )
+    if max(int(leaf.max()) for leaf in removed_in.values()) > len(certificate["iterations"]):
+        raise ValueError(
+            f"certificate {str(path)!r} prunes weights in iterations that it does not list."
+        )
+    kept = [removed_in[name] == 0 for name in sizes]
+    mask = jax.tree.unflatten(jax.tree.structure(network.mask), kept)
+    if certificate["mask_sha256"] != storage.mask_digest(mask):
+        raise ValueError(f"certificate {str(path)!r} is of another mask than it says.")
+
+
+class _Replay:
+    """Recomputes the scores before each iteration of a run. To be used with float64 enabled."""
+
+    def __init__(self, network: Network, removed_in: Mapping[str, np.ndarray]) -> None:
+        apply_fn = models.synflow_fn(network.model, network.batch_stats)
+        rule = scores.synflow(apply_fn, network.input_shape)
+        assert rule.flow is not None
+        # Biases count as 0: what flows from them passes no path from the input.
+        params = trees.without_biases(network.params)
+        self._flow_fn, self._params = jax.tree.map(_widen, (rule.flow, params))
+        iterations = [jnp.asarray(removed_in[name]) for name in trees.names(network.mask)]
+        self._removed_in = jax.tree.unflatten(jax.tree.structure(network.mask), iterations)
+
+    def fraction(self, iteration: int) -> float:
+        """Returns the score that an iteration pruned, as a fraction of the cut before it."""
+        pruned, cut = self._pruned_and_cut(iteration)
+        return float(pruned) / float(cut) if cut > 0 else math.inf
+
+    def has_path_after(self, iteration: int) -> bool:
+        """Returns whether a path is left after an iteration."""
+        _, cut = self._pruned_and_cut(iteration + 1)
+        return bool(cut > 0)
+
+    def _pruned_and_cut(self, iteration: int) -> tuple[jax.Array, jax.Array]:
+        return _pruned_and_cut(self._flow_fn, self._params, self._removed_in, iteration)
 
 
 def _widen(leaf: Any) -> jax.Array:
+    """Turns floats into float64."""
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return jnp.asarray(leaf, jnp.float64) if is_float else leaf
 
 
 @jax.jit
 def _pruned_and_cut(
-    flow_fn: scores.FlowFn, params: trees.Params, removed_in: trees.Tree, iteration: jax.Array
+    flow_fn: scores.FlowFn, params: Params, removed_in: Tree, iteration: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What an iteration pruned, and what the smallest cut held before it, in one unit."""
+    """Returns the score that an iteration pruned and the smallest cut before it, in one unit."""
     mask = jax.tree.map(lambda n: (n == 0) | (n >= iteration), removed_in)
     flow = flow_fn(params, mask, jax.random.key(0))
-    gone = jax.tree.map(
-        lambda n, s: jnp.sum(jnp.where(n == iteration, s, 0)), removed_in, flow.scores
-    )
-    return jax.tree.reduce(jnp.add, gone), flow.cut
+
+    def pruned_score(number: jax.Array, score: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(number == iteration, score, 0))
+
+    pruned = jax.tree.map(pruned_score, removed_in, flow.scores)
+    return jax.tree.reduce(jnp.add, pruned), flow.cut

@@ -1,4 +1,8 @@
-"""One run as a picture, and the writing of pictures."""
+"""Draws one run, and writes pictures.
+
+`layers` shows what pruning left in each layer, `curve` shows training. The figures of the paper,
+which compare many runs, are in paper/figures.
+"""
 
 from __future__ import annotations
 
@@ -9,118 +13,168 @@ from typing import TYPE_CHECKING, Any
 
 from synflow_jax import storage
 
+# matplotlib is imported inside functions, after programs are compiled: the memory peaks there.
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, RED, GREEN, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#999999",
-)  # told apart by colour-blind readers
+# Colour-blind readers can tell these apart.
+BLUE = "#0072B2"
+RED = "#D55E00"
+GREEN = "#009E73"
+GREY = "#999999"
+
+_MAX_LABELS = 40  # more numbers do not fit above the bars
+_MAX_NAMES = 60  # nor more names below them
 
 
 def layers(row: Mapping[str, Any]) -> Figure:
-    """The fraction kept in every layer of one run, on a logarithmic axis, with the size of each layer behind it.
+    """Draws the fraction kept in every layer of one run, on a logarithmic axis.
 
     Args:
-      row: a row of `rows.jsonl`.
+      row: a pruning row of `rows.jsonl`.
     """
-    from matplotlib.figure import (
-        Figure,  # here, so that its memory is not there while programs are compiled
-    )
+    from matplotlib.figure import Figure
 
-    names = [layer["name"].removesuffix("/kernel") for layer in row["layers"]]
-    sizes = [layer["size"] for layer in row["layers"]]
     kept = [layer["kept"] for layer in row["layers"]]
-    fractions = [k / size for k, size in zip(kept, sizes, strict=True)]
+    fractions = [layer["kept"] / layer["size"] for layer in row["layers"]]
     density = row["kept"] / row["total"]
-    floor = min([f for f in fractions if f > 0] + [density or 1.0]) / 4
-    places = range(len(names))
+    # An empty layer has no logarithm: it is drawn at the floor, below every other layer.
+    positive = [fraction for fraction in fractions if fraction > 0]
+    floor = min([*positive, density or 1.0]) / 4
 
-    figure = Figure(figsize=(min(18, max(6, 0.42 * len(names) + 1.5)), 4.2), layout="constrained")
+    width = min(18, max(6, 0.42 * len(kept) + 1.5))
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.bar(
-        places,
-        [max(f, floor) for f in fractions],
-        color=[BLUE if k else "none" for k in kept],
-        width=0.75,
-    )
-    for place, (k, fraction) in enumerate(zip(kept, fractions, strict=True)):
-        if len(names) <= 40:
-            label = f"{k:,}" if k else "empty"
-            axes.annotate(
-                label, (place, max(fraction, floor)), xytext=(0, 3), textcoords="offset points", rotation=90,
-                ha="center", va="bottom", fontsize=7, color=BLUE if k else RED,
-            )  # fmt: skip
-        elif not k:
-            axes.plot(place, floor * 1.2, "x", color=RED, markersize=4)
-    axes.axhline(density, color=GREY, linestyle="--", linewidth=1)
-    axes.annotate(
-        f"{100 * density:.3g} %\nof all", (1, density), xycoords=("axes fraction", "data"), xytext=(4, 0),
-        textcoords="offset points", va="center", fontsize=7, color="#555555", annotation_clip=False,
-    )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_ylim(floor, (1 / floor) ** 0.25)  # room for the labels of full layers
-    axes.set_yticks([t for t in (10.0**-e for e in range(9)) if t >= floor])
-    axes.minorticks_off()
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    step = max(1, -(-len(names) // 60))
-    axes.set_xticks(places[::step], names[::step], rotation=90 if len(names) > 8 else 0, fontsize=7)
-    axes.set_ylabel("fraction of weights kept")
-    axes.set_title(
-        f"{row['model']}, {row['pruner']}, compression {row['reached_compression']:,.4g}: "
-        f"{row['kept']:,} of {row['total']:,} weights"
-        + (", COLLAPSED" if row["collapsed"] else ""),
-        fontsize=9,
-        color=RED if row["collapsed"] else "black",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    heights = [max(fraction, floor) for fraction in fractions]
+    colors = [BLUE if number else "none" for number in kept]
+    axes.bar(range(len(kept)), heights, color=colors, width=0.75)
+    _label_bars(axes, kept, heights, floor)
+    _draw_density(axes, density)
+    _dress_layers(axes, [layer["name"] for layer in row["layers"]], floor)
+    _add_layers_title(axes, row)
     return figure
 
 
+def _label_bars(axes: Axes, kept: Sequence[int], heights: Sequence[float], floor: float) -> None:
+    """Writes the number of weights above each bar, or only marks empty layers if there are many."""
+    for place, (number, height) in enumerate(zip(kept, heights, strict=True)):
+        if len(kept) <= _MAX_LABELS:
+            axes.annotate(
+                f"{number:,}" if number else "empty",
+                (place, height),
+                xytext=(0, 3),
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                color=BLUE if number else RED,
+            )
+        elif not number:
+            axes.plot(place, floor * 1.2, "x", color=RED, markersize=4)
+
+
+def _draw_density(axes: Axes, density: float) -> None:
+    """Draws the fraction kept in the whole network, as a line with its value at the right."""
+    axes.axhline(density, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"{100 * density:.3g} %\nof all",
+        (1, density),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color="#555555",
+        annotation_clip=False,
+    )
+
+
+def _dress_layers(axes: Axes, names: Sequence[str], floor: float) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(floor, (1 / floor) ** 0.25)  # room above 1 for the labels of full layers
+    powers = [10.0**-power for power in range(9)]
+    axes.set_yticks([power for power in powers if power >= floor])
+    axes.minorticks_off()
+    axes.set_ylabel("fraction of weights kept")
+
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    step = -(-len(names) // _MAX_NAMES)
+    shown = [name.removesuffix("/kernel") for name in names[::step]]
+    rotation = 90 if len(names) > 8 else 0
+    axes.set_xticks(range(0, len(names), step), shown, rotation=rotation, fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _add_layers_title(axes: Axes, row: Mapping[str, Any]) -> None:
+    title = (
+        f"{row['model']}, {row['pruner']}, compression {row['reached_compression']:,.4g}: "
+        f"{row['kept']:,} of {row['total']:,} weights"
+    )
+    if row["collapsed"]:
+        title += ", COLLAPSED"
+    axes.set_title(title, fontsize=9, color=RED if row["collapsed"] else "black")
+
+
 def curve(row: Mapping[str, Any], epochs: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss and accuracy over the epochs of one training run.
+    """Draws loss and accuracy of one training run over its epochs.
 
     Args:
       row: a training row of `rows.jsonl`.
-      epochs: its curve, an epoch a row; see `train_run.read_curve`.
+      epochs: the means of each epoch, as the file of the run's curve has them.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    number = [epoch["epoch"] for epoch in epochs]
-    marker = "o" if len(number) < 3 else None
-    for axes, metric, label, factor in zip(
-        figure.subplots(1, 2),
-        ("loss", "top1"),
-        ("loss", "top-1 accuracy, %"),
-        (1, 100),
-        strict=True,
-    ):
-        for split, color in (("train", GREY), ("test", BLUE)):
-            values = [factor * epoch[f"{split}_{metric}"] for epoch in epochs]
-            axes.plot(number, values, color=color, label=split, marker=marker, markersize=4)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#eeeeee")
-        axes.legend(frameon=False)
-    best = row["best"]
+    left, right = figure.subplots(1, 2)
+    _draw_metric(left, epochs, "loss", "loss", 1)
+    _draw_metric(right, epochs, "top1", "top-1 accuracy, %", 100)
+    last, best = row["last"], row["best"]
     figure.suptitle(
-        f"{row['model']} on {row['dataset']}, {row['pruner']}, {row['kept']:,} of {row['total']:,} weights: test top-1 "
-        f"{100 * row['last']['test_top1']:.2f} % at the end, {100 * best['test_top1']:.2f} % in epoch {best['epoch']}",
+        f"{row['model']} on {row['dataset']}, {row['pruner']}, "
+        f"{row['kept']:,} of {row['total']:,} weights: "
+        f"test top-1 {100 * last['test_top1']:.2f} % at the end, "
+        f"{100 * best['test_top1']:.2f} % in epoch {best['epoch']}",
         fontsize=9,
     )
     return figure
 
 
+def _draw_metric(
+    axes: Axes, epochs: Sequence[Mapping[str, float]], metric: str, label: str, factor: int
+) -> None:
+    """Draws a metric of the training and the test images.
+
+    Args:
+      axes: to draw on.
+      epochs: see `curve`.
+      metric: "loss" or "top1".
+      label: of the axis.
+      factor: what values are multiplied by: 100 for per cent.
+    """
+    number = [epoch["epoch"] for epoch in epochs]
+    # One or two points make no visible line.
+    marker = "o" if len(number) < 3 else None
+    for split, color in (("train", GREY), ("test", BLUE)):
+        values = [factor * epoch[f"{split}_{metric}"] for epoch in epochs]
+        axes.plot(number, values, color=color, label=split, marker=marker, markersize=4)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.locator_params("x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.legend(frameon=False)
+
+
 def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes a picture atomically, in the format of the file's ending; the same picture as the same bytes."""
-    buffer = io.BytesIO()
+    """Writes a picture atomically, in the format that the suffix of the path names.
+
+    The same picture always gives the same bytes.
+    """
     kind = path.suffix.removeprefix(".")
-    figure.savefig(
-        buffer, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else None
-    )
+    # PDF would otherwise hold the present time.
+    metadata = {"CreationDate": None} if kind == "pdf" else None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     storage.write_bytes(path, buffer.getvalue())

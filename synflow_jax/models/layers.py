@@ -1,7 +1,9 @@
-"""Convolution, pooling and normalisation as the networks of the paper use them, and the platform's choice of form.
+"""Defines convolution, pooling and normalisation as the published networks use them.
 
-Layout is NHWC and HWIO. Padding is explicit: published strided convolutions pad 1 on every side, where "SAME"
-would pad 0 and 1.
+Layout is NHWC for maps and HWIO for kernels. Padding is explicit: published strided convolutions
+pad 1 on every side, where Flax's "SAME" would pad 0 before and 1 after.
+
+On a CPU a convolution runs as a product of matrices; see `convolution`.
 """
 
 from __future__ import annotations
@@ -16,45 +18,192 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, variance_scaling
 
+from synflow_jax.trees import Params
+
+HEAD = "head"  # the name of the last layer of every network
+
 KAIMING_FAN_IN = variance_scaling(2.0, "fan_in", "normal")
 KAIMING_FAN_OUT = variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's default for convolutions and dense layers: uniform in +-1 / sqrt(fan_in).
 TORCH_DEFAULT = variance_scaling(1 / 3, "fan_in", "uniform")
 
+Pairs = Sequence[tuple[int, int]]  # padding (before, after) of height and of width
+
+# How much a convolution on a CPU gathers at a time. 4 to 16 MB differ by less than a tenth.
+_CHUNK_BYTES = 8 * 2**20
+
+
+# Layers.
+
+
+def conv(
+    features: int,
+    size: int,
+    *,
+    stride: int = 1,
+    bias: bool,
+    init: Initializer,
+    bias_init: Initializer = nn.initializers.zeros,
+    name: str,
+) -> nn.Conv:
+    """Returns a square `nn.Conv` that pads (size - 1) / 2 on every side."""
+    padding = (size - 1) // 2
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=[(padding, padding)] * 2,
+        use_bias=bias,
+        kernel_init=init,
+        bias_init=bias_init,
+        conv_general_dilated=convolution,
+        name=name,
+    )
+
+
+def torch_dense(x: jax.Array, features: int, *, name: str) -> jax.Array:
+    """Applies a dense layer that is initialized as PyTorch does by default."""
+    bias_init = torch_default_bias(x.shape[-1])
+    dense = nn.Dense(features, kernel_init=TORCH_DEFAULT, bias_init=bias_init, name=name)
+    return dense(x)
+
 
 def torch_default_bias(fan_in: int) -> Initializer:
-    """PyTorch's default for biases: uniform in +-1 / sqrt(fan_in), fan_in being that of the layer's kernel."""
+    """Returns PyTorch's default initializer of biases: uniform in +-1 / sqrt(fan_in).
+
+    Args:
+      fan_in: that of the kernel of the same layer.
+    """
+    bound = fan_in**-0.5
 
     def init(
         key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
-        bound = fan_in**-0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as in PyTorch, with the names and collections of `nn.BatchNorm`.
+
+    It differs from Flax's in one point: the running variance is that of a sample (divided by
+    n - 1). Statistics are at least float32 whatever the inputs are.
+
+    Attributes:
+      train: whether to use the statistics of the batch, and to update the running ones.
+      momentum: the weight of the old statistics. PyTorch's momentum is that of the new ones.
+      epsilon: added to the variance.
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises each channel of [batch, ..., channels]."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        mean, var = running_mean.value, running_var.value
+        if self.train:
+            mean, var = _batch_moments(x)
+            # Drawing the variables of a new network must not change its statistics.
+            if not self.is_initializing():
+                running_mean.value = self._updated(running_mean.value, mean)
+                num = x.size // x.shape[-1]
+                sample_var = var * (num / max(1, num - 1))
+                running_var.value = self._updated(running_var.value, sample_var)
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        centred = x - _channels(mean, x.ndim)
+        y = centred * _channels(factor, x.ndim) + _channels(bias, x.ndim)
+        return y.astype(x.dtype)
+
+    def _updated(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """Moves a running statistic towards that of the batch."""
+        return self.momentum * old + (1 - self.momentum) * new
+
+
+def _batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes the mean and the variance of each channel over a batch."""
+    axes = tuple(range(x.ndim - 1))
+    values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(values, axis=axes)
+    deviations = values - _channels(mean, x.ndim)
+    return mean, jnp.mean(jnp.square(deviations), axis=axes)
+
+
+def _channels(vector: jax.Array, ndim: int) -> jax.Array:
+    """Reshapes [channels] to [1, ..., 1, channels]."""
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """Pools [batch, height, width, channels]; the gradient goes to the first maximum of a window.
+
+    "First" is in row-major order. The rule matters for SynFlow, whose input of ones makes ties
+    everywhere. NaN passes through.
+
+    Raises:
+      ValueError: the map is smaller than the window.
+    """
+    height, width = x.shape[1:3]
+    if min(height, width) + 2 * padding < window:
+        raise ValueError(
+            f"a map of {height}x{width} is too small for a {window}x{window} max pool: use larger "
+            "images, or a network with fewer poolings, such as one of cifar_*."
+        )
+    lowest = jnp.array(-jnp.inf, x.dtype)
+    candidates = _windows(
+        x, (window, window), (stride, stride), [(padding, padding)] * 2, fill=lowest
+    )
+
+    def larger(best: jax.Array, new: jax.Array) -> jax.Array:
+        # Not >=: of equal values the first one stays, and gets the gradient.
+        is_larger = (new > best) | jnp.isnan(new)
+        return jnp.where(is_larger, new, best)
+
+    return functools.reduce(larger, candidates)
+
+
+def widths(params: Params, names: Sequence[str]) -> tuple[int, ...]:
+    """Returns the number of outputs of each layer of these names, from the shapes of kernels."""
+    return tuple(params[name]["kernel"].shape[-1] for name in names)
+
+
+# Convolution.
 
 
 def convolution(
     inputs: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: Pairs,
     *,
     lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     feature_group_count: int,
     **kwargs: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`; on a CPU, patches times a matrix.
+    """Computes `jax.lax.conv_general_dilated`, on a CPU as a product of patches and a matrix.
 
-    GPUs and TPUs take XLA's convolution. On a CPU XLA's runs up to a hundred times slower inside of a loop or a
-    scan than the product of matrices; outside of them neither form always wins (benchmarks/convolution.py).
-    The platform is chosen when the program is lowered, so one traced program serves all. Both forms sum the
-    same products.
+    GPUs and TPUs use XLA's convolution. On a CPU, XLA's convolution inside a loop or a scan is up
+    to a hundred times slower than the product of matrices. Outside of loops neither form always
+    wins (benchmarks/convolution.py). The platform is chosen when the program is lowered, so one
+    traced program serves all. Both forms sum the same products.
 
     Args:
       inputs: [batch, height, width, in].
       kernel: [height, width, in / groups, out].
+      strides, padding: of height and width.
+      lhs_dilation, rhs_dilation, feature_group_count, kwargs: as `jax.lax.conv_general_dilated`.
+        Dilated and grouped convolutions always use XLA's form.
+
+    Returns:
+      [batch, height, width, out].
     """
 
     def native(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -69,7 +218,8 @@ def convolution(
             **kwargs,
         )
 
-    if feature_group_count != 1 or any(d != 1 for d in (*lhs_dilation, *rhs_dilation)):
+    dilated = any(dilation != 1 for dilation in (*lhs_dilation, *rhs_dilation))
+    if feature_group_count != 1 or dilated:
         return native(inputs, kernel)
     as_matrices = functools.partial(
         _convolution_as_matrices,
@@ -85,42 +235,24 @@ def _convolution_as_matrices(
     kernel: jax.Array,
     *,
     strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: Pairs,
     precision: Any,
 ) -> jax.Array:
+    """Computes a convolution by products of matrices, in the form that moves the least data."""
     kernel_height, kernel_width, channels, features = kernel.shape
-    fill = jnp.zeros((), inputs.dtype)
-
-    def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        flat = jnp.dot(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
-        return flat.reshape(*x.shape[:-1], matrix.shape[-1])
-
+    # Whole patches are the only way with a vertical stride, and the cheaper one if they are smaller
+    # than the outputs, as in a 1x1 convolution.
     if strides[0] != 1 or kernel_height * kernel_width * channels <= features:
-        patches = jnp.concatenate(
-            _windows(inputs, (kernel_height, kernel_width), strides, padding, fill), axis=-1
-        )
-        return product(patches, kernel.reshape(-1, features))
+        return _by_patches(inputs, kernel, strides, padding, precision)
 
-    def by_rows(inputs: jax.Array) -> jax.Array:
-        # What lies under one row of the kernel is gathered, a third of the memory of whole 3x3 patches; one product
-        # gives what each row of the kernel adds, and the sums are taken where the outputs lie.
-        rows = _windows(inputs, (1, kernel_width), (1, strides[1]), ((0, 0), padding[1]), fill)
-        matrix = kernel.transpose(1, 2, 0, 3).reshape(-1, kernel_height * features)
-        parts = product(jnp.concatenate(rows, axis=-1), matrix)
-        parts = jax.lax.pad(parts, fill, [(0, 0, 0), (*padding[0], 0), (0, 0, 0), (0, 0, 0)])
-        height = parts.shape[1] - kernel_height + 1
-        shifted = [
-            parts[:, i : i + height, :, i * features : (i + 1) * features]
-            for i in range(kernel_height)
-        ]
-        return functools.reduce(jnp.add, shifted)
-
-    # The rows and the parts are several times what enters and leaves. A few images at a time they stay in the
-    # processor's cache, and are gathered again for the gradient instead of kept.
-    widths = kernel_width * channels + kernel_height * features
-    num_chunks = _num_chunks(
-        inputs.shape[0], math.prod(inputs.shape[1:3]) * widths * inputs.dtype.itemsize
+    by_rows = functools.partial(
+        _by_rows, kernel=kernel, strides=strides, padding=padding, precision=precision
     )
+    # Rows and parts are several times as large as inputs and outputs. A few images at a time, they
+    # stay in the processor's cache, and the gradient gathers them again instead of keeping them.
+    row_bytes = (kernel_width * channels + kernel_height * features) * inputs.dtype.itemsize
+    image_bytes = math.prod(inputs.shape[1:3]) * row_bytes
+    num_chunks = _num_chunks(inputs.shape[0], image_bytes)
     if num_chunks == 1:
         return by_rows(inputs)
     chunks = inputs.reshape(num_chunks, -1, *inputs.shape[1:])
@@ -128,136 +260,90 @@ def _convolution_as_matrices(
     return outputs.reshape(-1, *outputs.shape[2:])
 
 
-_CHUNK_BYTES = (
-    8 * 2**20
-)  # of what is gathered for a few images: 4 to 16 MB are within a tenth of each other
+def _by_patches(
+    inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Pairs, precision: Any
+) -> jax.Array:
+    """Convolves by one product: whole patches times the kernel."""
+    zero = jnp.zeros((), inputs.dtype)
+    windows = _windows(inputs, kernel.shape[:2], strides, padding, fill=zero)
+    patches = jnp.concatenate(windows, axis=-1)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return _product(patches, matrix, precision)
+
+
+def _by_rows(
+    inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Pairs, precision: Any
+) -> jax.Array:
+    """Convolves with vertical stride 1 by one product, which yields what each kernel row adds.
+
+    It gathers only what one row of the kernel covers: a third of the memory of 3x3 patches. The
+    sums over the rows of the kernel are taken on the outputs.
+    """
+    kernel_height, kernel_width, _, features = kernel.shape
+    zero = jnp.zeros((), inputs.dtype)
+    window, stride = (1, kernel_width), (1, strides[1])
+    rows = _windows(inputs, window, stride, ((0, 0), padding[1]), fill=zero)
+    matrix = kernel.transpose(1, 2, 0, 3).reshape(-1, kernel_height * features)
+    parts = _product(jnp.concatenate(rows, axis=-1), matrix, precision)
+    unpadded = (0, 0, 0)
+    parts = jax.lax.pad(parts, zero, [unpadded, (*padding[0], 0), unpadded, unpadded])
+    height = parts.shape[1] - kernel_height + 1
+    shifted = []
+    for i in range(kernel_height):
+        of_row = slice(i * features, (i + 1) * features)
+        shifted.append(parts[:, i : i + height, :, of_row])
+    return functools.reduce(jnp.add, shifted)
+
+
+def _product(x: jax.Array, matrix: jax.Array, precision: Any) -> jax.Array:
+    """Multiplies the last axis of x [..., in] by a matrix [in, out]."""
+    rows = x.reshape(-1, x.shape[-1])
+    products = jnp.dot(rows, matrix, precision=precision)
+    return products.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def _num_chunks(batch: Any, image_bytes: int) -> int:
-    """Into how many parts of equal size a batch is cut; 1 where its size is not known yet (`jax.export`).
+    """Returns into how many parts of equal size a batch is cut.
+
+    The size of the batch is unknown in `jax.export`; then it stays whole.
 
     >>> _num_chunks(128, 2**20), _num_chunks(128, 2**16), _num_chunks(1, 2**30)
     (16, 1, 1)
     """
     if not isinstance(batch, int) or batch * image_bytes <= _CHUNK_BYTES:
         return 1
+    # The largest part that fits and divides the batch.
     most = max(1, _CHUNK_BYTES // image_bytes)
-    return batch // max(size for size in range(1, most + 1) if batch % size == 0)
+    sizes = [size for size in range(1, most + 1) if batch % size == 0]
+    return batch // max(sizes)
 
 
 def _windows(
-    x: jax.Array,
-    window: Sequence[int],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    fill: jax.Array,
+    x: jax.Array, window: Sequence[int], strides: Sequence[int], padding: Pairs, fill: jax.Array
 ) -> list[jax.Array]:
-    """For each place in a window, in row-major order, what lies there in every window: [batch, out, out, channels]."""
-    x = jax.lax.pad(x, fill, [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    """Gathers, for each place in a window, the values at that place of every window.
+
+    Args:
+      x: [batch, height, width, channels].
+      window: height and width.
+      strides, padding: of height and width.
+      fill: the value of the padding.
+
+    Returns:
+      For each place in row-major order [batch, windows down, windows across, channels].
+    """
+    unpadded = (0, 0, 0)
+    padded = [(low, high, 0) for low, high in padding]
+    x = jax.lax.pad(x, fill, [unpadded, *padded, unpadded])
     batch, height, width, channels = x.shape
-    out = [(size - w) // s + 1 for size, w, s in zip((height, width), window, strides, strict=True)]
-    return [
-        jax.lax.slice(
-            x,
-            (0, row, column, 0),
-            (
-                batch,
-                row + (out[0] - 1) * strides[0] + 1,
-                column + (out[1] - 1) * strides[1] + 1,
-                channels,
-            ),
-            (1, *strides, 1),
-        )
-        for row in range(window[0])
-        for column in range(window[1])
-    ]
-
-
-def conv(
-    features: int,
-    size: int,
-    *,
-    stride: int = 1,
-    bias: bool,
-    init: Initializer,
-    bias_init: Initializer = nn.initializers.zeros,
-    name: str,
-) -> nn.Conv:
-    """A square `nn.Conv` that pads (size - 1) / 2 on every side."""
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=[((size - 1) // 2,) * 2] * 2,
-        use_bias=bias,
-        kernel_init=init,
-        bias_init=bias_init,
-        conv_general_dilated=convolution,
-        name=name,
-    )
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation as PyTorch's, which the published networks use; names and collections are `nn.BatchNorm`'s.
-
-    It differs from Flax's in one point: the running variance is that of a sample (divided by n - 1). Statistics are
-    float32 whatever the inputs are.
-    """
-
-    train: bool
-    momentum: float = 0.9  # of the old statistics; PyTorch counts the other way
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, ..., channels] -> the same, by the batch's statistics while training, by the running ones else."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        mean, var = running_mean.value, running_var.value
-        if self.train:
-            axes = tuple(range(x.ndim - 1))
-            values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            mean = jnp.mean(values, axis=axes)
-            var = jnp.mean(jnp.square(values - _channels(mean, x.ndim)), axis=axes)
-            if not self.is_initializing():
-                num = x.size // channels
-                keep = lambda old, new: self.momentum * old + (1 - self.momentum) * new
-                running_mean.value = keep(running_mean.value, mean)
-                running_var.value = keep(running_var.value, var * (num / max(1, num - 1)))
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        y = (x - _channels(mean, x.ndim)) * _channels(factor, x.ndim) + _channels(bias, x.ndim)
-        return y.astype(x.dtype)
-
-
-def _channels(vector: jax.Array, ndim: int) -> jax.Array:
-    return vector.reshape((1,) * (ndim - 1) + (-1,))
-
-
-def batch_norm(train: bool, name: str) -> BatchNorm:
-    """`BatchNorm` by name."""
-    return BatchNorm(train, name=name)
-
-
-def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """Max pooling of [batch, height, width, channels] whose gradient goes to the first maximum in row-major order.
-
-    The rule matters for SynFlow: its all-ones input makes ties everywhere. NaN passes through.
-    """
-    if min(x.shape[1:3]) + 2 * padding < window:
-        raise ValueError(
-            f"a map of {x.shape[1]}x{x.shape[2]} is too small for a {window}x{window} max pool: take larger images, "
-            "or a network with fewer poolings, such as one of cifar_*."
-        )
-    windows = _windows(
-        x,
-        (window, window),
-        (stride, stride),
-        [(padding, padding)] * 2,
-        jnp.array(-jnp.inf, x.dtype),
-    )
-    return functools.reduce(
-        lambda best, new: jnp.where((new > best) | jnp.isnan(new), new, best), windows
-    )
+    num_down = (height - window[0]) // strides[0] + 1
+    num_across = (width - window[1]) // strides[1] + 1
+    found = []
+    for row in range(window[0]):
+        for column in range(window[1]):
+            start = (0, row, column, 0)
+            last_row = row + (num_down - 1) * strides[0]
+            last_column = column + (num_across - 1) * strides[1]
+            stop = (batch, last_row + 1, last_column + 1, channels)
+            found.append(jax.lax.slice(x, start, stop, (1, *strides, 1)))
+    return found

@@ -1,8 +1,10 @@
-"""Residual networks (He et al. 2016) as OpenLTH (CIFAR), the Tiny ImageNet runs and torchvision build them."""
+"""Defines residual networks (He et al. 2016) in the published forms.
+
+OpenLTH's form (CIFAR) has three stages. The form of the Tiny ImageNet runs and of torchvision has
+four.
+"""
 
 from __future__ import annotations
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -11,24 +13,33 @@ import jax.numpy as jnp
 from synflow_jax.models import layers
 from synflow_jax.trees import Params
 
+BlockWidths = tuple[int, ...]  # the output channels of the convolutions of one block
+
 
 class ResNet(nn.Module):
-    """A stem, stages of residual blocks (the first block of each stage but the first halves the map), a head.
+    """A stem, stages of residual blocks, and a head on the global average.
 
-    A block adds its input to its output; where their shapes differ the input passes a strided 1x1 convolution.
-    Layers are named in the paper's way: stem `conv1`, first stage `conv2_1`, `conv2_2`, ... and the head.
+    A block adds its input to its output. If their shapes differ, the input passes a strided 1x1
+    convolution, the shortcut. The first block of each stage but the first halves the map.
+    Layers are named as in the paper: stem `conv1`, first stage `conv2_1`, `conv2_2` and so on.
 
     Attributes:
-      num_blocks, widths: per stage; a bottleneck block puts out 4 times the width.
-      bottleneck: blocks of 1x1, 3x3 (which holds the stride) and 1x1 convolutions, instead of two 3x3 ones.
+      num_classes: the number of outputs.
+      num_blocks: the number of blocks of each stage.
+      widths: the width of each stage. A bottleneck block has four times as many outputs.
+      bottleneck: whether blocks are convolutions of 1x1, 3x3 (which has the stride) and 1x1,
+        instead of two of 3x3.
       bottleneck_multiplier: widens the inner convolutions of bottleneck blocks.
-      stem_width: output channels of the first convolution.
-      imagenet_stem: a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2, instead of a 3x3 convolution.
-      kernel_init: of the convolutions.
-      conv_widths: the output channels of every convolution, per stage and block, where they are not those of `widths`:
-        of a network without its dead channels.
-      stem_shortcut: whether the first block has a shortcut convolution; None: where stem and block differ in width.
-      torch_head: the head starts as a PyTorch layer does by default, instead of by `kernel_init` with bias 0.
+      stem_width: the output channels of the first convolution.
+      imagenet_stem: whether the stem is a 7x7 convolution of stride 2 and a 3x3 max pool of
+        stride 2, instead of a 3x3 convolution.
+      kernel_init: the initializer of the convolutions.
+      torch_head: whether the head is initialized by PyTorch's default, instead of by `kernel_init`
+        with bias 0.
+      conv_widths: the output channels of every convolution, by stage and block, if they do not
+        follow from `widths`. A compact network has them.
+      stem_shortcut: whether the first block has a shortcut. None: if stem and block differ in
+        width.
     """
 
     num_classes: int
@@ -40,114 +51,131 @@ class ResNet(nn.Module):
     imagenet_stem: bool = False
     kernel_init: nn.initializers.Initializer = layers.KAIMING_FAN_OUT
     torch_head: bool = True
-    conv_widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    conv_widths: tuple[tuple[BlockWidths, ...], ...] | None = None
     stem_shortcut: bool | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """[batch, height, width, channels] -> logits [batch, num_classes]."""
+        """Maps [batch, height, width, channels] to logits [batch, num_classes]."""
+        # The stem.
         size, stride = (7, 2) if self.imagenet_stem else (3, 1)
-        x = layers.conv(
+        stem = layers.conv(
             self.stem_width, size, stride=stride, bias=False, init=self.kernel_init, name="conv1"
-        )(x)
-        x = nn.relu(layers.batch_norm(train, name="conv1_norm")(x))
+        )
+        x = layers.BatchNorm(train, name="conv1_norm")(stem(x))
+        x = nn.relu(x)
         if self.imagenet_stem:
             x = layers.max_pool(x, 3, 2, padding=1)
-        for i, (stage, num_blocks) in enumerate(
-            zip(self.all_widths(), self.num_blocks, strict=True)
-        ):
+
+        # The stages. Maps are halved, and shapes change, in the first block of a stage.
+        for i, stage in enumerate(self.all_widths()):
             for j, widths in enumerate(stage, 1):
+                first = j == 1
                 block = Block(
                     widths=widths,
-                    stride=2 if i > 0 and j == 1 else 1,
-                    shortcut=j == 1 and (i > 0 or self.has_stem_shortcut()),
+                    stride=2 if first and i > 0 else 1,
+                    shortcut=first and (i > 0 or self.has_stem_shortcut()),
                     kernel_init=self.kernel_init,
-                    name=block_name(i, j, num_blocks),
+                    name=block_name(i, j, self.num_blocks[i]),
                 )
                 x = block(x, train=train)
+
+        # The head.
         x = jnp.mean(x, axis=(1, 2))
         if self.torch_head:
-            init, bias_init = layers.TORCH_DEFAULT, layers.torch_default_bias(x.shape[-1])
-        else:
-            init, bias_init = self.kernel_init, nn.initializers.zeros
-        return nn.Dense(self.num_classes, kernel_init=init, bias_init=bias_init, name="head")(x)
+            return layers.torch_dense(x, self.num_classes, name=layers.HEAD)
+        head = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name=layers.HEAD)
+        return head(x)
 
-    def all_widths(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The output channels of every convolution, per stage and block."""
+    def all_widths(self) -> tuple[tuple[BlockWidths, ...], ...]:
+        """Returns the output channels of every convolution, by stage and block."""
         if self.conv_widths is not None:
             return self.conv_widths
-        inner = lambda width: (
-            (width * self.bottleneck_multiplier,) * 2 if self.bottleneck else (width,)
-        )
-        blocks = [(*inner(width), 4 * width if self.bottleneck else width) for width in self.widths]
-        return tuple((block,) * num for block, num in zip(blocks, self.num_blocks, strict=True))
+        stages = []
+        for width, num_blocks in zip(self.widths, self.num_blocks, strict=True):
+            block = self._block_widths(width)
+            stages.append((block,) * num_blocks)
+        return tuple(stages)
+
+    def _block_widths(self, width: int) -> BlockWidths:
+        """Returns the output channels of the convolutions of a block."""
+        if not self.bottleneck:
+            return (width, width)
+        inner = width * self.bottleneck_multiplier
+        return (inner, inner, 4 * width)
 
     def has_stem_shortcut(self) -> bool:
-        """Whether the input of the first block passes a convolution: where its shape differs from the output's."""
-        return (
-            self.stem_width != self.all_widths()[0][0][-1]
-            if self.stem_shortcut is None
-            else self.stem_shortcut
-        )
+        """Returns whether the input of the first block passes a convolution."""
+        if self.stem_shortcut is not None:
+            return self.stem_shortcut
+        first_block = self.all_widths()[0][0]
+        return self.stem_width != first_block[-1]
 
     def resized(self, params: Params) -> ResNet:
-        """The network of the same layers whose parameters have these shapes."""
-        num_convs = 3 if self.bottleneck else 2
-        width = lambda layer: layer["kernel"].shape[-1]
-        blocks = [
-            [params[block_name(i, j, num)] for j in range(1, num + 1)]
-            for i, num in enumerate(self.num_blocks)
-        ]
+        """Returns the network of the same layers for parameters of these shapes."""
+        convolutions = ["conv1", "conv2"]
+        if self.bottleneck:
+            convolutions.append("conv3")
+        stages = []
+        for i, num_blocks in enumerate(self.num_blocks):
+            names = [block_name(i, j, num_blocks) for j in range(1, num_blocks + 1)]
+            blocks = [layers.widths(params[name], convolutions) for name in names]
+            stages.append(tuple(blocks))
+        (stem_width,) = layers.widths(params, ["conv1"])
         return self.clone(
-            stem_width=width(params["conv1"]),
-            conv_widths=tuple(
-                tuple(
-                    tuple(width(block[f"conv{k}"]) for k in range(1, num_convs + 1))
-                    for block in stage
-                )
-                for stage in blocks
-            ),
+            stem_width=stem_width,
+            conv_widths=tuple(stages),
+            # Widths no longer tell whether the full network had a shortcut there.
             stem_shortcut=self.has_stem_shortcut(),
         )
 
 
 def block_name(stage: int, block: int, num_blocks: int) -> str:
-    """The name of a block, from stage 0 and block 1; padded with zeros, so that names sort in the network's order."""
-    return f"conv{stage + 2}_{block:0{len(str(num_blocks))}d}"
+    """Returns the name of a block. Stages count from 0, blocks from 1.
+
+    Numbers are padded with zeros, so that names sort in the order of the network.
+
+    >>> block_name(0, 7, 18)
+    'conv2_07'
+    """
+    num_digits = len(str(num_blocks))
+    return f"conv{stage + 2}_{block:0{num_digits}d}"
 
 
 class Block(nn.Module):
-    """A residual block: relu(norm(conv(... x)) + shortcut(x)), of 3x3 convolutions, or of 1x1, 3x3 and 1x1 ones.
+    """A residual block: relu(norm(conv(... x)) + shortcut(x)).
 
     Attributes:
-      widths: the output channels of its two or three convolutions.
-      stride: of the first 3x3 convolution, and of the shortcut.
-      shortcut: x passes a 1x1 convolution.
-      kernel_init: of the convolutions.
+      widths: the output channels of its convolutions: two of 3x3, or three of 1x1, 3x3 and 1x1.
+      stride: the stride of the first 3x3 convolution and of the shortcut.
+      shortcut: whether x passes a 1x1 convolution.
+      kernel_init: the initializer of the convolutions.
     """
 
-    widths: tuple[int, ...]
+    widths: BlockWidths
     stride: int
     shortcut: bool
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[batch, height, width, channels] -> the same, at 1 / stride of height and width."""
-        conv = functools.partial(layers.conv, bias=False, init=self.kernel_init)
-        sizes, strides = (
-            ((1, 3, 1), (1, self.stride, 1))
-            if len(self.widths) == 3
-            else ((3, 3), (self.stride, 1))
-        )
+        """Maps [batch, height, width, in] to [batch, height / stride, width / stride, out]."""
+        bottleneck = len(self.widths) == 3
+        sizes = (1, 3, 1) if bottleneck else (3, 3)
+        strides = (1, self.stride, 1) if bottleneck else (self.stride, 1)
+
+        def normed_conv(x: jax.Array, width: int, size: int, stride: int, name: str) -> jax.Array:
+            convolution = layers.conv(
+                width, size, stride=stride, bias=False, init=self.kernel_init, name=name
+            )
+            return layers.BatchNorm(train, name=f"{name}_norm")(convolution(x))
+
         y = x
-        for i, (features, size, stride) in enumerate(
-            zip(self.widths, sizes, strides, strict=True), 1
-        ):
-            y = conv(features, size, stride=stride, name=f"conv{i}")(y)
-            y = layers.batch_norm(train, name=f"conv{i}_norm")(y)
-            y = nn.relu(y) if i < len(self.widths) else y
+        for i, width in enumerate(self.widths):
+            y = normed_conv(y, width, sizes[i], strides[i], name=f"conv{i + 1}")
+            # The last ReLU comes after the sum.
+            if i + 1 < len(self.widths):
+                y = nn.relu(y)
         if self.shortcut:
-            x = conv(self.widths[-1], 1, stride=self.stride, name="shortcut")(x)
-            x = layers.batch_norm(train, name="shortcut_norm")(x)
+            x = normed_conv(x, self.widths[-1], 1, self.stride, name="shortcut")
         return nn.relu(x + y)

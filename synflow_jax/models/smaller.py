@@ -1,92 +1,93 @@
-"""Pruned networks as smaller ones of the same family; see `compaction` for what can go and what is exact."""
+"""Makes a pruned network smaller: a dense network of the same family without the useless units.
+
+`units.compaction` decides which units can go and explains why the function stays the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from synflow_jax.trees import Mask, Params, Tree, check_mask
+from synflow_jax.models.network import Network
+from synflow_jax.trees import Mask, Tree, check_mask
 from synflow_jax.units import compaction
 from synflow_jax.units.compaction import Plan
 
 
 class Compact(NamedTuple):
-    """A smaller network, its variables, the mask of what is pruned in it still, and the map back to the full one.
+    """A smaller network and the map back to the full one.
 
-    The plan works on gradients, optimizer states and whole training states as well: `compaction.shrink_tree` makes them
-    smaller, `compaction.expand_tree` puts trained values back. bounds: see `compaction.Compacted`.
+    The plan also works on gradients, optimizer states and whole training states:
+    `compaction.shrink_tree` makes them smaller, `compaction.expand_tree` puts trained values back.
+
+    Attributes:
+      network: the smaller network. Its mask tells which of its weights are pruned.
+      plan: which units of the full network are in it.
+      bounds: how much folding changed padded layers at most; see `compaction.Compacted`.
     """
 
-    model: nn.Module
-    params: Params
-    batch_stats: Tree
-    mask: Mask
+    network: Network
     plan: Plan
     bounds: Mapping[str, float]
 
 
-def compact(
-    model: nn.Module,
-    params: Params,
-    batch_stats: Tree,
-    mask: Mask,
-    input_shape: tuple[int, ...],
-    *,
-    fold: bool = False,
-    tolerance: float = 0.0,
-) -> Compact:
-    """The same function as a smaller dense network, without the units that the mask has left without use.
+def compact(network: Network, *, fold: bool = False, tolerance: float = 0.0) -> Compact:
+    """Returns the same function as a smaller dense network, without the units that are not used.
 
-    Untrained, half trained or trained: biases and batch statistics count as they are. A mask that leaves every unit in
-    use gives the network back as it is. In a residual network a block may have lost its branch: one dead unit
-    remains in each of its layers.
+    The network may be untrained or trained: biases and batch statistics count as they are. If the
+    mask leaves every unit in use, the network stays as it is. A residual block that has lost its
+    branch keeps one dead unit in each layer of the branch.
 
     Args:
-      model: a network of this package, or a Linen module called as `module(x, train=...)` with a method
-        `resized(params)` that gives the module whose parameters have the shapes of `params`.
-      params, batch_stats: of the network; weights that the mask has pruned count as 0.
-      mask: bool arrays beside the prunable parameters, holes elsewhere.
-      input_shape: of one example.
-      fold, tolerance: for inference alone, constants become part of biases; see `compaction.compact_tree`.
+      network: its model is of this package, or a Linen module called as `module(x, train=...)`
+        with a method `resized(params)` that returns the module for parameters of those shapes.
+        Weights that the mask has pruned count as 0.
+      fold, tolerance: for inference only, constants become part of biases; see
+        `compaction.compact_tree`.
 
     Raises:
       ValueError: the network has collapsed, the mask does not fit, or the module cannot be resized.
 
-    >>> import jax
     >>> from synflow_jax import models, prunable
     >>> model = models.create("conv", 10)
     >>> params, batch_stats = models.init(model, (8, 8, 1), jax.random.key(0))
     >>> mask = prunable(params)
-    >>> mask["conv2"]["kernel"] = mask["conv2"]["kernel"].at[:, :, 5:].set(False)  # 27 channels are not read
-    >>> small = models.compact(model, params, batch_stats, mask, (8, 8, 1))
-    >>> small.model.widths
+    >>> kept = mask["conv2"]["kernel"].at[:, :, 5:].set(False)  # 27 input channels are not read
+    >>> mask["conv2"]["kernel"] = kept
+    >>> network = models.Network(model, params, batch_stats, mask, (8, 8, 1))
+    >>> models.compact(network).network.model.widths
     (5, 32)
     """
+    # A module of any library can have the method, so its type says nothing about it.
+    model: Any = network.model
     if not hasattr(model, "resized"):
         raise ValueError(
-            f"{type(model).__name__} has no method resized(params), which gives the module whose parameters have other "
-            "shapes: write one, or take compaction.compact_tree and build the smaller network yourself."
+            f"{type(model).__name__} has no method resized(params), which returns the module for "
+            "parameters of other shapes: write one, or call compaction.compact_tree and build the "
+            "smaller network yourself."
         )
-    check_mask(mask, params)
-    variables = (
-        {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
-    )
+    check_mask(network.mask, network.params)
+
+    def apply_fn(variables: Tree, x: jax.Array) -> jax.Array:
+        return jnp.asarray(model.apply(variables, x, train=False))
+
     small, small_mask, plan, bounds = compaction.compact_tree(
-        lambda variables, x: jnp.asarray(model.apply(variables, x, train=False)),
-        variables,
-        {"params": mask},
-        input_shape,
+        apply_fn,
+        network.variables(),
+        Mask({"params": network.mask}),
+        network.input_shape,
         fold=fold,
         tolerance=tolerance,
     )
-    return Compact(
-        model.resized(small["params"]),
-        small["params"],
-        small.get("batch_stats", {}),
-        small_mask["params"],
-        plan,
-        bounds,
+    params = small["params"]
+    smaller = Network(
+        model=model.resized(params),
+        params=params,
+        batch_stats=small.get("batch_stats", {}),
+        mask=small_mask["params"],
+        input_shape=network.input_shape,
     )
+    return Compact(smaller, plan, bounds)

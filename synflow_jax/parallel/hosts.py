@@ -1,8 +1,13 @@
-"""Several processes as one program: who is there, and which part of the work is whose.
+"""Joins several processes into one job, and divides work between them.
 
-`jax.distributed` joins processes by itself, but where one of them never comes it ends all others with an abort of XLA's
-that names nobody. So they meet here first, on the port that JAX takes afterwards: process 0 counts who comes and tells
-everybody to go on, or who is missing.
+`jax.distributed` joins processes by itself. But if one of them never comes, XLA aborts all others
+without saying which one is missing. So they meet here first, on the port that JAX takes afterwards:
+process 0 counts who comes, and then tells everybody that all have come, or what is wrong.
+
+A meeting is one exchange of JSON lines per process:
+
+    process i -> 0    {"format": ..., "process_id": i, "num_processes": n, "host": NAME}
+    0 -> process i    {"problem": null}, or {"problem": MESSAGE, "kind": "timeout" or "value"}
 """
 
 from __future__ import annotations
@@ -21,15 +26,18 @@ import jax
 _T = TypeVar("_T")
 _HELLO = "synflow_jax hosts 1"
 _PAUSE_S = 0.1  # between two attempts to reach process 0
-_GRACE_S = 10  # how much longer than process 0 waits the others wait for its answer
-# At its end a process waits for the others, whose share may take hours longer; JAX's own limit is 5 minutes, and then
-# it aborts all of them.
+_HELLO_S = 5  # how long a process may take to say hello after it has connected
+_GRACE_S = 10  # how much longer than process 0 the others wait for its answer
+# A process that is done waits for the others, whose share may take hours longer. JAX's own limit is
+# 5 minutes; then it aborts all of them.
 _SHUTDOWN_S = 30 * 24 * 3600
+_WAIT_LONGER = "A longer timeout (--join_timeout) waits longer."
 
 
-@dataclasses.dataclass(frozen=True)  # a tuple has an index and a count of its own
+# A dataclass, since a tuple has an `index` and a `count` already.
+@dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Which of how many processes this one is: index counts from 0."""
+    """Which process this is, counted from 0, of how many."""
 
     index: int
     count: int
@@ -46,23 +54,25 @@ def join(
     cluster: bool = False,
     timeout_s: float = 300,
 ) -> Hosts:
-    """Joins the processes of a job, each of which calls this before JAX is used; alone where nothing is asked for.
+    """Joins the processes of a job. Each of them calls this before it uses JAX.
 
-    Afterwards `jax.devices()` are those of all processes and `jax.local_devices()` those of this one. A process that
-    ends waits for the others to end, also after an error. One that is killed takes the others with it, after the 100
-    seconds in which JAX misses its heartbeat.
+    Without arguments this process is alone. Afterwards `jax.devices()` are those of all processes,
+    and `jax.local_devices()` those of this one. A process that ends, even by an error, waits for
+    the others to end. If one is killed, JAX ends the others 100 seconds later, when it has missed
+    its heartbeat.
 
     Args:
-      coordinator: "HOST:PORT" of process 0, the same for all.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      cluster: what is not given is read from the environment, as JAX knows it: of a SLURM job, a TPU pod, Open MPI.
-      timeout_s: how long to wait for all of them.
+      coordinator: "HOST:PORT" of process 0, the same for all processes.
+      num_processes: the number of processes.
+      process_id: which process this is, from 0.
+      cluster: whether JAX finds the arguments that are not given, from the environment of a SLURM
+        job, a TPU pod or Open MPI.
+      timeout_s: how long to wait for all processes.
 
     Raises:
-      ValueError: an argument is missing or out of its range; there is no cluster; two processes say that they are the
-        same one, or that there are different numbers of them.
-      TimeoutError: a process did not come; names it, in every process that did.
+      ValueError: an argument is missing or out of its range, there is no cluster, or the processes
+        do not agree on their number or use one number twice.
+      TimeoutError: a process did not come; every process that came names it.
       OSError: the port is taken, or process 0 went away.
 
     >>> join()
@@ -72,60 +82,48 @@ def join(
         raise ValueError(
             f"timeout_s={timeout_s} must be positive and finite: seconds to wait for all processes."
         )
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if not cluster:
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == 3:
-            return ALONE
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)} missing: the processes of a job are joined by coordinator=HOST:PORT, "
-                "num_processes and process_id together, or by cluster=True where SLURM or a TPU pod knows them."
-            )
-    else:
+    if cluster:
         coordinator, num_processes, process_id = _detect(
             coordinator, num_processes, process_id, timeout_s
         )
-    assert coordinator is not None and num_processes is not None and process_id is not None
-    if num_processes < 1 or not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"process_id={process_id} and num_processes={num_processes}: there must be at least one process, and they "
-            "are numbered from 0 to num_processes - 1."
-        )
-    host, port = _address(coordinator)
-    if num_processes == 1:
+    if coordinator is None and num_processes is None and process_id is None:
         return ALONE
-    hosts = Hosts(process_id, num_processes)
-    if process_id == 0:
-        _gather(coordinator, port, num_processes, timeout_s)
+    if coordinator is None or num_processes is None or process_id is None:
+        raise _incomplete(
+            coordinator=coordinator, num_processes=num_processes, process_id=process_id
+        )
+    hosts = _checked(process_id, num_processes)
+    host, port = _address(coordinator)
+    if hosts.count == 1:
+        return ALONE
+    if hosts.index == 0:
+        _gather(coordinator, port, hosts.count, timeout_s)
     else:
         _report(host, port, hosts, timeout_s)
-    # JAX's service would take SIGTERM for itself, which the commands hear to save where they stand.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        initialization_timeout=max(60, round(timeout_s)),
-        shutdown_timeout_seconds=_SHUTDOWN_S,
-    )
+    _initialize(coordinator, hosts, timeout_s)
     return hosts
 
 
 def share(items: Sequence[_T], hosts: Hosts) -> list[_T]:
-    """The part of the items that is this process's: neighbours stay together, sizes differ by one at most.
+    """Returns the items that are this process's share of the work.
+
+    Neighbours stay together, and the sizes of shares differ by at most one.
 
     >>> [share("abcde", Hosts(i, 3)) for i in range(3)]
     [['a'], ['b', 'c'], ['d', 'e']]
     """
-    start, stop = (len(items) * i // hosts.count for i in (hosts.index, hosts.index + 1))
+    start = len(items) * hosts.index // hosts.count
+    stop = len(items) * (hosts.index + 1) // hosts.count
     return list(items[start:stop])
+
+
+# The arguments of `join`.
 
 
 def _detect(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_s: float
 ) -> tuple[str, int, int]:
-    """What is not given, as `jax.distributed.initialize` would find it by itself; it has no public name."""
+    """Completes the arguments as `jax.distributed.initialize` does, which has no public name."""
     try:
         from jax._src.clusters import ClusterEnv
 
@@ -134,142 +132,241 @@ def _detect(
         )
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"cluster=True does not work with JAX {jax.__version__} ({error}): give coordinator, num_processes and "
-            "process_id."
+            f"cluster=True does not work with JAX {jax.__version__} ({error}): give coordinator, "
+            "num_processes and process_id."
         ) from error
     if coordinator is None or num_processes is None or process_id is None:
         raise ValueError(
-            "cluster=True, but there is none: neither the variables of a SLURM job (SLURM_JOB_ID, SLURM_PROCID, ...; "
-            "start the processes by srun) nor a TPU pod. Give coordinator, num_processes and process_id."
+            "cluster=True, but there is none: neither the variables of a SLURM job (SLURM_JOB_ID, "
+            "SLURM_PROCID, ...; start the processes with srun) nor a TPU pod. Give coordinator, "
+            "num_processes and process_id."
         )
     return coordinator, num_processes, process_id
 
 
+def _incomplete(**given: str | int | None) -> ValueError:
+    """Returns the error for arguments of which some are given and some are not."""
+    missing = [name for name, value in given.items() if value is None]
+    return ValueError(
+        f"{' and '.join(missing)} missing: the processes of a job are joined by "
+        "coordinator=HOST:PORT, num_processes and process_id together, or by cluster=True where "
+        "SLURM or a TPU pod knows them."
+    )
+
+
+def _checked(process_id: int, num_processes: int) -> Hosts:
+    """Returns which process this is, or raises ValueError if there is no such process."""
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"process_id={process_id} and num_processes={num_processes}: there must be at least "
+            "one process, and they are numbered from 0 to num_processes - 1."
+        )
+    return Hosts(process_id, num_processes)
+
+
 def _address(coordinator: str) -> tuple[str, int]:
+    """Splits HOST:PORT."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(
-            f"coordinator={coordinator!r} must be HOST:PORT of process 0, for instance 10.0.0.1:8476."
+            f"coordinator={coordinator!r} must be HOST:PORT of process 0, for instance "
+            "10.0.0.1:8476."
         )
     return host.strip("[]"), int(port)
 
 
+def _initialize(coordinator: str, hosts: Hosts, timeout_s: float) -> None:
+    """Tells JAX about the processes, which have met."""
+    # JAX's service would catch SIGTERM, which the commands need: they save their state on it.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        coordinator,
+        hosts.count,
+        hosts.index,
+        initialization_timeout=max(60, round(timeout_s)),
+        shutdown_timeout_seconds=_SHUTDOWN_S,
+    )
+
+
+# Process 0.
+
+
+@dataclasses.dataclass
+class _Meeting:
+    """What process 0 knows of the others.
+
+    Attributes:
+      count: the number of processes.
+      names: the host of each process that has come, by number.
+      connections: one per process that waits for an answer.
+    """
+
+    count: int
+    names: dict[int, str]
+    connections: list[socket.socket]
+
+
 def _gather(coordinator: str, port: int, count: int, timeout_s: float) -> None:
-    """Process 0: waits for all others and tells them that all are there, or what is wrong, which it raises itself."""
+    """Waits for all other processes, and tells them that all have come, or what is wrong.
+
+    Raises:
+      ValueError, TimeoutError: what is wrong, as the other processes raise it.
+      OSError: the port is taken.
+    """
     deadline = time.monotonic() + timeout_s
-    names = {0: socket.gethostname()}
-    connections: list[socket.socket] = []
+    meeting = _Meeting(count, names={0: socket.gethostname()}, connections=[])
     problem: Exception | None = None
-    try:
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        server = socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=dual)
-    except OSError as error:
-        raise OSError(
-            f"coordinator={coordinator!r}: port {port} cannot be used: {error}. Choose another."
-        ) from error
-    with server:
-        while len(names) < count and problem is None:
-            server.settimeout(max(0.001, deadline - time.monotonic()))
+    with _listen(coordinator, port, count) as server:
+        while len(meeting.names) < count and problem is None:
+            server.settimeout(_until(deadline))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                problem = TimeoutError(_missing(names, coordinator, count, timeout_s))
-                break
-            hello = _receive(connection, 5)
-            if (
-                hello.get("format") != _HELLO
-            ):  # somebody else, or a process that was stopped meanwhile
-                connection.close()
-                continue
-            connections.append(connection)
-            index, name = hello["process_id"], hello["host"]
-            if hello["num_processes"] != count:
-                problem = ValueError(
-                    f"process {index} on {name} was started with num_processes={hello['num_processes']}, process 0 on "
-                    f"{names[0]} with {count}. Start all of them with the same number."
-                )
-            elif index in names:
-                problem = ValueError(
-                    f"process_id={index} was given twice: on {names[index]} and on {name}. Give each process its own, "
-                    f"from 0 to {count - 1}."
-                )
-            names[index] = name
-    # The port is free again before anybody is told to go on: JAX takes it now.
-    for connection in connections:
-        kind = "timeout" if isinstance(problem, TimeoutError) else "value"
-        _send(connection, {"problem": None if problem is None else str(problem), "kind": kind})
-        connection.close()
+                problem = _missing(meeting, coordinator, timeout_s)
+            else:
+                problem = _welcome(meeting, connection)
+    # JAX takes the port now: it must be free before anybody is told to go on.
+    _answer(meeting, problem)
     if problem is not None:
         raise problem
 
 
-def _missing(names: dict[int, str], coordinator: str, count: int, timeout_s: float) -> str:
+def _listen(coordinator: str, port: int, count: int) -> socket.socket:
+    """Opens the port of the meeting, for IPv4 and, where there is, IPv6."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=dual)
+    except OSError as error:
+        raise OSError(
+            f"coordinator={coordinator!r}: port {port} cannot be used: {error}. Choose another."
+        ) from error
+
+
+def _welcome(meeting: _Meeting, connection: socket.socket) -> ValueError | None:
+    """Notes who has connected; returns the error if the process does not fit the job."""
+    hello = _receive(connection, _HELLO_S)
+    if hello.get("format") != _HELLO:
+        # A stranger, or a process that was stopped in the meantime.
+        connection.close()
+        return None
+    meeting.connections.append(connection)
+    index, name, count = hello["process_id"], hello["host"], hello["num_processes"]
+    problem = None
+    if count != meeting.count:
+        problem = ValueError(
+            f"process {index} on {name} was started with num_processes={count}, process 0 on "
+            f"{meeting.names[0]} with {meeting.count}. Start all of them with the same number."
+        )
+    elif index in meeting.names:
+        problem = ValueError(
+            f"process_id={index} was given twice: on {meeting.names[index]} and on {name}. Give "
+            f"each process its own, from 0 to {meeting.count - 1}."
+        )
+    meeting.names[index] = name
+    return problem
+
+
+def _answer(meeting: _Meeting, problem: Exception | None) -> None:
+    """Tells every process that has come that all have come, or what is wrong."""
+    message = {
+        "problem": None if problem is None else str(problem),
+        "kind": "timeout" if isinstance(problem, TimeoutError) else "value",
+    }
+    for connection in meeting.connections:
+        _send(connection, message)
+        connection.close()
+
+
+def _missing(meeting: _Meeting, coordinator: str, timeout_s: float) -> TimeoutError:
+    """Returns the error that names the processes that did not come."""
+    # A TPU pod and SLURM know the names of their machines.
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    known = dict(enumerate(workers)) if len(workers) == count else {}
-    missing = [
-        f"process {i}" + (f" ({known[i]})" if i in known else "")
-        for i in range(count)
-        if i not in names
-    ]
     nodes = os.environ.get("SLURM_STEP_NODELIST")
-    return (
-        f"{_listed(missing)} of {count} did not join within {timeout_s:g} s. "
-        f"Those that did: {_listed([f'process {i} on {name}' for i, name in sorted(names.items())])}. "
-        + (f"The job's nodes are {nodes}. " if nodes else "")
-        + f"Was it started, with the same coordinator and number of processes, and does it reach {coordinator}? "
-        "A longer timeout (--join_timeout) waits longer."
+    missing = []
+    for i in range(meeting.count):
+        if i not in meeting.names:
+            known = f" ({workers[i]})" if len(workers) == meeting.count else ""
+            missing.append(f"process {i}{known}")
+    came = [f"process {i} on {name}" for i, name in sorted(meeting.names.items())]
+    of_job = f"The job's nodes are {nodes}. " if nodes else ""
+    return TimeoutError(
+        f"{_listed(missing)} of {meeting.count} did not join within {timeout_s:g} s. "
+        f"Those that did: {_listed(came)}. {of_job}"
+        "Was it started, with the same coordinator and number of processes, and does it reach "
+        f"{coordinator}? {_WAIT_LONGER}"
     )
 
 
 def _listed(words: list[str], most: int = 16) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+    """Joins words by commas, and counts those beyond the first ones."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+# The other processes.
 
 
 def _report(host: str, port: int, hosts: Hosts, timeout_s: float) -> None:
-    """Every other process: says to process 0 that it is there, and waits to hear that all are."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            connection = socket.create_connection((host, port), timeout=max(0.001, left))
-            break
-        except OSError as error:
-            if left <= 0:
-                raise TimeoutError(
-                    f"process 0 of {hosts.count} did not answer at coordinator={host}:{port} within {timeout_s:g} s "
-                    f"({error}). Was it started, is the address its own, and is the port open between the hosts? A "
-                    "longer timeout (--join_timeout) waits longer."
-                ) from error
-            time.sleep(min(_PAUSE_S, max(0.001, left)))
-    with connection:
-        name = socket.gethostname()
+    """Tells process 0 that this process has come, and waits to hear that all have.
+
+    Raises:
+      ValueError, TimeoutError: process 0 says what is wrong, or does not answer.
+      ConnectionError: process 0 went away.
+    """
+    with _connect(host, port, hosts, timeout_s) as connection:
         hello = {
             "format": _HELLO,
             "process_id": hosts.index,
             "num_processes": hosts.count,
-            "host": name,
+            "host": socket.gethostname(),
         }
         _send(connection, hello)
         answer = _receive(connection, timeout_s + _GRACE_S)
     if "problem" not in answer:
         raise ConnectionError(
-            f"process 0 at coordinator={host}:{port} went away, or another program listens there. Look at what process "
-            "0 says, or choose another port."
+            f"process 0 at coordinator={host}:{port} went away, or another program listens there. "
+            "Read what process 0 says, or choose another port."
         )
     if answer["problem"] is not None:
-        raise (TimeoutError if answer["kind"] == "timeout" else ValueError)(answer["problem"])
+        kind = TimeoutError if answer["kind"] == "timeout" else ValueError
+        raise kind(answer["problem"])
+
+
+def _connect(host: str, port: int, hosts: Hosts, timeout_s: float) -> socket.socket:
+    """Connects to process 0, which may start later than this process."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=_until(deadline))
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"process 0 of {hosts.count} did not answer at coordinator={host}:{port} "
+                    f"within {timeout_s:g} s ({error}). Was it started, is the address its own, "
+                    f"and is the port open between the hosts? {_WAIT_LONGER}"
+                ) from error
+            time.sleep(min(_PAUSE_S, _until(deadline)))
+
+
+# Both.
+
+
+def _until(deadline: float) -> float:
+    """Returns the seconds until a deadline; at least a little, since 0 means not to wait at all."""
+    return max(0.001, deadline - time.monotonic())
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # the other side is gone, and is found missing where it matters
-        connection.sendall((json.dumps(message) + "\n").encode())
+    """Sends one message."""
+    line = json.dumps(message) + "\n"
+    # If the other side has gone, it is found missing where that matters.
+    with contextlib.suppress(OSError):
+        connection.sendall(line.encode())
 
 
 def _receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
-    """One message; {} for anything that is none."""
+    """Receives one message; returns {} for anything else."""
     connection.settimeout(timeout_s)
     try:
         with connection.makefile("rb") as lines:

@@ -1,7 +1,8 @@
-"""Checkpoints of a training run by orbax: asynchronous, atomic, the last few kept.
+"""Saves and restores the checkpoints of a training run, by orbax.
 
-A tree is stored flat, one array a leaf under the leaf's name, beside a JSON of what the run is, so that a checkpoint
-of another network or config is told from a damaged one.
+Checkpoints are written in the background and appear whole or not at all; the last few are kept. A
+tree is stored flat, one array per leaf, under the leaf's name. A JSON file describes the run, so
+that a checkpoint of another network or config can be told from a damaged one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ import tensorstore
 
 from synflow_jax.trees import Tree, path_name
 
+# Shape and dtype of each leaf, by name.
+_Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
+
 
 class Checkpoints(NamedTuple):
-    """An open folder of checkpoints of one run."""
+    """The open folder of a run's checkpoints.
+
+    Attributes:
+      folder: of this run alone.
+      manager: orbax's.
+      run: describes the run, as plain JSON values.
+    """
 
     folder: pathlib.Path
     manager: Any
@@ -32,62 +42,70 @@ class Checkpoints(NamedTuple):
 
 @contextlib.contextmanager
 def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iterator[Checkpoints]:
-    """A folder of checkpoints, made where it is missing; on leaving, waits until all are written.
+    """Opens a folder of checkpoints. Leaving it waits until all of them are on the disk.
 
     Args:
-      folder: of this run alone.
-      run: what the run is, as plain values.
-      keep: how many checkpoints stay.
+      folder: of this run alone; created if it is missing.
+      run: describes the run, as plain values.
+      keep: how many checkpoints to keep.
+
+    Raises:
+      OSError: on leaving, a checkpoint could not be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    alone = _alone(folder)
-    # Made in the background, directories are announced to the threads that write by keys which the processes of a job
-    # share, though each has checkpoints of its own: one would wait for, or write into, what another one has announced.
+    this_process = _this_process(folder)
+    # Made in the background, folders are announced to the writing threads by keys that the
+    # processes of a job share. Here each process writes its own checkpoints, so one process would
+    # wait for, or write into, a folder that another one announced.
     at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=False, multiprocessing_options=alone, async_options=at_once
+        max_to_keep=keep,
+        create=False,
+        multiprocessing_options=this_process,
+        async_options=at_once,
     )
-    manager = ocp.CheckpointManager(
-        folder.absolute(),
-        options=options,
-        item_handlers={
-            "tree": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **_arrays()),
-            "run": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        },
-    )
-    as_read = json.loads(
-        json.dumps(run)
-    )  # tuples as lists: what a stored one will be compared with
+    handlers = {
+        "tree": ocp.PyTreeCheckpointHandler(multiprocessing_options=this_process, **_arrays()),
+        "run": ocp.JsonCheckpointHandler(multiprocessing_options=this_process),
+    }
+    manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    # Tuples become lists, as in the stored description that this one will be compared with.
+    as_read = json.loads(json.dumps(run))
     try:
         yield Checkpoints(folder, manager, as_read)
         _wait(folder, manager)
     finally:
-        with contextlib.suppress(Exception):  # what went wrong in writing has been raised above
+        # Closing repeats an error of writing, which was raised above.
+        with contextlib.suppress(Exception):
             manager.close()
 
 
-def _alone(folder: pathlib.Path) -> ocp.options.MultiprocessingOptions:
-    """Of several processes, the one that calls: orbax would wait for all of them, and each has runs of its own."""
+def _this_process(folder: pathlib.Path) -> ocp.options.MultiprocessingOptions:
+    """Restricts orbax to the calling process. By default it waits for all processes."""
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     index = jax.process_index()
-    prefix = hashlib.sha256(str(folder).encode()).hexdigest()[
-        :16
-    ]  # several folders may be open at a time
+    # Several folders may be open at a time, and each needs its own barrier.
+    prefix = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     return ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{prefix}-{index}"
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"{prefix}-{index}",
     )
 
 
-class _OwnArrays(ocp.type_handlers.NumpyHandler):
-    """Writes the NumPy arrays of the process that calls. Orbax's own writes those of process 0 and, silently, no other.
+class _NumpyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes the NumPy arrays of the calling process.
 
-    What it writes is what orbax's writes, and is read by it.
+    Orbax's own handler writes those of process 0 and silently skips those of any other process.
+    The files are the same, and orbax reads them.
     """
 
     async def serialize(
         self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> list[Any]:
+        """Starts to write the arrays, and returns a future."""
+
         async def write() -> None:
             for value, info in zip(values, infos, strict=True):
                 store = {"driver": "file", "path": str(info.parent_dir / info.name)}
@@ -103,33 +121,35 @@ class _OwnArrays(ocp.type_handlers.NumpyHandler):
 
 
 def _arrays() -> dict[str, Any]:
+    """Returns how arrays are written: by orbax's defaults, unless there are several processes."""
     if jax.process_count() == 1:
         return {}
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _OwnArrays()))
-    return {
-        "type_handler_registry": registry,
-        "use_ocdbt": False,
-    }  # OCDBT would look for the parts of other processes
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyHandler()))
+    # Orbax's format OCDBT would look for the parts of other processes.
+    return {"type_handler_registry": registry, "use_ocdbt": False}
 
 
 def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False) -> None:
-    """Starts to write a checkpoint, unless this step has one; `wait` returns when it is on the disk.
+    """Starts to write a checkpoint, unless this step already has one.
+
+    Args:
+      checkpoints: the open folder.
+      step: its number.
+      tree: to be saved. It is copied first, since the next training step reuses its memory.
+      wait: True returns when the checkpoint is on the disk.
 
     Raises:
-      OSError: it could not be written, or the one before could not; those that are complete stay.
+      OSError: it could not be written, or the one before could not. Complete ones are kept.
     """
-    # Copies, since the next step of training reuses the memory of this one.
     flat = {name: np.array(leaf) for name, leaf in flatten(tree).items()}
     _wait(checkpoints.folder, checkpoints.manager)
     if step in checkpoints.manager.all_steps():
         return
+    items = ocp.args.Composite(
+        tree=ocp.args.PyTreeSave(flat), run=ocp.args.JsonSave(dict(checkpoints.run))
+    )
     try:
-        checkpoints.manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.PyTreeSave(flat), run=ocp.args.JsonSave(dict(checkpoints.run))
-            ),
-        )
+        checkpoints.manager.save(step, args=items)
     except Exception as error:
         raise _unwritten(checkpoints.folder, error) from error
     if wait:
@@ -137,6 +157,7 @@ def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False)
 
 
 def _wait(folder: pathlib.Path, manager: Any) -> None:
+    """Waits until all checkpoints are on the disk."""
     try:
         manager.wait_until_finished()
     except Exception as error:
@@ -145,102 +166,117 @@ def _wait(folder: pathlib.Path, manager: Any) -> None:
 
 def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
     return OSError(
-        f"a checkpoint could not be written to {str(folder)!r}: {error}. Those before it are whole: make room, and "
-        "give the same command again to go on from the last one."
+        f"a checkpoint could not be written to {str(folder)!r}: {error}. Earlier checkpoints are "
+        "intact. Free some disk space (make room), then run the same command again to resume."
     )
 
 
 def latest_step(folder: pathlib.Path) -> int | None:
-    """The step of the newest checkpoint of a folder, or None if there is none."""
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+    """Returns the step of the newest checkpoint of a folder, or None if there is none."""
+    if not folder.is_dir():
+        return None
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
 
 
 def latest_run(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """What the newest checkpoint says of its run, or None if there is none.
+    """Returns the description of the run in the newest checkpoint, or None if there is none.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the checkpoint is damaged.
     """
     step = checkpoints.manager.latest_step()
     if step is None:
         return None
-    try:
-        return checkpoints.manager.restore(
-            step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-        )["run"]
-    except Exception as error:
-        raise _damaged(checkpoints.folder / str(step), error) from error
+    items = ocp.args.Composite(run=ocp.args.JsonRestore())
+    return _restore(checkpoints, step, items)["run"]
 
 
 def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | None:
-    """The newest checkpoint as (step, tree of the structure, shapes and dtypes of `like`), or None if there is none.
+    """Restores the newest checkpoint.
+
+    Args:
+      checkpoints: the open folder.
+      like: a tree of the same structure, shapes and dtypes.
+
+    Returns:
+      (step, tree), or None if there is no checkpoint.
 
     Raises:
-      ValueError: it is damaged, or is that of another network or config; names the folder and what differs.
+      ValueError: the checkpoint is damaged, or belongs to another network or config; names the
+        folder and the difference.
     """
     found_run = latest_run(checkpoints)
     if found_run is None:
         return None
     step = checkpoints.manager.latest_step()
     path = checkpoints.folder / str(step)
-    differing = [
-        key
-        for key in {**found_run, **checkpoints.run}
-        if found_run.get(key) != checkpoints.run.get(key)
-    ]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"checkpoint {str(path)!r} belongs to another run: its {key} is {found_run.get(key)!r}, this one's is "
-            f"{checkpoints.run.get(key)!r}. Choose another --workdir, or --overwrite to begin anew."
-        )
-    wanted = {
-        name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flatten(like).items()
-    }
-    try:
-        flat = checkpoints.manager.restore(
-            step, args=ocp.args.Composite(tree=ocp.args.PyTreeRestore())
-        )["tree"]
-    except Exception as error:
-        raise _damaged(path, error) from error
-    found = {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flat.items()}
-    if found != wanted:
-        name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
-        raise ValueError(
-            f"checkpoint {str(path)!r} belongs to another network: {name!r} is {found.get(name, 'missing')} there and "
-            f"{wanted.get(name, 'missing')} here. Choose another --workdir, or --overwrite to begin anew."
-        )
+    _check_run(path, found_run, checkpoints.run)
+    items = ocp.args.Composite(tree=ocp.args.PyTreeRestore())
+    flat = _restore(checkpoints, step, items)["tree"]
+    _check_layout(path, _layout(flat), _layout(flatten(like)))
     return step, unflatten(flat, like)
 
 
+def _check_run(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError if a checkpoint describes another run."""
+    for key in {**found, **wanted}:
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"checkpoint {str(path)!r} belongs to another run: its {key} is "
+                f"{found.get(key)!r}, this one's is {wanted.get(key)!r}. Choose another "
+                "--workdir, or --overwrite to begin anew."
+            )
+
+
+def _check_layout(path: pathlib.Path, found: _Layout, wanted: _Layout) -> None:
+    """Raises ValueError if a checkpoint holds other arrays."""
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"checkpoint {str(path)!r} belongs to another network: {name!r} is "
+                f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here. "
+                "Choose another --workdir, or --overwrite to begin anew."
+            )
+
+
+def _layout(flat: Mapping[str, Any]) -> _Layout:
+    return {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flat.items()}
+
+
 def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The newest checkpoint of a folder as it lies there: its arrays by name, and what the run is.
+    """Reads the newest checkpoint of a folder as it is stored.
+
+    Returns:
+      Its arrays by name, and the description of the run.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the checkpoint is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        found = stack.enter_context(open_folder(folder, {}, 1)) if folder.is_dir() else None
-        step = None if found is None else found.manager.latest_step()
-        if found is None or step is None:
-            raise FileNotFoundError(
-                f"there is no checkpoint in {str(folder)!r}. train.py writes them."
-            )
+    missing = FileNotFoundError(f"there is no checkpoint in {str(folder)!r}. train.py writes them.")
+    if not folder.is_dir():
+        raise missing
+    with open_folder(folder, {}, 1) as opened:
+        step = opened.manager.latest_step()
+        if step is None:
+            raise missing
         items = ocp.args.Composite(tree=ocp.args.PyTreeRestore(), run=ocp.args.JsonRestore())
-        try:
-            restored = found.manager.restore(step, args=items)
-        except Exception as error:
-            raise _damaged(folder / str(step), error) from error
-    return {name: np.asarray(leaf) for name, leaf in restored["tree"].items()}, restored["run"]
+        restored = _restore(opened, step, items)
+    arrays = {name: np.asarray(leaf) for name, leaf in restored["tree"].items()}
+    return arrays, restored["run"]
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
-    first_line = (str(error).splitlines() or [repr(error)])[0]
-    return ValueError(
-        f"checkpoint {str(path)!r} is damaged: {first_line[:200]} Delete that folder, and the run goes on from the "
-        "checkpoint before it, if there is one."
-    )
+def _restore(checkpoints: Checkpoints, step: int, items: ocp.args.Composite) -> Any:
+    """Reads the given items of a checkpoint. Raises ValueError if it is damaged."""
+    try:
+        return checkpoints.manager.restore(step, args=items)
+    except Exception as error:
+        path = checkpoints.folder / str(step)
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(
+            f"checkpoint {str(path)!r} is damaged: {first_line[:200]} Delete that folder; the run "
+            "then resumes from the checkpoint before it, if there is one."
+        ) from error
 
 
 def delete(folder: pathlib.Path) -> None:
@@ -248,24 +284,25 @@ def delete(folder: pathlib.Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaf name -> array; random keys as their bits."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        path_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        for path, leaf in leaves
-    }
+    """Returns the leaves by name. Random keys are returned as their bits."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        flat[path_name(path)] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return flat
 
 
 def unflatten(flat: Mapping[str, Any], like: Tree) -> Tree:
-    """The tree of the structure of `like` whose leaves `flatten` has named."""
+    """Returns the tree of the structure of `like` whose leaves `flatten` has named."""
 
-    def leaf(path: tuple, old: Any) -> jax.Array:
+    def leaf(path: tuple[Any, ...], old: Any) -> jax.Array:
         new = jax.numpy.asarray(np.asarray(flat[path_name(path)]))
-        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+        if not _is_key(old):
+            return new
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
 
     return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

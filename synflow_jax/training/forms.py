@@ -1,72 +1,103 @@
-"""In which form a pruned network trains: masked, or as a smaller dense network that is the same function.
+"""Chooses the form in which a pruned network trains: masked, or as a smaller dense network.
 
-The choice is made after pruning from counts alone, so that it is the same on every machine and at every start.
+Both are the same function. The choice is made after pruning and from counts alone, so that it is
+the same on every machine and at every start.
 """
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
 import flax.errors
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from synflow_jax import analysis, models, trees
-from synflow_jax.trees import Mask, Params, Tree
+from synflow_jax.models import Network
+from synflow_jax.trees import Params, Tree
+from synflow_jax.units import Collapsed
 from synflow_jax.units.compaction import Plan
 
-# VGG-16 at batch 128 on two CPU cores: with 64 % of the multiply-adds a step takes 77 % of the masked one's processor
-# time, with 20 % 30 %. Between 90 % and 100 % there is less to win than planning and another program cost a short run.
+# VGG-16 at batch 128 on two CPU cores: with 64 % of the multiply-adds a step takes 77 % of the
+# processor time of the masked one, with 20 % it takes 30 %. Above 90 % a short run would lose more
+# time to planning and compiling than it gains.
 PAYS_BELOW = 0.9
 
 
+class Reason(enum.Enum):
+    """Why a form was chosen."""
+
+    ASKED = enum.auto()  # the caller said which
+    COLLAPSED = enum.auto()  # a collapsed network has no smaller form
+    TOO_LARGE = enum.auto()  # the smaller network needs almost as many multiply-adds
+    OWN_OPTIMIZER = enum.auto()  # a user's optimizer may look at whole layers
+    DROPOUT = enum.auto()  # it would draw other numbers in smaller layers
+    REWOUND = enum.auto()  # the network starts from a state after initialization
+    PAYS = enum.auto()  # the smaller network needs clearly fewer multiply-adds
+
+
 class Form(NamedTuple):
-    """The network that is trained, and what is said of it.
+    """The network that is trained, and how it was chosen.
 
     Attributes:
-      model, params, batch_stats, mask: of the network that is trained.
-      plan: the map from the full network to the compact one; None where the masked network is trained.
-      size: what rows and checkpoints hold of it, as plain values. `weights` are those of kernels, `multiply_adds` those
-        of one example; `full`: of the whole network, `kept`: of the weights that the mask keeps, `compact`: of the
-        smaller network, as a dense one (None where none was made). `widths`: outputs of each layer that is trained.
-      reason: why this form, in words.
+      network: the one that is trained.
+      plan: maps the full network to the compact one; None if the masked network is trained.
+      size: recorded in rows and checkpoints, as plain values. `full`, `kept` and `compact` each
+        hold `weights` (of kernels) and `multiply_adds` (per example): of the whole network, of the
+        weights that the mask keeps, and of the smaller dense network (None if none was made).
+        `widths` holds the number of outputs of each trained layer.
+      reason: why this form was chosen.
     """
 
-    model: nn.Module
-    params: Params
-    batch_stats: Tree
-    mask: Mask
+    network: Network
     plan: Plan | None
     size: dict[str, Any]
-    reason: str
+    reason: Reason
 
     @property
     def compact(self) -> bool:
         """Whether the smaller network is trained."""
         return self.plan is not None
 
+    def explain(self) -> str:
+        """Returns the reason in words, as the report and error messages print it."""
+        if self.reason in (Reason.PAYS, Reason.TOO_LARGE):
+            percent = f"{100 * _fraction(self.size):.3g} % of the multiply-adds"
+        match self.reason:
+            case Reason.ASKED:
+                return f"train.compact={self.compact}"
+            case Reason.COLLAPSED:
+                return "the network has collapsed, and a collapsed network has no smaller form"
+            case Reason.TOO_LARGE:
+                return f"the smaller network would still need {percent}"
+            case Reason.OWN_OPTIMIZER:
+                return (
+                    "train.make_optimizer may look at whole layers; train.compact=True trains the "
+                    "smaller network all the same"
+                )
+            case Reason.DROPOUT:
+                return (
+                    "dropout would draw other numbers in the smaller network; train.compact=True "
+                    "trains it all the same"
+                )
+            case Reason.REWOUND:
+                return "it was rewound to a state after initialization"
+            case Reason.PAYS:
+                return f"it needs {percent}"
 
-def choose(
-    model: nn.Module,
-    params: Params,
-    batch_stats: Tree,
-    mask: Mask,
-    input_shape: tuple[int, ...],
-    compact: bool | None = None,
-    *,
-    own_optimizer: bool = False,
-) -> Form:
-    """The network to train: the compact one if it is asked for, or if nothing is said and it pays.
 
-    Unless told otherwise, the compact network is taken where it needs less than `PAYS_BELOW` of the full one's
-    multiply-adds and where the training is the same up to rounding: dropout would draw other numbers, and a user's
-    optimizer may look at whole layers.
+def choose(network: Network, compact: bool | None = None, *, own_optimizer: bool = False) -> Form:
+    """Chooses the network to train: the compact one if it is asked for, or by default if it pays.
+
+    By default the compact network is taken if it needs less than `PAYS_BELOW` of the full network's
+    multiply-adds, and if its training is the same up to rounding. It is not the same where dropout
+    would draw other numbers, or where a user's optimizer looks at whole layers.
 
     Args:
-      model, params, batch_stats, mask, input_shape: as `models.compact` takes them.
+      network: with its mask.
       compact: True, False, or None to choose.
-      own_optimizer: it is not known to treat every weight on its own.
+      own_optimizer: whether the optimizer may treat weights of a layer together.
 
     Raises:
       ValueError: compact is True, and the network has collapsed.
@@ -74,97 +105,101 @@ def choose(
     >>> model = models.create("conv", 10)
     >>> params, batch_stats = models.init(model, (8, 8, 1), jax.random.key(0))
     >>> mask = trees.prunable(params)
-    >>> mask["conv2"]["kernel"] = mask["conv2"]["kernel"].at[:, :, 5:].set(False)  # 27 channels are not read
-    >>> form = choose(model, params, batch_stats, mask, (8, 8, 1))
+    >>> mask["conv2"]["kernel"] = mask["conv2"]["kernel"].at[:, :, 5:].set(False)
+    >>> form = choose(Network(model, params, batch_stats, mask, (8, 8, 1)))
+
+    27 of the 32 channels of conv1 are not read, and the compact network has none of them:
+
     >>> form.compact, form.size["widths"]
     (True, {'conv1': 5, 'conv2': 32, 'head': 10})
     >>> form.size["full"], form.size["compact"]
     ({'weights': 29984, 'multiply_adds': 628736}, {'weights': 21965, 'multiply_adds': 115520})
     """
-
-    def masked(reason: str, small: models.Compact | None = None) -> Form:
-        size = _size(model, params, mask, input_shape, small, compact=False)
-        return Form(model, params, batch_stats, mask, None, size, reason)
-
     if compact is False:
-        return masked("train.compact=False")
+        return Form(network, None, _size(network, None, compact=False), Reason.ASKED)
     try:
-        small = models.compact(model, params, batch_stats, mask, input_shape)
-    except ValueError as error:
-        if "collapsed" not in str(error):
-            raise
+        small = models.compact(network)
+    except Collapsed as error:
         if compact:
             raise ValueError(
-                f"train.compact=True, but {error} Without train.compact the masked network is trained as it is."
+                f"train.compact=True cannot be done. {error} Without train.compact the masked "
+                "network is trained as it is."
             ) from error
-        return masked("the network has collapsed, and has no smaller form")
-    size = _size(model, params, mask, input_shape, small, compact=True)
-    if not compact:
-        fraction = size["compact"]["multiply_adds"] / size["full"]["multiply_adds"]
-        kept_out = None
-        if fraction >= PAYS_BELOW:
-            kept_out = f"the smaller network needs {100 * fraction:.3g} % of the multiply-adds: too many to pay"
-        elif own_optimizer:
-            kept_out = "an optimizer of one's own may see whole layers: train.compact=True trains the smaller network"
-        elif _draws(model, params, batch_stats, input_shape):
-            kept_out = "its dropout would draw other numbers: train.compact=True trains the smaller network"
-        if kept_out is not None:
-            return masked(kept_out, small)
-        reason = f"{100 * fraction:.3g} % of the multiply-adds"
-    else:
-        reason = "train.compact=True"
-    return Form(small.model, small.params, small.batch_stats, small.mask, small.plan, size, reason)
+        return Form(network, None, _size(network, None, compact=False), Reason.COLLAPSED)
+    size = _size(network, small, compact=True)
+    against = None if compact else _reason_against(network, size, own_optimizer)
+    if against is not None:
+        return Form(network, None, _size(network, small, compact=False), against)
+    return Form(small.network, small.plan, size, Reason.ASKED if compact else Reason.PAYS)
 
 
-def _size(
-    model: nn.Module,
-    params: Params,
-    mask: Mask,
-    input_shape: tuple[int, ...],
-    small: models.Compact | None,
-    *,
-    compact: bool,
-) -> dict[str, Any]:
-    kernels, positions = trees.prunable(params), models.output_positions(model, input_shape)
-    pruned = dict(zip(trees.names(mask), jax.tree.leaves(mask), strict=True))
-    # Kernels that may not be pruned (a hole in the mask) are kept.
-    kept = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: pruned.get(trees.path_name(path), leaf), kernels
-    )
-    counts = lambda weights, multiply_adds: {"weights": weights, "multiply_adds": multiply_adds}
+def _reason_against(network: Network, size: dict[str, Any], own_optimizer: bool) -> Reason | None:
+    """Returns why the compact network is not the default here, or None if it is."""
+    if _fraction(size) >= PAYS_BELOW:
+        return Reason.TOO_LARGE
+    if own_optimizer:
+        return Reason.OWN_OPTIMIZER
+    if _draws(network):
+        return Reason.DROPOUT
+    return None
+
+
+def _fraction(size: dict[str, Any]) -> float:
+    """Returns the multiply-adds of the compact network as a fraction of the full network's."""
+    fraction: float = size["compact"]["multiply_adds"] / size["full"]["multiply_adds"]
+    return fraction
+
+
+def _size(network: Network, small: models.Compact | None, *, compact: bool) -> dict[str, Any]:
+    """Counts weights and multiply-adds; see `Form.size`. `compact` says which one is trained."""
+    kernels = trees.prunable(network.params)
+    positions = models.output_positions(network.model, network.input_shape)
+    kept = _kept(kernels, network.mask)
+    num_kept, _ = analysis.multiply_adds(kept, {})
+    kept_multiply_adds, _ = analysis.multiply_adds(kept, positions)
     size: dict[str, Any] = {
-        "full": counts(sum(trees.sizes(kernels)), analysis.multiply_adds(kernels, positions)[1]),
-        "kept": counts(
-            analysis.multiply_adds(kept, {})[0], analysis.multiply_adds(kept, positions)[0]
-        ),
+        "full": _counts(kernels, positions),
+        "kept": {"weights": num_kept, "multiply_adds": kept_multiply_adds},
         "compact": None,
     }
     trained = kernels
     if small is not None:
-        left = trees.prunable(small.params)
-        positions = models.output_positions(small.model, input_shape)
-        size["compact"] = counts(sum(trees.sizes(left)), analysis.multiply_adds(left, positions)[1])
+        left = trees.prunable(small.network.params)
+        small_positions = models.output_positions(small.network.model, network.input_shape)
+        size["compact"] = _counts(left, small_positions)
         trained = left if compact else kernels
-    widths = zip(trees.names(trained), jax.tree.leaves(trained), strict=True)
-    return {
-        **size,
-        "widths": {name.removesuffix("/kernel"): leaf.shape[-1] for name, leaf in widths},
-    }
+    widths = {}
+    for name, leaf in zip(trees.names(trained), jax.tree.leaves(trained), strict=True):
+        widths[name.removesuffix("/kernel")] = leaf.shape[-1]
+    return {**size, "widths": widths}
 
 
-def _draws(
-    model: nn.Module, params: Params, batch_stats: Tree, input_shape: tuple[int, ...]
-) -> bool:
-    """Whether the network draws random numbers while it trains."""
+def _kept(kernels: Tree, mask: Tree) -> Tree:
+    """Returns what is kept of each kernel. Kernels that may not be pruned are kept whole."""
+    by_name = dict(zip(trees.names(mask), jax.tree.leaves(mask), strict=True))
+
+    def kept(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return by_name.get(trees.path_name(path), leaf)
+
+    return jax.tree_util.tree_map_with_path(kept, kernels)
+
+
+def _counts(kernels: Tree, positions: dict[str, int]) -> dict[str, int]:
+    """Counts the weights of dense kernels, and their multiply-adds for one example."""
+    _, multiply_adds = analysis.multiply_adds(kernels, positions)
+    return {"weights": sum(trees.sizes(kernels)), "multiply_adds": multiply_adds}
+
+
+def _draws(network: Network) -> bool:
+    """Returns whether the network draws random numbers while it trains."""
 
     def apply(params: Params, batch_stats: Tree, x: jax.Array) -> Any:
-        variables = (
-            {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
-        )
-        return model.apply(variables, x, train=True, mutable=["batch_stats"])
+        collections = network._replace(params=params, batch_stats=batch_stats).variables()
+        return network.model.apply(collections, x, train=True, mutable=["batch_stats"])
 
+    x = jnp.zeros((1, *network.input_shape))
     try:
-        jax.eval_shape(apply, params, batch_stats, jnp.zeros((1, *input_shape)))
-    except flax.errors.InvalidRngError:
+        jax.eval_shape(apply, network.params, network.batch_stats, x)
+    except flax.errors.InvalidRngError:  # no key was given, and it asked for one
         return True
     return False

@@ -1,16 +1,18 @@
-"""Which axes of which parameters belong to the same units, read from the network's own program.
+"""Finds which axes of which parameters belong to the same units, for any model.
 
-A unit is a neuron or a channel. Of a function `apply_fn(params, x)` nothing is known but its jaxpr, which `tracing`
-follows. Where it cannot tell what happens to units, two may be taken for one, and a unit for one that must stay; never
-the other way round.
+A unit is a neuron or a channel. Nothing is asked of the model but a function `apply_fn(params, x)`:
+`tracing` follows units through its jaxpr. `groups` turns what it records into the groups of units
+of each layer, or of each residual stream, with the axes that write to them, read from them, scale
+them and add to them. `unit_scores` sums scores over these axes: what flows into each unit and what
+flows out.
 
-`groups` gives the units of each layer, or of each residual stream, with the axes that write to them, read from them,
-scale them and add to them. `unit_scores` sums scores over them: what flows in and what flows out.
+Where tracing cannot tell what happens to units, two units may be taken for one, or a unit for one
+that must stay, but never the other way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +22,18 @@ import numpy as np
 from synflow_jax import trees
 from synflow_jax.trees import Params, Scores
 from synflow_jax.units import tracing
-from synflow_jax.units.tracing import NONE, LeafAxis, Records
+from synflow_jax.units.tracing import NONE, Cause, LeafAxis, Reason, Records
 
 
 class Axis(NamedTuple):
-    """An axis of a parameter, and the unit that each of its positions is.
+    """Says which unit each position along an axis of a parameter is.
 
-    name: of the leaf, as `trees.names` has it. axis: from 0. units: int [size of the axis], from 0 to the size of the
-    group - 1, or -1 where a position is no unit of the group. After a flattening of [height, width, channels] it
-    repeats; in a concatenation it covers a part.
+    Attributes:
+      name: of the parameter, as in `trees.names`.
+      axis: the number of the axis.
+      units: int [size of the axis], from 0 to the size of the group - 1, or -1 where a position
+        is no unit of the group. Units repeat where [height, width, channels] were flattened. They
+        cover a part of the axis where channels were concatenated.
     """
 
     name: str
@@ -37,21 +42,25 @@ class Axis(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The units of one layer, of one residual stream, or the inputs.
+    """Describes the units of one layer, of one residual stream, or of the inputs.
 
     Attributes:
-      name: the name of the first kernel that writes to the units, without "/kernel"; "input" for the inputs. Where
-        that is the name of several groups, it ends in ":" and the axis.
+      name: the name of the first kernel that writes to the units, without "/kernel"; "input" for
+        the inputs. If several groups would have that name, each has ":" and the axis after it.
       size: the number of units.
-      writers: output axes of kernels: what flows in.
+      writers: output axes of kernels, by which the units receive.
       sources: axes of parameters that are added to the units: biases, running means.
-      scales: axes of parameters that multiply them: a norm's scale and running variance, depthwise kernels.
-      readers: input axes of kernels: what flows out.
-      is_input, is_output: the units are inputs or outputs of the network.
-      fixed: why no unit may be removed from the network; "" where units may be.
-      zero: a unit that receives nothing and whose sources are 0 puts out 0 (ReLU, not a sigmoid).
-      zero_stays: and then the gradient of its sources is 0 too, so that it stays so in training: each path from a
-        source to a reader passes a function whose derivative at 0 is 0, as that of `jax.nn.relu`.
+      scales: axes of parameters that multiply the units: the scale and the running variance of a
+        norm, depthwise kernels.
+      readers: input axes of kernels, by which the units are read.
+      is_input: the units are inputs of the network.
+      is_output: the units are outputs of the network.
+      fixed: why no unit may be removed from the network. Empty if units may be removed.
+      zero: a unit that receives nothing, and whose sources are 0, is 0 wherever it is read. True
+        for ReLU, False for a sigmoid.
+      zero_stays: in addition, the gradient of its sources is 0 then, so that it stays 0 in
+        training. On each path from a source to a reader lies a function whose derivative at 0 is 0,
+        such as `jax.nn.relu`.
     """
 
     name: str
@@ -62,13 +71,23 @@ class Group(NamedTuple):
     readers: tuple[Axis, ...]
     is_input: bool
     is_output: bool
-    fixed: str
+    fixed: tuple[Reason, ...]
     zero: bool
     zero_stays: bool
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes of the units."""
+        return self.writers + self.sources + self.scales + self.readers
+
 
 class UnitScores(NamedTuple):
-    """Sums of scores, float64 [units]: over the axes that write to a unit and its sources, and over its readers."""
+    """Holds sums of scores for each unit of a group, float64 [units].
+
+    Attributes:
+      incoming: the sum over its writers and sources.
+      outgoing: the sum over its readers.
+    """
 
     incoming: np.ndarray
     outgoing: np.ndarray
@@ -80,142 +99,225 @@ def groups(
     input_shape: Sequence[int],
     dtype: Any = jnp.float32,
 ) -> tuple[Group, ...]:
-    """The groups of units of a network, in the order in which it computes them.
+    """Finds the groups of units of a network, in the order in which it computes them.
 
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode. Its output may be any tree.
-      params: a tree of arrays or of their shapes. Batch statistics that are to be part of the groups must be leaves of
-        it too: `{"params": ..., "batch_stats": ...}`.
+      params: a tree of arrays or of their shapes. Batch statistics belong to units only if they
+        are leaves of it: `{"params": ..., "batch_stats": ...}`.
       input_shape: of one example, without the batch axis.
       dtype: of the inputs.
 
-    >>> params = {"fc1": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "head": {"kernel": jnp.ones((3, 2))}}
-    >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["fc1"]["kernel"] + p["fc1"]["bias"][None]) @ p["head"]["kernel"]
+    >>> params = {
+    ...     "fc1": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+    ...     "head": {"kernel": jnp.ones((3, 2))},
+    ... }
+    >>> def apply_fn(params, x):
+    ...     hidden = x @ params["fc1"]["kernel"] + params["fc1"]["bias"][None]
+    ...     return jax.nn.relu(hidden) @ params["head"]["kernel"]
     >>> for group in groups(apply_fn, params, (4,)):
-    ...     print(group.name, group.size, [(a.name, a.axis) for a in group.writers + group.sources + group.readers])
+    ...     print(group.name, group.size, [(axis.name, axis.axis) for axis in group.axes])
     input 4 [('fc1/kernel', 0)]
     fc1 3 [('fc1/kernel', 1), ('fc1/bias', 0), ('head/kernel', 0)]
     head 2 [('head/kernel', 1)]
     """
-    return _assembled(tracing.trace(apply_fn, params, input_shape, dtype), trees.names(params))
+    records = tracing.trace(apply_fn, params, input_shape, dtype)
+    return _assemble(records, trees.names(params))
 
 
 def unit_scores(groups: Sequence[Group], scores: Scores) -> dict[str, UnitScores]:
-    """Per group, the sums of scores into and out of each unit.
+    """Sums the scores into and out of each unit, by the name of its group.
 
-    For SynFlow both are the same for every hidden unit (Theorem 1), in a residual stream as well, where every source
-    is scored too or is 0.
+    For SynFlow both sums are equal for every hidden unit (Theorem 1). In a residual stream they are
+    equal too if every source is scored or is 0.
 
     Args:
       groups: of the network.
-      scores: floats beside the parameters that are scored, holes elsewhere; a tree of the structure that the groups
-        were made from.
+      scores: floats for the parameters that are scored and holes elsewhere, in a tree of the same
+        structure as the parameters that the groups were made from.
     """
     leaves = dict(zip(trees.names(scores), jax.tree.leaves(scores), strict=True))
 
     def total(axes: Sequence[Axis], size: int) -> np.ndarray:
-        out = np.zeros(size)
+        sums = np.zeros(size)
         for name, axis, units in axes:
-            if name in leaves:
-                leaf = np.moveaxis(np.asarray(leaves[name], np.float64), axis, 0)
-                of_unit = units >= 0
-                out += np.bincount(
-                    units[of_unit], leaf.reshape(len(units), -1).sum(1)[of_unit], size
-                )
-        return out
+            if name not in leaves:
+                continue
+            by_position = np.moveaxis(np.asarray(leaves[name], np.float64), axis, 0)
+            by_position = by_position.reshape(len(units), -1).sum(1)
+            is_unit = units >= 0
+            sums += np.bincount(units[is_unit], by_position[is_unit], size)
+        return sums
 
-    return {
-        g.name: UnitScores(total(g.writers + g.sources, g.size), total(g.readers, g.size))
-        for g in groups
-    }
+    found = {}
+    for group in groups:
+        incoming = total(group.writers + group.sources, group.size)
+        outgoing = total(group.readers, group.size)
+        found[group.name] = UnitScores(incoming, outgoing)
+    return found
 
 
-def _assembled(records: Records, leaf_names: list[str]) -> tuple[Group, ...]:
+# ------------------------------------------------------------------------- From records to groups
+
+
+class _Numbering(NamedTuple):
+    """Numbers the units of a network by group, and by place in the group.
+
+    A unit is a set of nodes that were unified, and is represented by the smallest of them.
+
+    Attributes:
+      unit_of: int [nodes], the unit of each node.
+      group_of: int [nodes], the group of each unit, `NONE` for units in no group.
+      place_of: int [nodes], the place of each unit in its group, `NONE` for units in no group.
+      sizes: the number of units of each group.
+    """
+
+    unit_of: np.ndarray
+    group_of: np.ndarray
+    place_of: np.ndarray
+    sizes: list[int]
+
+    def groups_of(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+        """Returns which groups have a unit among these nodes, bool [groups]."""
+        found = np.zeros(len(self.sizes), bool)
+        groups = self.group_of[_units_among(self.unit_of, arrays)]
+        found[groups[groups >= 0]] = True
+        return found
+
+
+def _assemble(records: Records, leaf_names: Sequence[str]) -> tuple[Group, ...]:
+    """Makes groups of what was recorded about nodes."""
+    numbering = _number(records)
+    writers = _axes_by_group(numbering, records, records.writers, leaf_names)
+    sources = _axes_by_group(numbering, records, records.sources, leaf_names)
+    scales = _axes_by_group(numbering, records, records.scales, leaf_names)
+    readers = _axes_by_group(numbering, records, records.readers, leaf_names)
+    is_input = numbering.groups_of(records.inputs)
+    is_output = numbering.groups_of(records.outputs)
+    zero = ~numbering.groups_of(records.nonzero)
+    zero_stays = zero & ~numbering.groups_of(records.ungated)
+    reasons = _reasons_by_group(numbering, records)
+    names = _names_of_groups(is_input, writers, readers)
+    return tuple(
+        Group(
+            name=names[i],
+            size=size,
+            writers=writers[i],
+            sources=sources[i],
+            scales=scales[i],
+            readers=readers[i],
+            is_input=bool(is_input[i]),
+            is_output=bool(is_output[i]),
+            fixed=reasons[i],
+            zero=bool(zero[i]),
+            zero_stays=bool(zero_stays[i]),
+        )
+        for i, size in enumerate(numbering.sizes)
+    )
+
+
+def _number(records: Records) -> _Numbering:
+    """Joins nodes to units, and units to groups."""
     unit_of = _components(records.num_nodes, records.same)
-    rows = {key: unit_of[nodes] for key, nodes in records.rows.items()}
-
-    def touched(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        units = np.zeros(records.num_nodes, bool)
-        for ids in arrays:
-            units[unit_of[ids[ids >= 0]]] = True
-        return units
-
-    read = touched([rows[key] for key in records.readers])
-    layers = [row for row in (unit_of[ids] for ids in records.inputs) if read[row].any()]
-    layers += [rows[key] for key in records.writers]
-    # The units of a layer belong together, and with them all that share a unit with it.
-    group_of = _components(records.num_nodes, [(row[:-1], row[1:]) for row in layers])
+    read = _units_among(unit_of, [records.rows[axis] for axis in records.readers])
+    # The inputs that kernels read are a layer, and so is each axis that a kernel writes.
+    inputs = [unit_of[nodes] for nodes in records.inputs]
+    layers = [row for row in inputs if np.isin(row, read).any()]
+    layers += [unit_of[records.rows[axis]] for axis in records.writers]
+    # The units of a layer are one group, together with all layers that share a unit with it.
+    group_of_unit = _components(records.num_nodes, [(row[:-1], row[1:]) for row in layers])
     members: dict[int, dict[int, None]] = {}
     for row in layers:
         if len(row):
-            members.setdefault(int(group_of[row[0]]), {}).update(dict.fromkeys(row.tolist()))
-    number, place = np.full(records.num_nodes, NONE), np.full(records.num_nodes, NONE)
-    for i, units in enumerate(members.values()):
-        number[list(units)] = i
-        place[list(units)] = np.arange(len(units))
+            group = members.setdefault(int(group_of_unit[row[0]]), {})
+            group.update(dict.fromkeys(row.tolist()))
 
-    def axes(keys: dict[LeafAxis, None]) -> list[tuple[Axis, ...]]:
-        found: list[tuple[Axis, ...]] = [()] * len(members)
-        for leaf, axis in keys:
-            row = rows[leaf, axis]
-            for i in np.unique(number[row]):
-                if i >= 0:
-                    found[i] += (
-                        Axis(leaf_names[leaf], axis, np.where(number[row] == i, place[row], NONE)),
-                    )
-        return found
+    group_of = np.full(records.num_nodes, NONE)
+    place_of = np.full(records.num_nodes, NONE)
+    for number, units in enumerate(members.values()):
+        group_of[list(units)] = number
+        place_of[list(units)] = np.arange(len(units))
+    return _Numbering(unit_of, group_of, place_of, [len(units) for units in members.values()])
 
-    def any_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        numbers = number[touched(arrays)]
-        return np.bincount(numbers[numbers >= 0], minlength=len(members)) > 0
 
-    reasons: list[list[str]] = [[] for _ in members]
-    for reason in dict.fromkeys(reason for _, reason in records.fixed):
-        for j in np.flatnonzero(any_of([ids for ids, why in records.fixed if why == reason])):
-            reasons[j].append(reason)
-    strangers = [
-        row
-        for key, row in rows.items()
-        if not any(
-            key in role
-            for role in (records.writers, records.readers, records.sources, records.scales)
-        )
-    ]
-    for j in np.unique(number[np.concatenate([np.zeros(0, int), *strangers])]):
-        if j >= 0:
-            reasons[j].append("a parameter that is neither kernel nor added nor multiplied")
-    writers, sources, scales, readers = map(
-        axes, (records.writers, records.sources, records.scales, records.readers)
-    )
-    is_input, is_output = any_of(records.inputs), any_of(records.outputs)
-    zero, is_open = ~any_of(records.nonzero), any_of(records.open)
-    names = [
-        "input" if is_input[i] else writers[i][0].name.removesuffix("/kernel")
-        for i in range(len(members))
-    ]
-    # A kernel can write to several groups: [in, heads, head dimension].
-    axis = [(*writers[i], *readers[i])[0].axis for i in range(len(members))]
-    names = [f"{name}:{axis[i]}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    stays = zero & ~is_open
-    return tuple(
-        Group(
-            names[i], len(units), writers[i], sources[i], scales[i], readers[i], bool(is_input[i]),
-            bool(is_output[i]), ", ".join(reasons[i]), bool(zero[i]), bool(stays[i]),
-        )
-        for i, units in enumerate(members.values())
-    )  # fmt: skip
+def _units_among(unit_of: np.ndarray, arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns the units that some of these nodes belong to, int [units]."""
+    found = np.zeros(len(unit_of), bool)
+    for nodes in arrays:
+        found[unit_of[nodes[nodes >= 0]]] = True
+    return np.flatnonzero(found)
+
+
+def _axes_by_group(
+    numbering: _Numbering,
+    records: Records,
+    role: Iterable[LeafAxis],
+    leaf_names: Sequence[str],
+) -> list[tuple[Axis, ...]]:
+    """Returns the axes of one role, for each group that has units along them."""
+    found: list[tuple[Axis, ...]] = [()] * len(numbering.sizes)
+    for leaf, axis in role:
+        units = numbering.unit_of[records.rows[leaf, axis]]
+        groups = numbering.group_of[units]
+        for group in np.unique(groups[groups >= 0]):
+            places = np.where(groups == group, numbering.place_of[units], NONE)
+            found[group] += (Axis(leaf_names[leaf], axis, places),)
+    return found
+
+
+def _reasons_by_group(numbering: _Numbering, records: Records) -> list[tuple[Reason, ...]]:
+    """Returns why the units of each group must stay."""
+    nodes_of: dict[Reason, list[np.ndarray]] = {}
+    for nodes, reason in records.fixed:
+        nodes_of.setdefault(reason, []).append(nodes)
+    # Parameters without a role do something to their units that is not understood.
+    roles = (records.writers, records.readers, records.sources, records.scales)
+    for leaf_axis, nodes in records.rows.items():
+        if not any(leaf_axis in role for role in roles):
+            nodes_of.setdefault(Reason(Cause.OTHER_PARAMETER), []).append(nodes)
+
+    reasons: list[tuple[Reason, ...]] = [()] * len(numbering.sizes)
+    for reason, arrays in nodes_of.items():
+        for group in np.flatnonzero(numbering.groups_of(arrays)):
+            reasons[group] += (reason,)
+    return reasons
+
+
+def _names_of_groups(
+    is_input: Sequence[bool] | np.ndarray,
+    writers: Sequence[tuple[Axis, ...]],
+    readers: Sequence[tuple[Axis, ...]],
+) -> list[str]:
+    """Returns a name for each group, as `Group.name` says."""
+    names = []
+    for i, axes in enumerate(writers):
+        names.append("input" if is_input[i] else axes[0].name.removesuffix("/kernel"))
+    # A kernel [in, heads, head dimension] writes to several groups.
+    unique = []
+    for i, name in enumerate(names):
+        first = (*writers[i], *readers[i])[0]
+        unique.append(f"{name}:{first.axis}" if names.count(name) > 1 else name)
+    return unique
 
 
 def _components(num_nodes: int, edges: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The least node that each node is connected with."""
+    """Finds the connected components of an undirected graph.
+
+    Args:
+      num_nodes: the number of nodes.
+      edges: pairs of arrays; nodes at the same position are connected.
+
+    Returns:
+      The smallest node of the component of each node, int [num_nodes].
+    """
+    a = np.concatenate([np.zeros(0, int), *[np.ravel(nodes) for nodes, _ in edges]])
+    b = np.concatenate([np.zeros(0, int), *[np.ravel(nodes) for _, nodes in edges]])
     label = np.arange(num_nodes)
-    a = np.concatenate([np.zeros(0, int), *[np.ravel(x) for x, _ in edges]])
-    b = np.concatenate([np.zeros(0, int), *[np.ravel(y) for _, y in edges]])
-    while True:
-        low = np.minimum(label[a], label[b])
-        if (label[a] == label[b]).all():
-            return label
-        np.minimum.at(label, label[a], low)
-        np.minimum.at(label, label[b], low)
+    while (label[a] != label[b]).any():
+        smaller = np.minimum(label[a], label[b])
+        # Labels are nodes: to lower the label of a label lowers that of all nodes that have it.
+        np.minimum.at(label, label[a], smaller)
+        np.minimum.at(label, label[b], smaller)
         while (label[label] != label).any():
             label = label[label]
+    return label

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synflow_jax import analysis, models, pruning, scores, trees
+from synflow_jax import analysis, certified, models, pruning, scores, trees
 from synflow_jax.models.resnet import ResNet
 
 
@@ -34,18 +34,18 @@ def test_path_norm_is_the_product_of_absolute_matrices() -> None:
     params = _mlp_params([5, 7, 3])
     params = jax.tree.map(lambda leaf: leaf if leaf.ndim == 2 else jnp.zeros_like(leaf), params)
     expected = np.sum(np.abs(params["layer0"]["w"]) @ np.abs(params["layer1"]["w"]))
-    norm = analysis.log10_path_norm(_mlp, (5,), params, trees.prunable(params))
+    norm = analysis.log10_path_norm(_mlp, params, trees.prunable(params), (5,))
     assert norm == pytest.approx(math.log10(expected), abs=1e-6)
 
 
 def test_an_emptied_layer_collapses_a_chain_whatever_its_biases() -> None:
     params = _mlp_params([5, 7, 7, 3])
     mask = trees.prunable(params)
-    assert not analysis.collapsed(_mlp, (5,), params, mask)
+    assert not analysis.collapsed(_mlp, params, mask, (5,))
     mask["layer1"]["w"] = jnp.zeros((7, 7), bool)
-    assert analysis.collapsed(_mlp, (5,), params, mask)
+    assert analysis.collapsed(_mlp, params, mask, (5,))
     # The biases still make output, so the path norm itself is not 0.
-    assert analysis.log10_path_norm(_mlp, (5,), params, mask) > -math.inf
+    assert analysis.log10_path_norm(_mlp, params, mask, (5,)) > -math.inf
 
 
 def test_a_cut_without_an_empty_layer_collapses() -> None:
@@ -55,7 +55,7 @@ def test_a_cut_without_an_empty_layer_collapses() -> None:
     mask["layer0"]["w"] = mask["layer0"]["w"].at[:, 3:].set(False)
     mask["layer1"]["w"] = mask["layer1"]["w"].at[:3].set(False)
     assert all(bool(leaf.any()) for leaf in jax.tree.leaves(mask))
-    assert analysis.collapsed(_mlp, (4,), params, mask)
+    assert analysis.collapsed(_mlp, params, mask, (4,))
 
 
 def test_an_empty_shortcut_is_no_collapse() -> None:
@@ -64,22 +64,22 @@ def test_an_empty_shortcut_is_no_collapse() -> None:
     mask = trees.prunable(params)
     apply_fn = models.synflow_fn(model, batch_stats)
     mask["conv3_1"]["shortcut"]["kernel"] &= False
-    assert not analysis.collapsed(apply_fn, (8, 8, 3), params, mask)
+    assert not analysis.collapsed(apply_fn, params, mask, (8, 8, 3))
     mask["conv3_1"]["conv2"]["kernel"] &= False
-    assert analysis.collapsed(apply_fn, (8, 8, 3), params, mask)
+    assert analysis.collapsed(apply_fn, params, mask, (8, 8, 3))
     # Stem, the shortcut and the head.
-    assert analysis.shortest_path(apply_fn, (8, 8, 3), mask, params) == 3
+    assert analysis.shortest_path(apply_fn, params, mask, (8, 8, 3)) == 3
 
 
 @pytest.mark.parametrize("depth", [1, 2, 6, 40])
 def test_maximal_compression_of_a_chain_is_weights_over_layers(depth: int) -> None:
     params = _mlp_params([6] * (depth + 1))
     mask = trees.prunable(params)
-    assert analysis.shortest_path(_mlp, (6,), mask, params) == depth
-    assert analysis.max_compression(_mlp, (6,), mask, params) == 36
+    assert analysis.shortest_path(_mlp, params, mask, (6,)) == depth
+    assert analysis.max_compression(_mlp, params, mask, (6,)) == 36
     if depth > 1:  # a layer that is not prunable costs no weight
         mask["layer0"]["w"] = None
-        assert analysis.shortest_path(_mlp, (6,), mask, params) == depth - 1
+        assert analysis.shortest_path(_mlp, params, mask, (6,)) == depth - 1
 
 
 def test_skips_shorten_the_path() -> None:
@@ -89,22 +89,22 @@ def test_skips_shorten_the_path() -> None:
         return x @ params[sorted(params)[-1]]["w"]
 
     params = {f"layer{i:03d}": {"w": jnp.ones((4, 4))} for i in range(100)}
-    assert analysis.shortest_path(residual, (4,), trees.prunable(params), params) == 1
+    assert analysis.shortest_path(residual, params, trees.prunable(params), (4,)) == 1
 
 
 def test_a_network_that_ignores_its_input_has_no_path() -> None:
     params = {"w": jnp.ones((3, 2))}
     with pytest.raises(ValueError, match="shortest path"):
-        analysis.shortest_path(lambda p, x: 0 * (x @ p["w"]), (3,), trees.prunable(params), params)
+        analysis.shortest_path(lambda p, x: 0 * (x @ p["w"]), params, trees.prunable(params), (3,))
 
 
 def test_path_norms_beyond_float32_are_found() -> None:
     params = jax.tree.map(lambda leaf: 1e12 * leaf, _mlp_params([5, 5, 5, 5, 5]))
     mask = trees.prunable(params)
-    assert 48 < analysis.log10_path_norm(_mlp, (5,), params, mask) < 60
+    assert 48 < analysis.log10_path_norm(_mlp, params, mask, (5,)) < 60
     small = jax.tree.map(lambda leaf: 1e-24 * leaf, params)
-    assert -60 < analysis.log10_path_norm(_mlp, (5,), small, mask) < -10
-    assert not analysis.collapsed(_mlp, (5,), small, mask)
+    assert -60 < analysis.log10_path_norm(_mlp, small, mask, (5,)) < -10
+    assert not analysis.collapsed(_mlp, small, mask, (5,))
 
 
 def test_multiply_adds_of_vgg16() -> None:
@@ -121,7 +121,7 @@ def test_weights_on_no_path_do_not_count() -> None:
     mask["layer0"]["w"] = mask["layer0"]["w"].at[:, 3:].set(False)  # nothing enters units 3 to 5
     mask["layer1"]["w"] = mask["layer1"]["w"].at[2].set(False)  # nothing leaves unit 2
     params["layer0"]["w"] = params["layer0"]["w"].at[0, 0].set(0)
-    found = analysis.effective_mask(_mlp, (4,), params, mask)
+    found = analysis.effective_mask(_mlp, params, mask, (4,))
     assert trees.names(found) == ["layer0/w", "layer1/w"]
     expected = np.zeros((4, 6), bool)
     expected[:, :2] = True
@@ -136,7 +136,7 @@ def test_paths_far_thinner_than_others_count() -> None:
     params = jax.tree.map(lambda w: jnp.eye(2) if w.ndim == 2 else w, params)
     params = jax.tree.map(lambda w: w.at[1].mul(1e-20) if w.ndim == 2 else w, params)
     mask = trees.prunable(params)
-    found = analysis.effective_mask(_mlp, (2,), params, mask)
+    found = analysis.effective_mask(_mlp, params, mask, (2,))
     for leaf in jax.tree.leaves(found):
         np.testing.assert_array_equal(leaf, np.eye(2, dtype=bool))
 
@@ -146,19 +146,19 @@ def test_the_critical_compression_is_where_a_rule_collapses() -> None:
     full = trees.prunable(params)
     for rule, options in ((scores.magnitude(), {}), (scores.random(), {"key": jax.random.key(4)})):
         critical = analysis.critical_compression(
-            rule, _mlp, (8,), params, resolution=0.002, **options
+            rule, _mlp, params, None, (8,), resolution=0.002, **options
         )
         prune = functools.partial(pruning.prune, rule, params, num_iterations=1, **options)
-        assert not analysis.collapsed(_mlp, (8,), params, prune(compression=critical)[0])
-        assert analysis.collapsed(_mlp, (8,), params, prune(compression=critical * 10**0.002)[0])
-    assert critical < analysis.max_compression(_mlp, (8,), full, params)
+        assert not analysis.collapsed(_mlp, params, prune(compression=critical)[0], (8,))
+        assert analysis.collapsed(_mlp, params, prune(compression=critical * 10**0.002)[0], (8,))
+    assert critical < analysis.max_compression(_mlp, params, full, (8,))
 
 
 def test_certified_synflow_reaches_the_maximum() -> None:
     params = _mlp_params([8, 16, 16, 4], seed=3)
-    maximum = analysis.max_compression(_mlp, (8,), trees.prunable(params), params)
+    maximum = analysis.max_compression(_mlp, params, trees.prunable(params), (8,))
     rule = scores.synflow(_mlp, (8,))
     critical = analysis.critical_compression(
-        rule, _mlp, (8,), params, num_iterations=4096, schedule="certified"
+        rule, _mlp, params, None, (8,), prune_fn=certified.prune
     )
     assert critical == maximum == sum(trees.sizes(trees.prunable(params))) / 3

@@ -37,6 +37,7 @@ def _network(
     return jnp.mean(x, axis=(1, 2)) @ params["head"]["kernel"]
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(LAYERS, st.integers(0, 2**31))
 def test_random_networks_conserve(layers: list[tuple[int, bool, bool, bool]], seed: int) -> None:
@@ -48,7 +49,9 @@ def test_random_networks_conserve(layers: list[tuple[int, bool, bool, bool]], se
         for i, (_, bias, _, _) in enumerate(layers)
     }
     params["head"] = {"kernel": draw(3, 2)}
-    audit = analysis.conservation(lambda p, x: _network(p, x, layers), params, (6, 6, 3))
+    audit = analysis.conservation(
+        lambda p, x: _network(p, x, layers), params, input_shape=(6, 6, 3)
+    )
     assert audit.conserved and audit.residual < 1e-5, str(audit)
     assert len(audit.cuts) == len(layers) + 1 and audit.total > 0
     # The head is a cut by itself: its scores are R, to which every bias has added.
@@ -68,7 +71,7 @@ def test_negative_biases_make_no_negative_flow() -> None:
     apply_fn = lambda p, x: (
         jax.nn.relu(x @ p["fc"]["kernel"] + p["fc"]["bias"][None]) @ p["head"]["kernel"]
     )
-    audit = analysis.conservation(apply_fn, jax.tree.map(jnp.asarray, params), (4,))
+    audit = analysis.conservation(apply_fn, jax.tree.map(jnp.asarray, params), input_shape=(4,))
     assert audit.conserved and min(audit.layers.values()) > 0
     np.testing.assert_allclose(
         audit.layers["fc/kernel"] + audit.layers["fc/bias"], audit.total, rtol=1e-5
@@ -89,7 +92,9 @@ def test_a_training_loss_is_conserved_and_gelu_is_named() -> None:
     np.testing.assert_allclose(
         audit.layers["fc/kernel"], audit.layers["head/kernel"], rtol=1e-4, atol=1e-6
     )
-    broken = analysis.conservation(lambda p, x: apply_fn(p, x, jax.nn.gelu), params, (4,))
+    broken = analysis.conservation(
+        lambda p, x: apply_fn(p, x, jax.nn.gelu), params, input_shape=(4,)
+    )
     assert not broken.conserved and broken.residual > 1e-2 and "tanh" in broken.broken
 
 
@@ -133,5 +138,5 @@ def test_a_mean_of_the_batch_takes_all_flow_of_one_input() -> None:
     """Why SynFlow in training mode fails: its single input is its own mean."""
     params = {"fc": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
     apply_fn = lambda p, x: _centred(x @ p["fc"]["kernel"], 0) @ p["head"]["kernel"]
-    audit = analysis.conservation(apply_fn, params, (4,))
+    audit = analysis.conservation(apply_fn, params, input_shape=(4,))
     assert audit.total == 0 and "nothing flows" in str(audit)

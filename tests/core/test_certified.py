@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return *prune(rule, params, **options), params
 
     def collapsed(self, params: trees.Params, mask: trees.Mask) -> bool:
-        return analysis.collapsed(self.apply_fn, self.input_shape, params, mask)
+        return analysis.collapsed(self.apply_fn, params, mask, self.input_shape)
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def _case(name: str) -> Case:
     params, batch_stats = draw(jax.random.key(0))
     mask = trees.prunable(params)
     apply_fn = models.synflow_fn(model, batch_stats)
-    shortest = analysis.shortest_path(apply_fn, input_shape, mask, params)
+    shortest = analysis.shortest_path(apply_fn, params, mask, input_shape)
     return Case(apply_fn, input_shape, lambda key: draw(key)[0], sum(trees.sizes(mask)), shortest)
 
 
@@ -74,7 +74,9 @@ def _pairs(left: Any, right: Any) -> Any:
     return zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
 
 
-@pytest.mark.parametrize("name, length, num_lost", [("mlp", 6, 18), ("vgg", 5, 3)])
+@pytest.mark.parametrize(
+    "name, length, num_lost", [("mlp", 6, 18), pytest.param("vgg", 5, 3, marks=pytest.mark.slow)]
+)
 def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_lost: int) -> None:
     """50 networks, to exactly N / L; the paper's schedule with as many iterations loses most MLPs, and some VGGs."""
     case = _case(name)
@@ -96,6 +98,7 @@ def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_los
     assert lost >= num_lost, lost  # of 20
 
 
+@pytest.mark.slow
 def test_vgg16_down_to_fourteen_weights() -> None:
     case = _case("vgg16")
     mask, info, params = case.prune(0, cut_fraction=0.99)
@@ -104,6 +107,7 @@ def test_vgg16_down_to_fourteen_weights() -> None:
     assert _ratios(info).max() < 1
 
 
+@pytest.mark.slow
 def test_a_network_with_branches_is_pruned_to_a_single_path() -> None:
     """Every weight that is left lies on all paths: it carries the whole flow. It may be longer than the shortest."""
     case = _case("resnet")
@@ -128,6 +132,7 @@ def test_a_network_with_branches_is_pruned_to_a_single_path() -> None:
     assert case.shortest == 3 and min(lengths) >= 3 and max(lengths) <= 8, lengths
 
 
+@pytest.mark.slow
 def test_the_certificate_can_be_replayed() -> None:
     """From `removed_in` alone, in float64: the scores that each iteration pruned are below what a cut held."""
     case = _case("vgg")
@@ -175,7 +180,7 @@ def test_with_biases_a_cut_holds_more_than_flows_in() -> None:
     compression = sum(trees.sizes(mask)) / 3
     found, info = certified.prune(scores.synflow(apply_fn, (6,)), params, compression=compression)
     assert [int(m.sum()) for m in jax.tree.leaves(found)] == [1, 1, 1]
-    assert not analysis.collapsed(apply_fn, (6,), params, found)
+    assert not analysis.collapsed(apply_fn, params, found, (6,))
     assert _ratios(info).max() < 1
 
 

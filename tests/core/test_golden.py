@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_except
 
 from synflow_jax import pruning, schedules
 
-RULES = [("magnitude", 1), ("synflow", 1), ("snip", 1), ("snip", 2), ("grasp", 1), ("grasp", 2)]
+FAST_RULES = [("magnitude", 1), ("synflow", 1), ("snip", 1)]
+RULES = [*FAST_RULES, ("snip", 2), ("grasp", 1), ("grasp", 2)]
 
 
-@pytest.mark.parametrize("rule, num_batches", RULES)
+@pytest.mark.parametrize("rule, num_batches", slow_except(FAST_RULES, RULES))
 def test_scores_in_float64(golden_file: pathlib.Path, rule: str, num_batches: int) -> None:
     with jax.enable_x64(True):
         case = golden.load(golden_file, jnp.float64)

@@ -17,8 +17,11 @@ import pytest
 
 from paper.figures import ablations
 from synflow_jax import masking, models, pruning, schedules, scores, storage, trees
-from synflow_jax.experiments import config, prune_grid, prune_run, train_run
+from synflow_jax.experiments import checks, initialization, masks, rules, starts
 from synflow_jax.experiments.config import Config, Grid, PruneConfig
+from synflow_jax.experiments.events import Finished
+from synflow_jax.experiments.run import resolve, resolve_one
+from synflow_jax.storage import Workdir
 
 SMALL = Config(
     model="fc",
@@ -202,20 +205,20 @@ def test_scores_in_training_mode_do_not_know_the_running_statistics() -> None:
 
 def test_rows_of_a_grid_of_ablations(tmp_path: pathlib.Path) -> None:
     grids = (
-        Grid(pruner=("magnitude",), ablation=config.ABLATIONS),
+        Grid(pruner=("magnitude",), ablation=tuple(rules.ABLATIONS)),
         Grid(pruner=("random", "uniform", "erk"), mode=("eval", "train")),
         Grid(pruner=("random", "uniform"), scope=("local",)),
     )
     settings = dataclasses.replace(SMALL, grids=grids)
-    runs = config.expand(settings)
+    runs, workdir = resolve(settings), Workdir(tmp_path)
     assert len(runs) == 4 + 3 + 1  # a mode decides on nothing here, and uniform is local anyway
-    outcomes = list(prune_grid.run(runs, tmp_path))
-    assert [outcome.error for outcome in outcomes] == [None] * len(runs)
+    outcomes = list(masks.prune_all(runs, workdir))
+    assert all(isinstance(outcome, Finished) for outcome in outcomes), outcomes
     rows = {
         (row["pruner"], row["ablation"], row["scope"]): row
         for row in storage.read_rows(tmp_path / "rows.jsonl")
     }
-    network = prune_run.build(SMALL)
+    network = initialization.build(resolve_one(SMALL))
     sizes = np.array(trees.sizes(network.mask))
     kept = lambda *key: np.array([layer["kept"] for layer in rows[key]["layers"]])
     np.testing.assert_array_equal(
@@ -226,7 +229,7 @@ def test_rows_of_a_grid_of_ablations(tmp_path: pathlib.Path) -> None:
     )
     np.testing.assert_array_equal(kept("erk", "none", "local"), erk)
     none, shuffled, drawn, inverted = (
-        rows["magnitude", name, "global"] for name in config.ABLATIONS
+        rows["magnitude", name, "global"] for name in rules.ABLATIONS
     )
     np.testing.assert_array_equal(
         kept("magnitude", "none", "global"), kept("magnitude", "shuffle", "global")
@@ -244,11 +247,13 @@ def test_rows_of_a_grid_of_ablations(tmp_path: pathlib.Path) -> None:
     )
 
     # Another initialization for the same mask, in training alone.
-    run = next(run for run in runs if run.prune.ablation == "reinitialize")
-    mask, _ = prune_run.find_mask(run, network, tmp_path) or (None, None)
-    form, same = (train_run.choose_form(r, network, mask) for r in (run, runs[0]))
-    jax.tree.map(np.testing.assert_array_equal, form.mask, same.mask)
-    kernels = [jax.tree.leaves(trees.select(f.params, f.mask)) for f in (form, same)]
+    run = next(run for run in runs if run.config.prune.ablation == "reinitialize")
+    mask, _ = masks.find_mask(run, network, workdir) or (None, None)
+    form, same = (starts.choose_form(r, network, mask) for r in (run, runs[0]))
+    jax.tree.map(np.testing.assert_array_equal, form.network.mask, same.network.mask)
+    kernels = [
+        jax.tree.leaves(trees.select(f.network.params, f.network.mask)) for f in (form, same)
+    ]
     assert all(
         np.mean(np.asarray(a) == np.asarray(b)) < 0.01 for a, b in zip(*kernels, strict=True)
     )
@@ -266,7 +271,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"ablation": "shufle"},
         "prune.ablation='shufle' is unknown. Choose one of none, shuffle",
     ),
-    "mode": ({"mode": "test"}, "prune.mode='test' is unknown. Choose 'eval' or 'train'"),
+    "mode": ({"mode": "test"}, "prune.mode='test' is unknown. Choose one of eval, train"),
     "certified": (
         {"ablation": "shuffle", "schedule": "certified"},
         "does not go with schedule='certified'",
@@ -287,5 +292,5 @@ def test_bad_values(case: str) -> None:
     values, message = BAD[case]
     prune = {"pruner": "synflow", "num_iterations": None, **values}
     with pytest.raises(ValueError, match="prune") as error:
-        config.check(dataclasses.replace(SMALL, prune=dataclasses.replace(SMALL.prune, **prune)))
+        checks.check(dataclasses.replace(SMALL, prune=dataclasses.replace(SMALL.prune, **prune)))
     assert message in str(error.value)

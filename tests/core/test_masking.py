@@ -2,7 +2,7 @@
 
 Laws: `kth_smallest` is `np.partition` of the joined tree, for any input without NaN; a mask keeps exactly the
 scores above the k-th smallest, so exactly k go if scores are distinct, and ties with the k-th go too; nothing
-goes for k < 1; `local_mask` is `global_mask` of each leaf by itself; `unpack` is the inverse of `pack`.
+goes for k < 1; `local_mask` is `global_mask` of each leaf by itself.
 """
 
 from __future__ import annotations
@@ -337,30 +337,3 @@ def test_count_kept_counts_each_leaf() -> None:
     mask = {"a": jnp.array([[True, False], [True, True]]), "hole": None, "b": jnp.zeros(3, bool)}
     kept = masking.count_kept(mask)
     assert kept.dtype == jnp.int32 and kept.tolist() == [3, 0]
-
-
-@settings(max_examples=100, deadline=None)
-@given(mask=hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)))
-def test_unpack_is_the_inverse_of_pack(mask: np.ndarray) -> None:
-    packed = masking.pack(mask)
-    assert packed.dtype == np.uint8 and packed.shape == (-(-mask.size // 8),)
-    np.testing.assert_array_equal(masking.unpack(packed, mask.shape), mask, strict=True)
-    # Row-major order, the first bit the highest, and zeros after the last.
-    bits = [int(byte) >> place & 1 for byte in packed for place in range(7, -1, -1)]
-    assert bits == mask.reshape(-1).astype(int).tolist() + [0] * (8 * packed.size - mask.size)
-
-
-def test_the_first_bit_is_the_highest() -> None:
-    assert masking.pack(jnp.array([True, False, False])).tolist() == [0b1000_0000]
-    assert masking.pack(np.arange(9) == 8).tolist() == [0, 0b1000_0000]
-    assert masking.pack(np.array([[True, False], [False, True]])).tolist() == [0b1001_0000]
-
-
-@pytest.mark.parametrize(
-    "packed_shape, shape", [((1,), (9,)), ((3,), (16,)), ((0,), ()), ((1, 1), (8,)), ((1,), (0,))]
-)
-def test_packed_bytes_that_do_not_fit(
-    packed_shape: tuple[int, ...], shape: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match=r"packed has shape .*, but a mask of shape .* takes"):
-        masking.unpack(np.zeros(packed_shape, np.uint8), shape)

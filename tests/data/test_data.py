@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 
 from synflow_jax import data
-from synflow_jax.data import readers, streaming
+from synflow_jax.data import prepared, streaming
 
 IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -169,9 +169,7 @@ def test_tensorflow_datasets_reads_without_tensorflow(monkeypatch: pytest.Monkey
     import tensorflow_datasets as tfds
 
     with tfds.testing.mock_data(num_examples=7):
-        monkeypatch.setattr(
-            readers, "_tfds_builder", lambda dataset, directory: tfds.builder(dataset)
-        )
+        monkeypatch.setattr(prepared, "find", lambda dataset, directory: tfds.builder(dataset))
         arrays = data.load("cifar10", (32, 32, 3))
     assert arrays.train_images.shape == (7, 32, 32, 3) and arrays.test_labels.shape == (7,)
 
@@ -207,7 +205,7 @@ def _record(i: int) -> dict[str, Any]:
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": [_record(i) for i in range(50)], "test": [_record(i) for i in range(21)]}
-    monkeypatch.setattr(readers, "source", lambda dataset, split, directory, decode: splits[split])
+    monkeypatch.setattr(prepared, "source", lambda dataset, split, directory, decode: splits[split])
     monkeypatch.setitem(
         data.DATASETS, "imagenet", data.DATASETS["imagenet"]._replace(num_classes=10)
     )

@@ -1,7 +1,8 @@
-"""Grids: which runs a config stands for, and what `prune.py` does with many runs.
+"""Checks which runs a grid stands for, and how `masks.prune_all` prunes them.
 
-Laws: the runs are the product of the values, each as if it had been asked for alone, with the same name and the same
-mask; what they share is built and traced once; a run that fails stops no other.
+Laws: the runs are the product of the values. Each is as if it had been asked for alone, with the
+same name and the same mask. What runs share is built and traced once. A run that fails does not
+stop the others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synflow_jax import models, pruning, scores, storage
-from synflow_jax.experiments import config, prune_grid, prune_run
-from synflow_jax.experiments.config import Config, Grid, PruneConfig
+from synflow_jax import models, pruning, scores
+from synflow_jax.experiments import checks, failures, initialization, masks
+from synflow_jax.experiments.config import Config, DataConfig, Grid, PruneConfig
+from synflow_jax.experiments.events import Failed, Finished
+from synflow_jax.experiments.run import Run, grid_fields, grid_values, resolve, resolve_one
+from synflow_jax.models import Network
+from synflow_jax.storage import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = Config(
@@ -38,8 +44,17 @@ def _with(settings: Config, **values: Any) -> Config:
     return dataclasses.replace(settings, **values)
 
 
-def _runs(**grid: Any) -> list[Config]:
-    return config.expand(_with(SMALL, grid=Grid(**grid)))
+def _with_prune(settings: Config, **values: Any) -> Config:
+    return _with(settings, prune=dataclasses.replace(settings.prune, **values))
+
+
+def _runs(**grid: Any) -> list[Run]:
+    return resolve(_with(SMALL, grid=Grid(**grid)))
+
+
+def _prune_all(runs: list[Run], workdir: Workdir) -> list[Finished | Failed]:
+    outcomes = masks.prune_all(runs, workdir)
+    return list(failures.listed(outcomes, workdir, lambda run: run.prune_id))
 
 
 # Configs
@@ -49,39 +64,53 @@ def test_runs_are_the_product_in_the_order_of_the_fields() -> None:
     grid = Grid(
         compression=(10.0, 100.0), pruner=("snip", "grasp"), seed=(1, 0), model=("fc", "conv")
     )
-    runs = config.expand(_with(SMALL, grid=grid))
-    found = [(run.model, run.seed, run.prune.pruner, run.prune.compression) for run in runs]
-    assert found == list(
+    runs = resolve(_with(SMALL, grid=grid))
+    keys = ("model", "seed", "prune.pruner", "prune.compression")
+    assert [tuple(run.value(key) for key in keys) for run in runs] == list(
         itertools.product(("fc", "conv"), (1, 0), ("snip", "grasp"), (10.0, 100.0))
     )
-    # What is not in the grid is the config's own, and no run has a grid itself.
-    assert all(run.grid == Grid() and run.width_multiplier == 0.2 for run in runs)
-    assert all(run.prune.num_iterations == 3 for run in runs)
-    assert len({config.run_id(run) for run in runs}) == len(runs)
+    # Values that are not in the grid are those of the config, and no run has a grid.
+    assert all(run.config.grid == Grid() and run.config.width_multiplier == 0.2 for run in runs)
+    assert all(run.num_iterations == 3 for run in runs)
+    assert len({run.prune_id for run in runs}) == len(runs)
 
 
 def test_every_field_of_a_grid_sets_a_value_of_the_config() -> None:
-    values = {"model": "conv", "dataset": "mnist", "width_multiplier": 0.5, "seed": 7, "pruner": "random",
-              "mode": "train", "ablation": "shuffle", "nested": False, "num_iterations": 9, "scope": "local",
-              "schedule": "linear", "compression": 3.0}  # fmt: skip
-    assert set(values) == {field.name for field in dataclasses.fields(Grid)}
-    for name, value in values.items():
-        (run,) = _runs(**{name: (value,)})
-        changed = getattr(run, name) if hasattr(run, name) else getattr(run.prune, name)
-        assert changed == value
-        assert config.run_id(run) != config.run_id(SMALL)
+    values = {
+        "model": "conv",
+        "dataset": "mnist",
+        "width_multiplier": 0.5,
+        "seed": 7,
+        "prune.pruner": "random",
+        "prune.mode": "train",
+        "prune.ablation": "shuffle",
+        "prune.num_iterations": 9,
+        "prune.nested": False,
+        "prune.scope": "local",
+        "prune.schedule": "linear",
+        "prune.compression": 3.0,
+    }
+    assert list(values) == list(grid_fields())
+    for key, value in values.items():
+        (run,) = _runs(**{grid_fields()[key].name: (value,)})
+        assert run.value(key) == value
+        assert run.prune_id != resolve_one(SMALL).prune_id
+
+
+def test_fields_of_a_grid_have_the_types_of_the_config() -> None:
+    own = {field.name: field.type for field in dataclasses.fields(Config)}
+    own |= {f"prune.{field.name}": field.type for field in dataclasses.fields(PruneConfig)}
+    for key, field in grid_fields().items():
+        kind, _ = typing.get_args(field.type)
+        assert kind in (own[key], *typing.get_args(own[key]))
 
 
 def test_a_run_of_a_grid_is_the_run_asked_for_alone() -> None:
     (run,) = _runs(seed=(3,), compression=(10,), pruner=("snip",))
-    alone = _with(
-        SMALL, seed=3, prune=dataclasses.replace(SMALL.prune, compression=10.0, pruner="snip")
-    )
+    alone = resolve_one(_with(_with_prune(SMALL, compression=10.0, pruner="snip"), seed=3))
     assert run == alone
-    assert config.run_id(run) == config.run_id(alone) and config.train_id(run) == config.train_id(
-        alone
-    )
-    assert config.expand(SMALL) == [SMALL] and SMALL.grid == Grid()
+    assert run.prune_id == alone.prune_id and run.train_id == alone.train_id
+    assert resolve_one(SMALL).config == SMALL and SMALL.grid == Grid()
 
 
 def test_several_grids_are_run_in_turn_each_with_the_values_of_the_common_one() -> None:
@@ -98,18 +127,19 @@ def test_several_grids_are_run_in_turn_each_with_the_values_of_the_common_one() 
     ]
     wanted = [(seed, *values) for seed in (0, 1) for values in first]
     wanted += [(5, "synflow", "eval", True), (5, "synflow", "train", True)]
-    runs = config.expand(settings)
-    found = [(run.seed, run.prune.pruner, run.prune.mode, run.prune.nested) for run in runs]
-    assert found == wanted and all(run.prune.compression == 3 and run.grids == () for run in runs)
-    assert config.grid_values(settings)["seed"] == (0, 1, 5)
+    runs = resolve(settings)
+    keys = ("seed", "prune.pruner", "prune.mode", "prune.nested")
+    assert [tuple(run.value(key) for key in keys) for run in runs] == wanted
+    assert all(run.config.prune.compression == 3 and run.config.grids == () for run in runs)
+    assert grid_values(settings)["seed"] == (0, 1, 5)
     # A run that two grids hold is one run.
-    assert config.expand(_with(SMALL, grids=(Grid(seed=(0,)), Grid(seed=(0, 1))))) == _runs(
-        seed=(0, 1)
-    )
+    twice = _with(SMALL, grids=(Grid(seed=(0,)), Grid(seed=(0, 1))))
+    assert resolve(twice) == _runs(seed=(0, 1))
 
 
 def test_duplicates_are_one_run() -> None:
-    assert [run.prune.compression for run in _runs(compression=(10, 10.0, 2, 10))] == [10.0, 2.0]
+    runs = _runs(compression=(10, 10.0, 2, 10))
+    assert [run.config.prune.compression for run in runs] == [10.0, 2.0]
 
 
 def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
@@ -126,17 +156,17 @@ def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     prune = PruneConfig(pruner="snip", compression=10.0, scaled=False)
     settings = Config(model="conv", dataset="digits", prune=prune)
-    assert config.run_id(settings) == f"conv-digits-snip-c10-s0-{digest}"
+    assert resolve_one(settings).prune_id == f"conv-digits-snip-c10-s0-{digest}"
     # Neither what is recorded nor what is refused changes a mask.
     for free in ({"record_units": True}, {"beyond_maximum": True}, {"dataset": "digits"}):
-        same = _with(settings, prune=dataclasses.replace(settings.prune, **free))
-        assert config.run_id(same) == config.run_id(settings)
+        same = _with_prune(settings, **free)
+        assert resolve_one(same).prune_id == resolve_one(settings).prune_id
 
 
 def test_the_scored_dataset_is_part_of_a_run_that_scores_it() -> None:
     def run_id(pruner: str, dataset: str | None) -> str:
         prune = PruneConfig(pruner=pruner, dataset=dataset)
-        return config.run_id(Config(model="imagenet_vgg11", dataset="imagenet", prune=prune))
+        return resolve_one(Config(model="imagenet_vgg11", dataset="imagenet", prune=prune)).prune_id
 
     assert run_id("snip", "digits") != run_id("snip", None)
     assert run_id("synflow", "digits") == run_id("synflow", None)
@@ -170,7 +200,7 @@ BAD = {
 def test_bad_grids_are_found_before_any_work(case: str) -> None:
     grid, argument, cure = BAD[case]
     with pytest.raises(ValueError, match="grid") as error:
-        config.check(_with(SMALL, grid=Grid(**grid)))
+        checks.check(_with(SMALL, grid=Grid(**grid)))
     assert argument in str(error.value) and cure in str(error.value)
 
 
@@ -181,7 +211,7 @@ def test_a_dataset_that_does_not_fit_the_network() -> None:
         prune=PruneConfig(pruner="snip", dataset="fashion_mnist"),
     )
     with pytest.raises(ValueError, match=r"prune.dataset='fashion_mnist' does not fit .* 'digits'"):
-        config.check(_with(network, data=config.DataConfig(dir=None)))
+        checks.check(_with(network, data=DataConfig(dir=None)))
 
 
 # Runs
@@ -214,13 +244,12 @@ def test_scores_made_once_give_the_masks_of_the_loop() -> None:
 
 
 def test_masks_are_those_of_runs_alone(tmp_path: pathlib.Path) -> None:
+    grid, single = Workdir(tmp_path / "grid"), Workdir(tmp_path / "alone")
     runs = _runs(pruner=("grasp", "random", "synflow"), num_iterations=(1, 2), compression=(2, 30))
-    for outcome in prune_grid.run(runs, tmp_path / "grid"):
-        assert outcome.row is not None and not outcome.found, outcome.error
-        prune_run.prune(outcome.settings, prune_run.build(outcome.settings), tmp_path / "alone")
-    together, alone = (
-        storage.read_rows(tmp_path / name / "rows.jsonl") for name in ("grid", "alone")
-    )
+    for outcome in _prune_all(runs, grid):
+        assert isinstance(outcome, Finished) and not outcome.found, outcome
+        masks.prune(outcome.run, initialization.build(outcome.run), single)
+    together, alone = grid.rows(), single.rows()
     assert len(together) == len(runs) == 12
     for row in (*together, *alone):
         del row["seconds"]
@@ -233,15 +262,15 @@ def test_networks_scores_and_programs_are_shared(
     built, scored, traced = [], [], []
 
     def counting(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
-        return lambda *args: (calls.append(None), function(*args))[1]
+        return lambda *args, **options: (calls.append(None), function(*args, **options))[1]
 
     def record(next_function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, models.mlp.MLP) and context.method_name == "__call__":
             traced.append(None)
         return next_function(*args, **kwargs)
 
-    monkeypatch.setattr(prune_run, "build", counting(prune_run.build, built))
-    monkeypatch.setattr(prune_run, "rule", counting(prune_run.rule, scored))
+    monkeypatch.setattr(initialization, "build", counting(initialization.build, built))
+    monkeypatch.setattr(masks, "make_scoring", counting(masks.make_scoring, scored))
     runs = _runs(
         seed=(0, 1),
         pruner=("snip", "synflow"),
@@ -250,11 +279,10 @@ def test_networks_scores_and_programs_are_shared(
     )
     counts = {}
     with nn.intercept_methods(record):
-        for outcome in prune_grid.run(runs, tmp_path):
-            assert outcome.row is not None, outcome.error
-            counts[
-                tuple(outcome.row[key] for key in ("seed", "pruner", "schedule", "compression"))
-            ] = len(traced)
+        for outcome in masks.prune_all(runs, Workdir(tmp_path)):
+            assert isinstance(outcome, Finished), outcome
+            keys = ("seed", "pruner", "schedule", "compression")
+            counts[tuple(outcome.row[key] for key in keys)] = len(traced)
     assert len(built) == 2 and len(scored) == 4
     # The first run of each rule traces; the other seed only asks for the shapes of its network.
     first = counts[0, "synflow", "linear", 2.0]
@@ -264,56 +292,51 @@ def test_networks_scores_and_programs_are_shared(
 
 
 def test_a_failing_run_stops_no_other(tmp_path: pathlib.Path) -> None:
+    workdir = Workdir(tmp_path)
     runs = _runs(pruner=("magnitude", "random"), compression=(10, 1e4, 20), num_iterations=(1,))
-    outcomes = list(prune_grid.run(runs, tmp_path))
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    assert [outcome.settings.prune.compression for outcome in failed] == [1e4, 1e4]
+    outcomes = _prune_all(runs, workdir)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    assert [outcome.run.config.prune.compression for outcome in failed] == [1e4, 1e4]
     assert all("prune.compression=10000 is above" in str(outcome.error) for outcome in failed)
-    assert [row["compression"] for row in storage.read_rows(tmp_path / "rows.jsonl")] == [
-        10,
-        20,
-        10,
-        20,
-    ]
-    listed = json.loads(prune_grid.failed_path(tmp_path).read_text())
-    assert [run["run_id"] for run in listed] == [
-        config.run_id(outcome.settings) for outcome in failed
-    ]
+    assert [row["compression"] for row in workdir.rows()] == [10, 20, 10, 20]
+    listed = json.loads(workdir.failed_path.read_text())
+    assert [run["run_id"] for run in listed] == [outcome.run.prune_id for outcome in failed]
+    with pytest.raises(
+        ValueError, match=r"2 of 6 runs failed, the first one so: prune\.compression"
+    ):
+        failures.check(failed, len(runs), workdir)
 
     # The same grid finds what is there, tries what failed, and lists nothing once nothing fails.
-    again = list(prune_grid.run(runs, tmp_path))
-    assert [outcome.found for outcome in again] == [outcome.error is None for outcome in outcomes]
-    assert all(outcome.found for outcome in prune_grid.run(runs[::3], tmp_path))
-    assert not prune_grid.failed_path(tmp_path).exists()
+    again = _prune_all(runs, workdir)
+    assert [isinstance(o, Finished) and o.found for o in again] == [
+        isinstance(o, Finished) for o in outcomes
+    ]
+    assert all(isinstance(o, Finished) and o.found for o in _prune_all(runs[::3], workdir))
+    assert not workdir.failed_path.exists()
 
 
 def test_scores_that_are_not_finite_fail_one_rule_alone(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = prune_run.build
+    build = initialization.build
 
-    def large(settings: Config) -> prune_run.Network:
-        network = build(settings)
-        kernel = network.params["fc1"]["kernel"]
-        return network._replace(
-            params={**network.params, "fc1": {**network.params["fc1"], "kernel": 1e38 * kernel}}
-        )
+    def large(run: Run, **options: Any) -> Network:
+        network = build(run, **options)
+        first = {**network.params["fc1"], "kernel": 1e38 * network.params["fc1"]["kernel"]}
+        return network._replace(params={**network.params, "fc1": first})
 
-    monkeypatch.setattr(prune_run, "build", large)
-    by_rule = {
-        o.settings.prune.pruner: o
-        for o in prune_grid.run(_runs(pruner=("synflow", "random")), tmp_path)
-    }
-    assert "'fc1/kernel' are not finite in iteration 1 of 3" in str(by_rule["synflow"].error)
-    assert by_rule["random"].row is not None
+    monkeypatch.setattr(initialization, "build", large)
+    runs = _runs(pruner=("synflow", "random"))
+    by_rule = {o.run.config.prune.pruner: o for o in _prune_all(runs, Workdir(tmp_path))}
+    error = str(by_rule["synflow"].error)
+    assert "'fc1/kernel' are not finite in iteration 1 of 3" in error
+    assert isinstance(by_rule["random"], Finished)
 
 
 def test_compressions_beyond_the_maximum_are_run_if_asked_for(tmp_path: pathlib.Path) -> None:
-    settings = _with(
-        SMALL, prune=PruneConfig(pruner="random", compression=1e4, beyond_maximum=True)
-    )
-    network = prune_run.build(settings)
-    row = prune_run.prune(settings, network, tmp_path)
+    prune = PruneConfig(pruner="random", compression=1e4, beyond_maximum=True)
+    run = resolve_one(_with(SMALL, prune=prune))
+    _, row = masks.prune(run, initialization.build(run), Workdir(tmp_path))
     assert row["collapsed"] and 0 < row["kept"] < 6 and row["compression"] > row["max_compression"]
 
 
@@ -354,20 +377,20 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 
 
 def test_units_are_recorded_beside_the_row_and_change_nothing(tmp_path: pathlib.Path) -> None:
+    workdir = Workdir(tmp_path)
     settings = _with(SMALL, prune=PruneConfig(pruner="synflow", compression=10.0, num_iterations=2))
-    network = prune_run.build(settings)
-    plain = prune_run.prune(settings, network, tmp_path)
-    recorded = _with(settings, prune=dataclasses.replace(settings.prune, record_units=True))
-    assert prune_run.find_row(settings, tmp_path) and prune_run.find_row(recorded, tmp_path) is None
-    row = prune_run.prune(recorded, network, tmp_path)
+    run = resolve_one(settings)
+    recorded = resolve_one(_with_prune(settings, record_units=True))
+    network = initialization.build(run)
+    _, plain = masks.prune(run, network, workdir)
+    assert masks.find_row(run, workdir) and masks.find_row(recorded, workdir) is None
+    _, row = masks.prune(recorded, network, workdir)
     assert row["mask_sha256"] == plain["mask_sha256"] and row["run_id"] == plain["run_id"]
-    assert prune_run.find_row(recorded, tmp_path) is not None
+    assert masks.find_row(recorded, workdir) is not None
     groups = json.loads((tmp_path / row["units"]).read_text())
     assert list(groups) == [f"fc{i}" for i in range(1, 6)]
-    # What enters all units of a layer is the score of its kernel before anything is pruned, biases aside.
+    # The incoming scores of a layer add up to the score of its kernel before pruning.
     for layer, (name, group) in zip(row["layers"], groups.items(), strict=False):
-        assert (
-            layer["name"] == f"{name}/kernel"
-            and len(group["incoming"]) == len(group["outgoing"]) == 20
-        )
+        assert layer["name"] == f"{name}/kernel"
+        assert len(group["incoming"]) == len(group["outgoing"]) == 20
         np.testing.assert_allclose(sum(group["incoming"]), layer["initial_score"], rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +22,19 @@ import pytest
 import rich.console
 
 from synflow_jax import storage
-from synflow_jax.experiments import config, prune_grid, prune_run, report, sweep, train_run
+from synflow_jax.experiments import (
+    engine,
+    events,
+    initialization,
+    masks,
+    programs,
+    reporters,
+    starts,
+)
 from synflow_jax.experiments.config import Config, Grid, PruneConfig, SweepConfig, TrainConfig
-from synflow_jax.experiments.prune_grid import Outcome
-from synflow_jax.storage import checkpoints
+from synflow_jax.experiments.events import Failed, Finished, Outcome
+from synflow_jax.experiments.run import Run, resolve
+from synflow_jax.storage import Workdir, checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
@@ -80,6 +90,7 @@ def undisturbed(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
     return workdir
 
 
+@pytest.mark.slow
 def test_layouts_of_devices_and_processes(
     cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -110,6 +121,7 @@ def test_layouts_of_devices_and_processes(
         jax.tree.map(np.testing.assert_array_equal, arrays, others)
 
 
+@pytest.mark.slow
 def test_killed_sweeps_go_on(
     cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -127,6 +139,7 @@ def test_killed_sweeps_go_on(
     assert _rows(tmp_path) == _rows(undisturbed)
 
 
+@pytest.mark.slow
 def test_changed_config_and_damaged_rows(cache: pathlib.Path, undisturbed: pathlib.Path) -> None:
     process = _start(cache, undisturbed, "--config.train.num_epochs=4", "--config.grid.seed=0,1,2")
     _, stderr = process.communicate(timeout=120)
@@ -135,12 +148,12 @@ def test_changed_config_and_damaged_rows(cache: pathlib.Path, undisturbed: pathl
         and "train.num_epochs was 3 and is 4" in stderr
         and "--workdir" in stderr
     )
-    runs = config.expand(_grid(seed=(0, 1)))
+    runs = resolve(_grid(seed=(0, 1)))
     rows = undisturbed / "rows-0007.jsonl"
     rows.write_text('{"run_id": "x"}\n{"run_id": \n')
     try:
         with pytest.raises(ValueError, match=r"rows-0007.jsonl', line 2.*Delete that line"):
-            list(sweep.run(runs, undisturbed))
+            engine.run(runs, Workdir(undisturbed))
     finally:
         rows.unlink()
 
@@ -156,36 +169,35 @@ def _grid(**values: Any) -> Config:
     )
 
 
-def _sweep(runs: Sequence[Config], workdir: pathlib.Path, **options: Any) -> list[Outcome]:
+def _sweep(runs: Sequence[Run], workdir: pathlib.Path, **options: Any) -> list[Outcome]:
     for run in runs:
-        run.sweep = SweepConfig(**options)
-    return list(sweep.run(runs, workdir))
+        run.config.sweep = SweepConfig(**options)
+    return engine.run(runs, Workdir(workdir))
 
 
+@pytest.mark.slow
 def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
     """A Python loop over runs, `pmap` alone, `lax.map` and `vmap` in it: the same masks, and losses to rounding."""
-    runs = config.expand(_grid(seed=(0, 1, 2)))
+    runs = resolve(_grid(seed=(0, 1, 2)))
     alone = _sweep(runs, tmp_path / "alone")
     results = {
         name: _sweep(runs, tmp_path / name, runs_per_device=2, batching=name)
         for name in ("map", "vmap")
     }
     results["loop"] = []
-    for settings in runs:
-        network = prune_run.build(settings)
-        prune_run.prune(settings, network, tmp_path / "loop")
-        mask, _ = prune_run.find_mask(settings, network, tmp_path / "loop")
-        results["loop"].append(
-            Outcome(settings, train_run.train(settings, network, mask, tmp_path / "loop"))
-        )
+    for run in runs:
+        network = initialization.build(run)
+        mask, _ = masks.prune(run, network, Workdir(tmp_path / "loop"))
+        row = engine.train(run, network, mask, Workdir(tmp_path / "loop"))
+        results["loop"].append(Finished(run, row))
     for name, outcomes in results.items():
         assert len(outcomes) == 3
         for expected, outcome in zip(alone, outcomes, strict=True):
-            masks = [
+            both = [
                 storage.read_all_rows(folder) for folder in (tmp_path / "alone", tmp_path / name)
             ]
             hashes = [
-                {r["run_id"]: r["mask_sha256"] for r in rows if "layers" in r} for rows in masks
+                {r["run_id"]: r["mask_sha256"] for r in rows if "layers" in r} for rows in both
             ]
             assert hashes[0] == hashes[1] and len(hashes[0]) == 3
             for split in ("train_loss", "test_loss"):
@@ -198,87 +210,102 @@ def test_a_run_that_fails_stops_no_other(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of three that are trained together has weights that are not finite; another has lost its mask."""
-    runs = config.expand(_grid(seed=(0, 1, 2, 3)))
-    first_state = train_run.first_state
+    runs = resolve(_grid(seed=(0, 1, 2, 3)))
+    first_state = starts.first_state
 
-    def poisoned(settings: Config, *args: Any) -> Any:
-        state = first_state(settings, *args)
-        spoil = lambda leaf: leaf * float("inf") if settings.seed == 1 else leaf
+    def poisoned(run: Run, *args: Any) -> Any:
+        state = first_state(run, *args)
+        spoil = lambda leaf: leaf * float("inf") if run.config.seed == 1 else leaf
         return state._replace(params=jax.tree.map(spoil, state.params))
 
-    monkeypatch.setattr(train_run, "first_state", poisoned)
-    pruned = list(prune_grid.run(runs, tmp_path))
+    monkeypatch.setattr(starts, "first_state", poisoned)
+    pruned = list(masks.prune_all(runs, Workdir(tmp_path)))
     (tmp_path / "masks" / f"{pruned[3].row['run_id']}.safetensors").write_bytes(b"damaged")
-    outcomes = {
-        outcome.settings.seed: outcome for outcome in _sweep(runs, tmp_path, runs_per_device=4)
-    }
-    assert outcomes[0].row is not None and outcomes[2].row is not None
-    assert "not finite at step 1 " in outcomes[1].error and "cannot be read" in outcomes[3].error
+    outcomes = _sweep(runs, tmp_path, runs_per_device=4)
+    assert [outcome.run for outcome in outcomes] == runs
+    assert isinstance(outcomes[0], Finished) and isinstance(outcomes[2], Finished)
+    assert isinstance(outcomes[1], Failed) and isinstance(outcomes[3], Failed)
+    assert "not finite at step 1 " in str(outcomes[1].error)
+    assert "cannot be read" in str(outcomes[3].error)
     failed = {entry["run_id"] for entry in json.loads((tmp_path / "failed.json").read_text())}
-    assert failed == {config.train_id(outcomes[seed].settings) for seed in (1, 3)}
+    assert failed == {runs[seed].train_id for seed in (1, 3)}
     monkeypatch.undo()
-    again = {
-        outcome.settings.seed: outcome for outcome in _sweep(runs[:3], tmp_path, runs_per_device=4)
-    }
-    assert (
-        again[0].found
-        and again[2].found
-        and again[1].row is not None
-        and not (tmp_path / "failed.json").exists()
-    )
+    again = _sweep(runs[:3], tmp_path, runs_per_device=4)
+    assert all(isinstance(outcome, Finished) for outcome in again)
+    assert [outcome.found for outcome in again] == [True, False, True]
+    assert not (tmp_path / "failed.json").exists()
 
 
 def test_a_device_without_memory_gets_fewer_runs(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = config.expand(_grid(seed=(0, 1, 2)))
-    make_programs, asked, said = sweep.make_programs, [], []
+    runs = resolve(_grid(seed=(0, 1, 2)))
+    many, asked, seen = programs.many, [], []
 
-    def small_device(settings: Config, model: Any, plan: Any, layout: sweep.Layout) -> Any:
+    def small_device(run: Run, model: Any, recipe: Any, layout: programs.Layout) -> Any:
         asked.append(layout.per_device)
         if layout.per_device > 1:
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."
             )
-        return make_programs(settings, model, plan, layout)
+        return many(run, model, recipe, layout)
 
-    monkeypatch.setattr(sweep, "make_programs", small_device)
+    monkeypatch.setattr(programs, "many", small_device)
     for run in runs:
-        run.sweep = SweepConfig(runs_per_device=3)
-    outcomes = list(sweep.run(runs, tmp_path, say=said.append))
-    assert (
-        asked == [3, 1]
-        and all(outcome.row is not None for outcome in outcomes)
-        and len(outcomes) == 3
-    )
-    assert (
-        "3 runs of fc do not fit into the memory of" in said[0]
-        and "with 1 of them a device" in said[0]
-    )
+        run.config.sweep = SweepConfig(runs_per_device=3)
+    outcomes = engine.run(runs, Workdir(tmp_path), emit=seen.append)
+    assert asked == [3, 1] and len(outcomes) == 3
+    assert all(isinstance(outcome, Finished) for outcome in outcomes)
+    (halved,) = [event for event in seen if isinstance(event, events.Halved)]
+    assert "3 runs of fc do not fit into the memory of" in halved.problem
+    assert (halved.num_runs, halved.num_left) == (3, 1)
 
 
+def test_rows_come_after_the_last_checkpoints(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that has a row is never trained again, so its checkpoint must be on the disk by then."""
+    order = []
+    open_folder, write_row = checkpoints.open_folder, Workdir.write_row
+
+    @contextlib.contextmanager
+    def noted_folder(*args: Any) -> Iterator[Any]:
+        with open_folder(*args) as folder:
+            yield folder
+        order.append("durable")
+
+    def noted_row(workdir: Workdir, row: Any) -> None:
+        order.append("row" if "curve" in row else "pruned")
+        write_row(workdir, row)
+
+    monkeypatch.setattr(checkpoints, "open_folder", noted_folder)
+    monkeypatch.setattr(Workdir, "write_row", noted_row)
+    _sweep(resolve(_grid(seed=(0, 1))), tmp_path, runs_per_device=2)
+    assert [what for what in order if what != "pruned"] == ["durable", "durable", "row", "row"]
+
+
+@pytest.mark.slow
 def test_compact_runs_train_by_themselves(tmp_path: pathlib.Path) -> None:
     """Runs of different shapes, and one that has collapsed and is trained as it is."""
     grid = _grid(compression=(30.0, 1000.0))
     grid.train.compact = None
-    runs = config.expand(grid)
-    compact, collapsed = sorted(
-        _sweep(runs, tmp_path), key=lambda outcome: outcome.settings.prune.compression
-    )
-    assert compact.row is not None and collapsed.row is not None
+    compact, collapsed = _sweep(resolve(grid), tmp_path)
+    assert isinstance(compact, Finished) and isinstance(collapsed, Finished)
     assert compact.row["compact"] and not collapsed.row["compact"]
 
 
 def test_the_table_of_a_sweep() -> None:
-    runs = config.expand(_grid(seed=(0, 1), compression=(2.0, 10.0), pruner=("random", "snip")))
-    cells = report.Cells(runs)
-    row = {"last": {"test_top1": 0.5}}
-    cells.outcomes = {
-        config.train_id(runs[0]): Outcome(runs[0], row), config.train_id(runs[4]): Outcome(runs[4], error="no"),
-    }  # fmt: skip
-    cells.fraction[config.train_id(runs[1])] = 0.5
+    runs = resolve(_grid(seed=(0, 1), compression=(2.0, 10.0), pruner=("random", "snip")))
     text = io.StringIO()
-    rich.console.Console(file=text, width=100).print(cells)
-    line = next(line for line in text.getvalue().splitlines() if "random" in line)
+    output = rich.console.Console(file=text, width=100)
+    table = reporters.Table(output, runs)
+    table.show(Finished(runs[0], {"kept": 1, "total": 2, "last": {"test_top1": 0.5}}))
+    table.show(Failed(runs[4], ValueError("no")))
+    table.show(
+        events.Progress(runs[1], step=5, num_steps=10, epoch=0, loss=1.0, top1=0.1, images_per_second=9.0)
+    )  # fmt: skip
+    output.print(table)
+    lines = text.getvalue().splitlines()
+    line = next(line for line in lines if line.strip().startswith("random"))
     assert line.split() == ["random", "50.0", "1", "failed", "25", "%"], line
     assert "2 of 8 runs finished, 1 failed" in text.getvalue()

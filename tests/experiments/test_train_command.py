@@ -26,9 +26,11 @@ import pytest
 
 from synflow_jax import data, storage, training
 from synflow_jax.data import readers
-from synflow_jax.experiments import config, prune_run, train_run
+from synflow_jax.experiments import engine, initialization, masks, results
 from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
-from synflow_jax.storage import checkpoints
+from synflow_jax.experiments.events import EpochEnded, Event
+from synflow_jax.experiments.run import resolve_one
+from synflow_jax.storage import Workdir, checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICK = ("--config=configs/digits.py", "--config.model=fc", "--config.train.batch_size=128")
@@ -86,7 +88,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     row = _train_row(tmp_path)
     assert row["num_steps"] == 66 and row["last"]["epoch"] == 3 and row["kept"] == 26_039
     assert row["best"]["test_top1"] >= row["last"]["test_top1"] > 0.9
-    curve = train_run.read_curve(tmp_path / row["curve"])
+    curve = results.read_curve(tmp_path / row["curve"])
     assert [point["epoch"] for point in curve] == [1, 2, 3] and set(curve[0]) == {
         "epoch",
         *training.CURVE,
@@ -133,6 +135,7 @@ def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
     assert keys == listed | beyond and not listed & beyond
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_as_one_that_was_left_alone(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
@@ -151,7 +154,7 @@ def test_killed_and_stopped_runs_end_as_one_that_was_left_alone(
         if process.returncode != 0:  # else it was done before the signal came
             killed += 1
             assert process.returncode == (143 if sign == signal.SIGTERM else -9)
-            assert sign == signal.SIGKILL or "on from there" in stderr
+            assert sign == signal.SIGKILL or "to resume" in stderr
     assert killed >= 1
     last = _train(cache, *flags, f"--workdir={tmp_path / 'parts'}")
     assert last.returncode == 0, last.stderr
@@ -207,6 +210,7 @@ def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None
     assert not list(workdir.glob("checkpoints/*/*"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_step(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
@@ -229,6 +233,7 @@ def test_a_loss_that_is_not_finite_names_the_step(
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_loses_nothing(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
@@ -291,7 +296,7 @@ def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> Non
     with (
         checkpoints.open_folder(folder, RUN, 2) as opened,
         pytest.raises(
-            ValueError, match=r"checkpoints/3' is damaged.*goes on from the checkpoint before"
+            ValueError, match=r"checkpoints/3' is damaged.*resumes from the checkpoint before"
         ),
     ):
         checkpoints.restore_latest(opened, _tree())
@@ -314,8 +319,9 @@ def test_streamed_runs_go_on_as_others_do(
         model="conv", dataset="imagenet", width_multiplier=1 / 16, prune=PruneConfig(compression=1.0),
         train=TrainConfig(num_epochs=3, batch_size=8, learning_rate=0.05, drops=()),
     )  # fmt: skip
-    network = prune_run.build(settings)
-    whole = train_run.train(settings, network, network.mask, tmp_path / "whole")
+    run = resolve_one(settings)
+    network = initialization.build(run)
+    whole = engine.train(run, network, network.mask, Workdir(tmp_path / "whole"))
     assert whole["num_steps"] == 18 and whole["last"]["epoch"] == 3
     asked: list[int] = []
 
@@ -324,13 +330,18 @@ def test_streamed_runs_go_on_as_others_do(
         return len(asked) == 4
 
     with pytest.raises(storage.Stopped):
-        train_run.train(
-            settings, network, network.mask, tmp_path / "parts", should_stop=stop_at_the_fourth
+        engine.train(
+            run,
+            network,
+            network.mask,
+            Workdir(tmp_path / "parts"),
+            should_stop=stop_at_the_fourth,
         )
-    parts = train_run.train(settings, network, network.mask, tmp_path / "parts")
+    parts = engine.train(run, network, network.mask, Workdir(tmp_path / "parts"))
     assert parts == whole
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     settings = Config(
@@ -341,14 +352,17 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
             compute_dtype="bfloat16", weight_decay=1e-3,
         ),
     )  # fmt: skip
-    network = prune_run.build(settings)
-    row = prune_run.prune(settings, network, tmp_path)
-    found = prune_run.find_mask(settings, network, tmp_path)
+    run = resolve_one(settings)
+    network = initialization.build(run)
+    _, row = masks.prune(run, network, Workdir(tmp_path))
+    found = masks.find_mask(run, network, Workdir(tmp_path))
     assert found is not None and found[1]["run_id"] == row["run_id"]
-    reports: list[train_run.Progress] = []
-    trained = train_run.train(settings, network, found[0], tmp_path, on_progress=reports.append)
+    seen: list[Event] = []
+    trained = engine.train(
+        resolve_one(settings), network, found[0], Workdir(tmp_path), emit=seen.append
+    )
     assert trained["num_steps"] == 4 and trained["kept"] == row["kept"]
-    assert [report.step for report in reports if report.finished] == [2, 4]
+    assert [event.step for event in seen if isinstance(event, EpochEnded)] == [2, 4]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["label_smoothing"] == 0.1
     # A chain of one's own is another run.
     chain = lambda steps_per_epoch: optax.adamw(
@@ -360,10 +374,17 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
             "train": TrainConfig(num_epochs=2, batch_size=719, make_optimizer=chain),
         }
     )
-    assert config.train_id(other) != config.train_id(settings) and config.run_id(
-        other
-    ) == config.run_id(settings)
+    assert (
+        resolve_one(other).train_id != resolve_one(settings).train_id
+        and resolve_one(other).prune_id == resolve_one(settings).prune_id
+    )
     small = Config(**{**vars(other), "model": "fc", "prune": PruneConfig()})
-    network = prune_run.build(small)
+    network = initialization.build(resolve_one(small))
     with pytest.raises(storage.Stopped, match="after step"):
-        train_run.train(small, network, network.mask, tmp_path, should_stop=lambda: True)
+        engine.train(
+            resolve_one(small),
+            network,
+            network.mask,
+            Workdir(tmp_path),
+            should_stop=lambda: True,
+        )

@@ -1,4 +1,8 @@
-"""Runs a script many times for the price of one import: each time in a fork of one process that has imported it."""
+"""Runs a script many times and imports it once.
+
+One process imports the script. Each run is a fork of that process, so that a test of 25 commands
+pays for one import of JAX.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,18 @@ _ROOT = pathlib.Path(__file__).parents[2]
 def run_all(
     script: str, cases: Mapping[str, Sequence[str]], environment: Mapping[str, str]
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    """`python SCRIPT.py FLAGS` from the root of the repository, for each case: its status and what it said."""
+    """Runs `python SCRIPT.py FLAGS` for each case. Returns the status and the output of each."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, script, folder]
         driver = subprocess.run(
-            command, input=json.dumps(list(cases.values())), cwd=_ROOT, env={**environment, "PYTHONPATH": str(_ROOT)},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            command,
+            input=json.dumps(list(cases.values())),
+            cwd=_ROOT,
+            env={**environment, "PYTHONPATH": str(_ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert driver.returncode == 0, driver.stderr
         read = lambda i, name: pathlib.Path(folder, f"{i}.{name}").read_text()
         return {
@@ -36,7 +45,7 @@ def run_all(
 
 
 def _main(script: str, folder: str) -> None:
-    from synflow_jax import cli  # the parent needs none of it
+    from synflow_jax.experiments import cli  # the parent does not need it
 
     module = importlib.import_module(script)
     warnings.simplefilter("ignore")  # JAX warns of forks: it has no threads yet

@@ -1,4 +1,7 @@
-"""Reading golden figures: what the authors' implementation computed on weights that NumPy draws."""
+"""Reads golden files: scores and masks that the authors' implementation computed on known weights.
+
+NumPy draws the weights and the inputs from the seed in the file, so a file holds results only.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ _MODELS = {"fc": "fc", "conv": "conv", "resnet18": "tiny_resnet18"}
 
 
 def model_name(net: str) -> str:
-    """vgg16_bn -> cifar_vgg16_bn, resnet20 -> cifar_resnet20, resnet18 -> tiny_resnet18."""
+    """Returns our name of a reference network, such as cifar_vgg16_bn for vgg16_bn."""
     return _MODELS.get(net, f"cifar_{net}")
 
 
 class Golden(NamedTuple):
-    """A golden file and the network that it describes, as ours."""
+    """Holds a golden file and the network that it describes, in our layout."""
 
     meta: dict[str, Any]
     arrays: dict[str, np.ndarray]
@@ -36,6 +39,7 @@ class Golden(NamedTuple):
     labels: np.ndarray
 
     def score_fn(self, rule: str, num_batches: int = 1, *, scaled: bool = True) -> scores.ScoreFn:
+        """Returns the rule, scored on all inputs in `num_batches` equal batches."""
         dtype = jax.tree.leaves(self.params)[0].dtype
         batches = [
             (jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32))
@@ -53,7 +57,7 @@ class Golden(NamedTuple):
         }[rule]()
 
     def in_reference_order(self, tree: trees.Tree) -> list[np.ndarray]:
-        """Each prunable leaf flattened in the reference's layout."""
+        """Flattens each prunable leaf in the layout of the reference."""
         shapes = [shape for _, shape in self.meta["layers"]]
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
         return [
@@ -63,6 +67,7 @@ class Golden(NamedTuple):
 
 
 def load(path: pathlib.Path, dtype: Any) -> Golden:
+    """Reads a golden file. Its weights are drawn anew, checked by hash and cast to `dtype`."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     meta = json.loads(str(arrays.pop("meta")))
@@ -98,13 +103,23 @@ def load(path: pathlib.Path, dtype: Any) -> Golden:
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), trees.merge(kernels, blank))
     batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), batch_stats)
     return Golden(
-        meta, arrays, params, mask, models.eval_fn(model, batch_stats), models.synflow_fn(model, batch_stats),
-        input_shape, inputs, labels,
-    )  # fmt: skip
+        meta,
+        arrays,
+        params,
+        mask,
+        models.eval_fn(model, batch_stats),
+        models.synflow_fn(model, batch_stats),
+        input_shape,
+        inputs,
+        labels,
+    )
 
 
 def _unflattened(i: int, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """(out, channels, height, width) of a dense layer on flattened maps: the reference flattens channels first."""
+    """Returns (out, channels, height, width) if layer `i` is dense and reads flattened maps.
+
+    The reference flattens channels first, our networks flatten them last.
+    """
     out, size = shapes[i][:2]
     before = shapes[i - 1] if i else (0,)
     if len(shapes[i]) == 2 and len(before) == 4 and size != before[0]:

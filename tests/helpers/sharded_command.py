@@ -1,7 +1,10 @@
-"""What tests/test_sharded.py runs in processes of its own, since the number of devices is fixed when JAX starts.
+"""Prunes one small network over several devices, as a command that prints JSON.
 
-python tests/sharded_command.py compare              # 8 devices against one, JSON on stdout
-python tests/sharded_command.py digest NUM_DEVICES [PORT NUM_PROCESSES PROCESS_ID]
+JAX fixes the number of devices when it starts, so tests/parallel/test_sharded.py starts one process
+for each number:
+
+python tests/helpers/sharded_command.py compare              # 8 and 3 devices against one
+python tests/helpers/sharded_command.py digest NUM_DEVICES [PORT NUM_PROCESSES PROCESS_ID]
 """
 
 from __future__ import annotations
@@ -69,7 +72,11 @@ _CASES = (
 
 
 def _compare() -> dict[str, list[Any]]:
-    """Per case: are the masks, the counts, and SNIP's and GraSP's scores equal in every bit; and how many are kept."""
+    """Compares several devices with one.
+
+    Returns, for each case, whether masks and counts (and the scores of SNIP and GraSP) are
+    bit-identical, and how many weights are kept.
+    """
     params, rules, found = _params(), _rules(), {}
     for name, scope, nested, num_iterations, num_devices, shard_params, dtypes in _CASES:
         for score_dtype in dtypes:
@@ -117,7 +124,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _digests() -> dict[str, str]:
-    """The hash of the masks over all devices of all processes, or of `pruning.prune` where there is one."""
+    """Returns the hash of the mask of each rule, pruned over all devices of all processes.
+
+    With one device in all, `pruning.prune` makes the mask.
+    """
     prune = pruning.prune if jax.device_count() == 1 else sharded.prune
     return {
         name: storage.mask_digest(

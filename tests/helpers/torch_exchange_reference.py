@@ -1,13 +1,17 @@
-"""What PyTorch computes with the networks whose names it and we share, for tests/test_exchange.py to compare with.
+"""Computes logits in PyTorch for networks that both libraries name.
+
+tests/storage/test_exchange.py compares with them.
 
     python tests/helpers/torch_exchange_reference.py
 
-writes tests/helpers/torch_exchange_reference.npz: of each network the names and shapes of its state dict, as PyTorch lists
-them, and the logits of a few images. It needs torch, which the tests do not; it was run once, with torch 2.13.0 on a
-CPU, in float64. Weights and images come from NumPy's generator, so that the file holds names and results alone.
+writes tests/helpers/torch_exchange_reference.npz. For each network it holds the names and shapes of
+the state dict, as PyTorch lists them, and the logits of a few images. The script needs torch. The
+tests do not, but where torch is installed they compare with it directly. The script was run once,
+with torch 2.13.0 on a CPU, in float64. NumPy draws weights and images, so the file holds names and
+results only.
 
-The modules are called as torchvision (`TorchvisionVgg`, `TorchvisionResnet`) and OpenLTH (`OpenlthVgg`,
-`OpenlthResnet`) call theirs. Their widths are given layer by layer: compact networks have such.
+The modules are named as in torchvision (`TorchvisionVgg`, `TorchvisionResnet`) and OpenLTH
+(`OpenlthVgg`, `OpenlthResnet`). Their widths are given layer by layer, as compact networks need it.
 """
 
 from __future__ import annotations
@@ -24,9 +28,9 @@ CLASSES, BATCH = 7, 3
 
 
 class Case(NamedTuple):
-    """A network by our name, the side of its images, and the outputs of its convolutions (and hidden dense layers).
+    """Holds the side of the images and the outputs of the convolutions (and hidden dense layers).
 
-    widths: "M" is a max pool; a ResNet has its stem first and then a tuple a block.
+    widths: "M" is a max pool. A ResNet has the width of its stem and then one tuple per block.
     """
 
     side: int
@@ -35,30 +39,37 @@ class Case(NamedTuple):
 
 
 _VGG11 = (4, "M", 5, "M", 6, 7, "M", 8, 6, "M", 5, 9, "M")
+_RESNET18 = (6, (5, 6), (4, 6), (7, 8), (6, 8), (9, 7), (5, 7), (8, 10), (7, 10))
+_RESNET50 = (
+    5,
+    *[(3, 4, 9)] * 3,
+    (5, 4, 11),
+    *[(3, 5, 11)] * 3,
+    (4, 6, 8),
+    *[(5, 3, 8)] * 5,
+    *[(4, 5, 12)] * 3,
+)
 CASES = {
     "imagenet_vgg11_bn": Case(64, _VGG11, (12, 10)),
     "imagenet_vgg11": Case(96, _VGG11, (12, 10)),
     "tiny_vgg13_bn": Case(64, (3, 4, "M", 5, 3, "M", 6, 7, "M", 8, 6, "M", 5, 9, "M"), (11, 8)),
-    "imagenet_resnet18": Case(48, (6, (5, 6), (4, 6), (7, 8), (6, 8), (9, 7), (5, 7), (8, 10), (7, 10))),
-    "tiny_resnet18": Case(24, (6, (5, 6), (4, 6), (7, 8), (6, 8), (9, 7), (5, 7), (8, 10), (7, 10))),
-    "imagenet_resnet50": Case(
-        40,
-        (5, *[(3, 4, 9)] * 3, (5, 4, 11), *[(3, 5, 11)] * 3, (4, 6, 8), *[(5, 3, 8)] * 5, *[(4, 5, 12)] * 3),
-    ),
+    "imagenet_resnet18": Case(48, _RESNET18),
+    "tiny_resnet18": Case(24, _RESNET18),
+    "imagenet_resnet50": Case(40, _RESNET50),
     "cifar_vgg11_bn": Case(32, _VGG11[:-1]),
     "cifar_vgg13": Case(32, (3, 4, "M", 5, 3, "M", 6, 7, "M", 8, 6, "M", 5, 9)),
     "cifar_resnet20": Case(16, (4, *[(3, 4)] * 3, (5, 6), *[(7, 6)] * 2, (8, 7), *[(6, 7)] * 2)),
-}  # fmt: skip
+}
 
 
 def images(name: str) -> np.ndarray:
-    """[batch, height, width, channels], float32."""
+    """Draws images, float32 [batch, height, width, channels]."""
     side = CASES[name].side
     return np.random.default_rng(1).standard_normal((BATCH, side, side, 3)).astype(np.float32)
 
 
 def fill(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Weights by PyTorch's names, float32, drawn in the order of the names; no norm or bias at its initial value."""
+    """Draws float32 weights by PyTorch's names. No norm or bias has its initial value."""
     rng = np.random.default_rng(2)
     state = {}
     for name in sorted(shapes):
@@ -81,7 +92,10 @@ def module(
     classes: int = CLASSES,
     maps: int = 1,
 ) -> Any:
-    """The PyTorch module of a network. maps: height and width of what a VGG flattens."""
+    """Returns the PyTorch module of a network.
+
+    maps: height and width of the maps that a VGG flattens.
+    """
     import torch
     from torch import nn
     from torch.nn import functional
@@ -210,7 +224,10 @@ def module(
 
 
 def logits(net: Any, state: Mapping[str, np.ndarray], inputs: np.ndarray) -> np.ndarray:
-    """[batch, classes] float64: the module with these weights, strictly, in evaluation mode. inputs: NHWC."""
+    """Returns logits, float64 [batch, classes], in evaluation mode. inputs: NHWC.
+
+    The state dict must fit the module strictly.
+    """
     import torch
 
     net.load_state_dict(

@@ -1,11 +1,12 @@
-"""Twenty steps of training in PyTorch, for tests/test_training.py to compare with.
+"""Trains two networks in PyTorch for twenty steps, for tests/training/test_training.py.
 
     python tests/helpers/torch_reference.py
 
-writes tests/helpers/torch_reference.npz. It needs torch, which the tests do not; it was run once, with torch 2.13.0 on a CPU,
-in float64: in float32, rounding and the kinks of ReLU part two runs of the ResNet by 3 % within 20 steps.
-Weights, masks and batches come from NumPy's generator, so that the file holds results alone. Weights and masks are in
-our names and layouts (kernels [height, width, in, out]) and are turned for PyTorch here.
+writes tests/helpers/torch_reference.npz. The script needs torch, the tests do not. It was run once,
+with torch 2.13.0 on a CPU, in float64: in float32, rounding and the kinks of ReLU separate two runs
+of the ResNet by 3 % within 20 steps. NumPy draws weights, masks and batches, so the file holds
+results only. Weights and masks have our names and layouts (kernels [height, width, in, out]) and
+are transposed for PyTorch here.
 """
 
 from __future__ import annotations
@@ -19,14 +20,25 @@ FILE = pathlib.Path(__file__).with_suffix(".npz")
 NUM_STEPS, BATCH, CLASSES = 20, 16, 10
 LEARNING_RATE, DROP_AT, DROP_FACTOR = 0.02, 12, 0.1
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-VGG = {"conv1_1": 4, "conv2_1": 8, "conv3_1": 16, "conv3_2": 16, "conv4_1": 32, "conv4_2": 32, "conv5_1": 32,
-       "conv5_2": 32}  # fmt: skip
+VGG = {
+    "conv1_1": 4,
+    "conv2_1": 8,
+    "conv3_1": 16,
+    "conv3_2": 16,
+    "conv4_1": 32,
+    "conv4_2": 32,
+    "conv5_1": 32,
+    "conv5_2": 32,
+}
 VGG_POOLS = ("conv2_1", "conv3_1", "conv4_1", "conv5_1")  # before these
 RESNET = (4, 8, 16)  # widths of ResNet-20's stages
 
 
 def batches() -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 [step, batch, 32, 32, 3] and labels int32 [step, batch]; a label shifts its images' mean."""
+    """Draws images, float32 [step, batch, 32, 32, 3], and labels, int32 [step, batch].
+
+    A label shifts the mean of its images, so that there is something to learn.
+    """
     rng = np.random.default_rng(1)
     labels = rng.integers(0, CLASSES, (NUM_STEPS, BATCH)).astype(np.int32)
     images = rng.normal(size=(NUM_STEPS, BATCH, 32, 32, 3)) + 0.2 * (
@@ -36,7 +48,7 @@ def batches() -> tuple[np.ndarray, np.ndarray]:
 
 
 def fill(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Parameters by name, drawn in the order of the names, and a mask of half of each kernel."""
+    """Draws parameters by name, in the order of the names, and a mask of half of each kernel."""
     rng = np.random.default_rng(2)
     params, mask = {}, {}
     for name in sorted(shapes):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_except
 
 from synflow_jax import analysis, models, pruning, scores, trees
 from synflow_jax.jaxprs import scaling
@@ -25,7 +26,7 @@ def _sum_of(
     return scores.path_norm(models.synflow_fn(network, batch_stats), shape), params
 
 
-@pytest.mark.parametrize("model", ["fc", "conv", "cifar_vgg11_bn"])
+@pytest.mark.parametrize("model", slow_except(["conv"], ["fc", "conv", "cifar_vgg11_bn"]))
 def test_where_nothing_overflows_it_is_the_plain_evaluation(model: str) -> None:
     objective, params = _sum_of(model, None if model in ("fc", "conv") else (16, 16, 3))
     plain, gradient = jax.jit(jax.value_and_grad(objective))(params)
@@ -39,6 +40,7 @@ def test_where_nothing_overflows_it_is_the_plain_evaluation(model: str) -> None:
     assert scaling.unscaled(objective, params) == ()
 
 
+@pytest.mark.slow
 def test_masks_are_those_of_the_plain_scores() -> None:
     network = ResNet(10, num_blocks=(2, 1), widths=(4, 8), stem_width=4)
     params, batch_stats = models.init(network, (16, 16, 3), jax.random.key(0))
@@ -69,6 +71,7 @@ def _deep_params(layers: int, width: int, size: float) -> Any:
     }
 
 
+@pytest.mark.slow
 def test_a_residual_network_of_300_layers_is_pruned_in_float32_as_in_float64() -> None:
     params = _deep_params(300, 16, 0.3)
     run = lambda scaled, dtype: pruning.prune(
@@ -93,7 +96,7 @@ def test_a_residual_network_of_300_layers_is_pruned_in_float32_as_in_float64() -
 def test_beyond_float64_the_path_norm_has_its_logarithm_and_scores_are_conserved() -> None:
     params = _deep_params(2000, 8, 1.0)
     mask = trees.prunable(params)
-    norm = analysis.log10_path_norm(_deep(2000), (8,), params, mask)
+    norm = analysis.log10_path_norm(_deep(2000), params, mask, (8,))
     # In logarithms, on the host: one layer at a time, each rescaled.
     x, log10 = np.ones(8), 0.0
     for kernel in np.abs(np.asarray(params["layers"]["kernel"], np.float64)):
@@ -104,7 +107,7 @@ def test_beyond_float64_the_path_norm_has_its_logarithm_and_scores_are_conserved
     )
     assert expected > 1500
     assert abs(norm - expected) < 1e-3
-    assert not analysis.collapsed(_deep(2000), (8,), params, mask)
+    assert not analysis.collapsed(_deep(2000), params, mask, (8,))
     # Eq. 1 on the head, which is a cut: its scores add up to R, of which the mantissa is left.
     result = scores.synflow(_deep(2000), (8,), scaled=True)(params, mask, jax.random.key(0))
     value = scaling.evaluate(scores.path_norm(_deep(2000), (8,)), params).value
@@ -115,8 +118,8 @@ def test_nothing_left_is_zero_whatever_the_exponents() -> None:
     params = _deep_params(300, 16, 0.3)
     mask = trees.prunable(params)
     empty = {**mask, "head": {"kernel": jnp.zeros_like(mask["head"]["kernel"])}}
-    assert analysis.log10_path_norm(_deep(300), (16,), params, empty) == -np.inf
-    assert analysis.collapsed(_deep(300), (16,), params, empty)
+    assert analysis.log10_path_norm(_deep(300), params, empty, (16,)) == -np.inf
+    assert analysis.collapsed(_deep(300), params, empty, (16,))
 
 
 def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -150,6 +153,7 @@ def test_programs_grow_with_depth_and_no_faster() -> None:
     assert size(24) < 2.5 * size(12)
 
 
+@pytest.mark.slow
 def test_bfloat16_scores_a_network_beyond_its_range() -> None:
     """R is 2^275: a bfloat16 reaches 2^127. Its scores are float32's up to the eight bits that it has."""
     names = [f"fc{i:02d}" for i in range(30)]

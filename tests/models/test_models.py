@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from synflow_jax import models, trees
-from synflow_jax.models import layers
+from synflow_jax.models import initialize, layers
 from synflow_jax.models.mlp import MLP, ConvNet
 from synflow_jax.models.resnet import ResNet
 from synflow_jax.models.vgg import VGG
@@ -198,7 +198,7 @@ def _trace(
         # To trace both forms of convolution, and norms where nobody counts them, would take three times as long.
         patch.setattr(layers, "convolution", jax.lax.conv_general_dilated)
         if not norms:
-            patch.setattr(layers, "batch_norm", lambda train, name: lambda x: x)
+            patch.setattr(layers, "BatchNorm", lambda train, name: lambda x: x)
         params, _ = jax.eval_shape(
             lambda key: models.init(model, input_shape, key), jax.random.key(0)
         )
@@ -655,7 +655,7 @@ def test_weights_drawn_one_by_one_are_those_drawn_at_once(monkeypatch: pytest.Mo
     """Networks of very many leaves are drawn so: the same numbers, up to rounding."""
     model = models.create("cifar_vgg11_bn", 10, width_multiplier=1 / 16)
     together = models.init(model, (32, 32, 3), jax.random.key(3))
-    monkeypatch.setattr(models, "_MAX_DRAWN_AT_ONCE", 1)
+    monkeypatch.setattr(initialize, "_MAX_DRAWN_AT_ONCE", 1)
     apart = models.init(model, (32, 32, 3), jax.random.key(3))
     assert jax.tree.structure(together) == jax.tree.structure(apart)
     jax.tree.map(

@@ -1,4 +1,4 @@
-"""Figs. 1, 5a, 5b, 6 and 7 from rows made up here: what is drawn is what they say, and what is missing is told."""
+"""Checks Figs. 1, 5a, 5b, 6 and 7 on made-up rows: what is drawn, what is told to be missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from paper.figures import accuracy, fig1, fig5a, fig5b, fig6, fig7, published, rows
+from paper.figures import accuracy, curves, fig1, fig5a, fig5b, fig6, fig7, published, rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 MAXIMUM = 1000.0
@@ -59,12 +59,20 @@ def _pair(
         "num_iterations": 1,
         **values,
     }
-    run_id = f"{given['model']}-{given['dataset']}-{pruner}-n{given['num_iterations']}-c{compression:g}-s{seed}"
+    network = f"{given['model']}-{given['dataset']}"
+    run_id = f"{network}-{pruner}-n{given['num_iterations']}-c{compression:g}-s{seed}"
     shared = {
-        "model": given["model"], "dataset": given["dataset"], "width_multiplier": given["width_multiplier"],
-        "pruner": pruner, "compression": compression, "seed": seed,
-        "config": {"width_multiplier": given["width_multiplier"], "prune": {"num_iterations": given["num_iterations"]}},
-    }  # fmt: skip
+        "model": given["model"],
+        "dataset": given["dataset"],
+        "width_multiplier": given["width_multiplier"],
+        "pruner": pruner,
+        "compression": compression,
+        "seed": seed,
+        "config": {
+            "width_multiplier": given["width_multiplier"],
+            "prune": {"num_iterations": given["num_iterations"]},
+        },
+    }
     pruned = {
         **shared,
         "run_id": run_id,
@@ -145,7 +153,7 @@ def test_fig1_draws_means_bands_arrows_and_the_maximum(grid: list[rows.Row]) -> 
 
 def test_what_a_figure_shows_is_said_in_words(grid: list[rows.Row]) -> None:
     (panel,) = fig1.panels(grid, "best")
-    assert accuracy.summary(panel) == [
+    assert curves.summary(panel) == [
         "conv on digits, maximal compression 1,000",
         "  magnitude: 98.0 % at 1, at chance (10 %) from 100 on; collapsed from 1,000 on",
         "  snip: 98.0 % at 1, at chance (10 %) from 100 on; collapsed from 100 on",
@@ -165,12 +173,12 @@ def test_a_part_of_a_grid_is_drawn_and_told(grid: list[rows.Row]) -> None:
     assert found[0].curves["synflow"].missing == [(100, 1)] and not found[0].curves["grasp"].missing
     title = fig1.draw(found, "best").axes[0].get_title()
     assert "seeds 0 to 1; 3 runs missing" in title
-    assert "    missing: seed 1 at 100" in accuracy.summary(found[0])
+    assert "    missing: seed 1 at 100" in curves.summary(found[0])
     # Whether a network has collapsed is known from its pruning row alone.
     unknown = [{**row, "pruning": None} if row["pruner"] == "snip" else row for row in grid]
     (panel,) = fig1.panels(unknown, "best")
     assert panel.curves["snip"].critical is None and panel.curves["snip"].unknown == 8
-    assert "8 runs have no pruning row" in accuracy.summary(panel)[2]
+    assert "8 runs have no pruning row" in curves.summary(panel)[2]
 
 
 def test_beyond_the_maximum_nothing_counts_as_critical(tmp_path: pathlib.Path) -> None:
@@ -354,7 +362,7 @@ def test_the_command_draws_from_several_folders(tmp_path: pathlib.Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "synflow_jax.figures",
+        "paper",
         "fig1",
         f"--rows={first},{second}",
         f"--out={tmp_path}",

@@ -1,4 +1,4 @@
-"""Figures from rows: what is drawn is what the rows say, the laws show, and bad input is told.
+"""Checks figures drawn from rows: they show what the rows say, the laws hold, bad input is refused.
 
 A figure's lines and dots are read back from its axes.
 """
@@ -21,8 +21,11 @@ from matplotlib.figure import Figure
 
 from paper.figures import fig2, fig3, fig4, rows, schedule
 from synflow_jax import pruning, scores, storage
-from synflow_jax.experiments import config, prune_grid
+from synflow_jax.experiments import masks
 from synflow_jax.experiments.config import Config, Grid, PruneConfig
+from synflow_jax.experiments.events import Finished
+from synflow_jax.experiments.run import resolve
+from synflow_jax.storage import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 DRAW: dict[str, Callable[..., Figure]] = {
@@ -49,8 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         **base, prune=PruneConfig(compression=10, examples_per_class=1, schedule="certified")
     )
     for name, settings in (("rules", rules), ("schedules", schedules), ("schedules", certified)):
-        for outcome in prune_grid.run(config.expand(settings), work / name):
-            assert outcome.error is None
+        for outcome in masks.prune_all(resolve(settings), Workdir(work / name)):
+            assert isinstance(outcome, Finished), outcome
     return work
 
 
@@ -59,9 +62,10 @@ def _axes(figure: Figure) -> dict[str, Any]:
     return {ax.get_title().split()[0]: ax for ax in figure.axes if ax.get_title()}
 
 
+@pytest.mark.slow
 def test_fig2_draws_the_fractions(folder: pathlib.Path) -> None:
     found = rows.read(folder / "rules")
-    panels = _axes(fig2.draw(found, folder))
+    panels = _axes(fig2.draw(found))
     assert list(panels) == list(rows.RULES)
     for rule, ax in panels.items():
         lines = [line for line in ax.lines if len(line.get_xdata()) == 6]
@@ -84,8 +88,9 @@ def test_fig2_draws_the_fractions(folder: pathlib.Path) -> None:
     assert "digits, enlarged, 1 a class" in panels["snip"].get_title()
 
 
+@pytest.mark.slow
 def test_fig3_draws_every_unit_and_synflow_conserves(folder: pathlib.Path) -> None:
-    figure = fig3.draw(rows.read(folder / "rules"), folder / "rules")
+    figure = fig3.draw(rows.read(folder / "rules"))
     panels = _axes(figure)
     for rule, ax in panels.items():
         dots = np.concatenate([np.asarray(c.get_offsets()) for c in ax.collections])
@@ -104,8 +109,9 @@ def test_fig3_draws_every_unit_and_synflow_conserves(folder: pathlib.Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_fig4_has_the_slopes_of_the_paper(folder: pathlib.Path) -> None:
-    panels = _axes(fig4.draw(rows.read(folder / "rules"), folder))
+    panels = _axes(fig4.draw(rows.read(folder / "rules")))
     slopes = {rule: float(ax.get_title().split()[-1]) for rule, ax in panels.items()}
     assert abs(slopes["random"]) < 0.05 and abs(slopes["synflow"] - 1) < 0.05
     assert slopes["random"] < slopes["magnitude"] < slopes["synflow"]
@@ -114,9 +120,10 @@ def test_fig4_has_the_slopes_of_the_paper(folder: pathlib.Path) -> None:
     np.testing.assert_allclose(dots[:, 1], np.sqrt(2 / np.pi), rtol=0.15)
 
 
+@pytest.mark.slow
 def test_schedule_draws_the_largest_ratios(folder: pathlib.Path) -> None:
     found = rows.read(folder / "schedules")
-    (ax,) = schedule.draw(found, folder).axes
+    (ax,) = schedule.draw(found).axes
     lines = {line.get_label(): np.array(line.get_data()) for line in ax.lines}
     assert lines["certified"][0, 0] > 1 and lines["certified"][1, 0] < 0.5  # its bound
     by_run = {(row["schedule"], row["num_iterations"]): row["iterations"] for row in found}
@@ -135,7 +142,10 @@ def test_schedule_draws_the_largest_ratios(folder: pathlib.Path) -> None:
 
 
 def test_the_ratio_of_one_iteration_by_hand() -> None:
-    """SynFlow's scores of a bias-free MLP in closed form: the weakest go, and their sum over a layer's is the ratio."""
+    """Checks the ratio against the closed form of SynFlow's scores on an MLP without biases.
+
+    The weakest weights go. Their total score over a layer's is the ratio.
+    """
     rng = np.random.default_rng(0)
     w1, w2 = rng.normal(size=(5, 7)), rng.normal(size=(7, 3))
     flow1 = np.abs(w1) * np.abs(w2).sum(1)
@@ -165,10 +175,11 @@ def test_the_ratio_of_one_iteration_by_hand() -> None:
 
 
 def _figures(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "synflow_jax.figures", *arguments]
+    command = [sys.executable, "-m", "paper", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_writes_png_and_pdf(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     result = _figures("fig4", f"--rows={folder / 'rules'}", f"--out={tmp_path / 'new'}")
     assert result.returncode == 0 and result.stderr == ""
@@ -211,21 +222,50 @@ def _set(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda row: row.update(values)
 
 
+ONE_FOLDER_EACH = "a folder for each"
+# The figure, the folder, which row is changed (None: all) and how, and what the message must name:
+# the argument and the cure.
 BAD = {
-    "fig2, two networks": ("fig2", "rules", 3, _set(model="conv"), "conv on digits", "a folder for each"),
-    "fig2, two of a kind": ("fig2", "rules", 1, _set(compression=500.0), "same compression", "a folder for each"),
-    "fig2, dense alone": ("fig2", "rules", None, _set(compression=1.0), "above 1", "pruning"),
-    "fig3, not recorded": ("fig3", "rules", None, _without("units"), "no row has", "--config.prune.record_units"),
-    "fig3, no file": ("fig3", "rules", 0, _set(units="units/gone.json"), "gone.json", "--overwrite"),
-    "fig4, old rows": ("fig4", "rules", None, _without("layers", "initial_magnitude"), "initial_magnitude", "fig4.py"),
-    "schedule, other rules": ("schedule", "schedules", None, _set(pruner="snip"), "no row is SynFlow's", "schedule.py"),
-    "schedule, compressions": ("schedule", "schedules", 0, _set(compression=9.0), "[9.0, 10]", "a folder for each"),
+    "fig2, two networks": (
+        "fig2", "rules", 3, _set(model="conv"),
+        "conv on digits", ONE_FOLDER_EACH,
+    ),
+    "fig2, two of a kind": (
+        "fig2", "rules", 1, _set(compression=500.0),
+        "same compression", ONE_FOLDER_EACH,
+    ),
+    "fig2, dense alone": (
+        "fig2", "rules", None, _set(compression=1.0),
+        "above 1", "pruning",
+    ),
+    "fig3, not recorded": (
+        "fig3", "rules", None, _without("units"),
+        "no row has", "--config.prune.record_units",
+    ),
+    "fig3, no file": (
+        "fig3", "rules", 0, _set(units="units/gone.json"),
+        "gone.json", "--overwrite",
+    ),
+    "fig4, old rows": (
+        "fig4", "rules", None, _without("layers", "initial_magnitude"),
+        "initial_magnitude", "fig4.py",
+    ),
+    "schedule, other rules": (
+        "schedule", "schedules", None, _set(pruner="snip"),
+        "no row is SynFlow's", "schedule.py",
+    ),
+    "schedule, compressions": (
+        "schedule", "schedules", 0, _set(compression=9.0),
+        "[9.0, 10]", ONE_FOLDER_EACH,
+    ),
     "schedule, old rows": (
-        "schedule", "schedules", None, _without("iterations", "pruned_score"), "pruned_score", "schedule.py",
+        "schedule", "schedules", None, _without("iterations", "pruned_score"),
+        "pruned_score", "schedule.py",
     ),
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_rows_that_do_not_fit(folder: pathlib.Path, case: str) -> None:
     figure, name, which, change, argument, cure = BAD[case]
@@ -234,10 +274,11 @@ def test_rows_that_do_not_fit(folder: pathlib.Path, case: str) -> None:
         if which is None or number == which:
             change(row)
     with pytest.raises(ValueError, match=r"\.") as error:
-        DRAW[figure](found, folder / name)
+        DRAW[figure](found)
     assert argument in str(error.value) and cure in str(error.value), error.value
 
 
+@pytest.mark.slow
 def test_no_rows_and_damaged_units(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     storage.write_row(tmp_path / "rows.jsonl", {"run_id": "train-1"})
     with pytest.raises(ValueError, match="holds no pruning row"):
@@ -247,9 +288,10 @@ def test_no_rows_and_damaged_units(folder: pathlib.Path, tmp_path: pathlib.Path)
     for content in ("", "[]", json.dumps({"fc1": {"incoming": [1.0]}})):
         (tmp_path / "copy" / found[0]["units"]).write_text(content)
         with pytest.raises(ValueError, match="cannot be read"):
-            fig3.draw(found, tmp_path / "copy")
+            fig3.draw(found)
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_lowest_seed(folder: pathlib.Path) -> None:
     found: list[Mapping[str, Any]] = rows.read(folder / "rules")
     doubled = [{**row, "seed": 1} for row in found] + found

@@ -41,6 +41,7 @@ def _result(process: subprocess.Popen[str]) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_eight_and_three_devices_give_the_mask_of_one() -> None:
     found = _result(_start("compare"))
     assert len(found) == 7
@@ -52,6 +53,7 @@ def test_eight_and_three_devices_give_the_mask_of_one() -> None:
         )  # rounded up, in each layer for the local scope
 
 
+@pytest.mark.slow
 def test_processes_and_devices_give_one_hash() -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pathlib
 import stat
 
@@ -154,7 +155,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         storage.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -192,8 +193,8 @@ def test_a_damaged_certificate_is_refused(tmp_path: pathlib.Path) -> None:
     path, arrays = tmp_path / "c.json", tmp_path / "c.npz"
     for damage, message in (
         (lambda: path.write_text(path.read_text()[:-5]), "cannot be read"),
-        (lambda: path.write_text("[]"), "is no certificate"),
-        (lambda: path.write_text('{"format": "another"}'), "is no certificate"),
+        (lambda: path.write_text("[]"), "is not a certificate"),
+        (lambda: path.write_text('{"format": "another"}'), "is not a certificate"),
         (lambda: arrays.write_bytes(arrays.read_bytes()[:50]), "cannot be read"),
         (
             lambda: np.savez(arrays, **{"fc/kernel": np.zeros((2, 2), np.uint16)}),

@@ -23,10 +23,11 @@ import optax
 import pytest
 
 from synflow_jax import data, models, storage, training, trees
-from synflow_jax.experiments import config, prune_run, train_run
+from synflow_jax.experiments import engine, initialization, masks, results, starts
 from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax.experiments.run import resolve_one
 from synflow_jax.models.vgg import VGG
-from synflow_jax.storage import checkpoints
+from synflow_jax.storage import Workdir, checkpoints
 from synflow_jax.training import forms
 from synflow_jax.trees import Mask
 from synflow_jax.units import compaction
@@ -54,20 +55,18 @@ def _settings(compact: bool | None, **changes: Any) -> Config:
 @pytest.fixture(scope="module")
 def pruned(
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[prune_run.Network, Mask, pathlib.Path]:
+) -> tuple[models.Network, Mask, pathlib.Path]:
     """The network, its mask, and the folder that holds it."""
     workdir = tmp_path_factory.mktemp("pruned")
-    settings = _settings(None)
-    network = prune_run.build(settings)
-    prune_run.prune(settings, network, workdir)
-    found = prune_run.find_mask(settings, network, workdir)
-    assert found is not None
-    return network, found[0], workdir
+    run = resolve_one(_settings(None))
+    network = initialization.build(run)
+    mask, _ = masks.prune(run, network, Workdir(workdir))
+    return network, mask, workdir
 
 
 @pytest.fixture(scope="module")
 def runs(
-    pruned: tuple[prune_run.Network, Mask, pathlib.Path],
+    pruned: tuple[models.Network, Mask, pathlib.Path],
 ) -> dict[bool, tuple[pathlib.Path, dict[str, Any]]]:
     """Per form, the folder and the row of a whole run."""
     network, mask, workdir = pruned
@@ -75,19 +74,27 @@ def runs(
     for compact in (False, True):
         folder = workdir.with_name(f"{workdir.name}-{compact}")
         shutil.copytree(workdir, folder)
-        found[compact] = folder, train_run.train(_settings(compact), network, mask, folder)
+        found[compact] = (
+            folder,
+            engine.train(resolve_one(_settings(compact)), network, mask, Workdir(folder)),
+        )
     return found
 
 
-Pruned = tuple[prune_run.Network, Mask, pathlib.Path]
+Pruned = tuple[models.Network, Mask, pathlib.Path]
 Runs = dict[bool, tuple[pathlib.Path, dict[str, Any]]]
 
 
+def _choose(settings: Config, network: Any, mask: Mask) -> forms.Form:
+    return starts.choose_form(resolve_one(settings), network, mask)
+
+
+@pytest.mark.slow
 def test_200_steps_are_those_of_the_masked_network(runs: Runs) -> None:
     (folder, masked), (small_folder, small) = runs[False], runs[True]
     assert small["num_steps"] == masked["num_steps"] == NUM_EPOCHS * STEPS_PER_EPOCH
     curve, small_curve = (
-        train_run.read_curve(f / r["curve"]) for f, r in ((folder, masked), (small_folder, small))
+        results.read_curve(f / r["curve"]) for f, r in ((folder, masked), (small_folder, small))
     )
     assert len(curve) == NUM_EPOCHS and curve[-1]["train_loss"] < 0.5 * curve[0]["train_loss"]
     for point, small_point in zip(curve, small_curve, strict=True):
@@ -97,11 +104,13 @@ def test_200_steps_are_those_of_the_masked_network(runs: Runs) -> None:
             ), name
 
 
+@pytest.mark.slow
 def test_rows_say_what_was_trained(runs: Runs, pruned: Pruned) -> None:
     network, mask, _ = pruned
-    small = models.compact(
+    full = models.Network(
         network.model, network.params, network.batch_stats, mask, network.input_shape
     )
+    small = models.compact(full).network
     (_, masked), (folder, row) = runs[False], runs[True]
     assert (masked["compact"], row["compact"]) == (False, True)
     kernel_sizes = lambda params: sum(
@@ -120,16 +129,16 @@ def test_rows_say_what_was_trained(runs: Runs, pruned: Pruned) -> None:
     ) == [16, 16, 10]
     # What a run is does not depend on the form; what it took is no part of its row.
     assert (
-        row["run_id"] == masked["run_id"] == config.train_id(_settings(None))
+        row["run_id"] == masked["run_id"] == resolve_one(_settings(None)).train_id
         and row["config"] == masked["config"]
     )
-    timing = train_run.find_timing(folder, row["run_id"])
+    timing = Workdir(folder).timing(row["run_id"])
     assert (
         timing is not None
         and 0 < timing["step_seconds"] < timing["seconds"]
         and "step_seconds" not in row
     )
-    with checkpoints.open_folder(train_run.checkpoint_path(folder, row["run_id"]), {}, 2) as opened:
+    with checkpoints.open_folder(Workdir(folder).checkpoint_path(row["run_id"]), {}, 2) as opened:
         found = checkpoints.latest_run(opened)
     assert found is not None and found["compact"] is True and found["size"] == row["size"]
 
@@ -142,6 +151,7 @@ def _command(*flags: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(
     runs: Runs, pruned: Pruned, tmp_path: pathlib.Path
 ) -> None:
@@ -163,7 +173,7 @@ def test_a_killed_run_ends_in_the_same_bits(
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     for text in (
-        "going on after step",
+        "resuming after step",
         "training the smaller dense network",
         "smaller, dense (trained",
         "ms a step",
@@ -177,12 +187,13 @@ def test_a_killed_run_ends_in_the_same_bits(
     assert (workdir / row["curve"]).read_bytes() == (folder / row["curve"]).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of orbax
 @pytest.mark.parametrize("compact", [False, True])
 def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) -> None:
     network, mask, _ = pruned
     folder, row = runs[compact]
-    state = train_run.restore_full(_settings(compact), network, mask, folder)
+    state = starts.restore_full(resolve_one(_settings(compact)), network, mask, Workdir(folder))
     assert int(state.step) == row["num_steps"]
     for leaf, wanted in zip(jax.tree.leaves(state.mask), jax.tree.leaves(mask), strict=True):
         np.testing.assert_array_equal(leaf, wanted)
@@ -196,12 +207,14 @@ def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) 
     assert float(means["top1"]) == row["last"]["test_top1"]
     assert float(means["loss"]) == pytest.approx(row["last"]["test_loss"], rel=1e-5)
     # The row's mean squares are of the weights that were kept and trained; the compact network has none that are idle.
-    form = train_run.choose_form(_settings(compact), network, mask)
-    masks = dict(zip(trees.names(form.mask), jax.tree.leaves(form.mask), strict=True))
+    form = _choose(_settings(compact), network, mask)
+    masks = dict(
+        zip(trees.names(form.network.mask), jax.tree.leaves(form.network.mask), strict=True)
+    )
     assert [(layer["name"], layer["size"]) for layer in row["mean_squares"]] == [
         (n, m.size) for n, m in masks.items()
     ]
-    wanted = {"initial": form.params} | ({} if compact else {"final": state.params})
+    wanted = {"initial": form.network.params} | ({} if compact else {"final": state.params})
     for which, params in wanted.items():
         leaves = dict(zip(trees.names(params), jax.tree.leaves(params), strict=True))
         for layer in row["mean_squares"]:
@@ -212,54 +225,55 @@ def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) 
     assert sum(moved) > 0.5 * row["size"]["kept"]["weights"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_refused(runs: Runs, pruned: Pruned, tmp_path: pathlib.Path) -> None:
     network, mask, _ = pruned
     for compact in (False, True):
-        with pytest.raises(
-            ValueError, match=rf"To go on from it give --config.train.compact={compact};"
-        ):
-            train_run.train(_settings(not compact), network, mask, runs[compact][0])
+        with pytest.raises(ValueError, match=rf"To resume, give --config.train.compact={compact};"):
+            engine.train(
+                resolve_one(_settings(not compact)), network, mask, Workdir(runs[compact][0])
+            )
     with pytest.raises(ValueError, match="holds no checkpoint of this run"):
-        train_run.restore_full(_settings(True), network, mask, tmp_path)
+        starts.restore_full(resolve_one(_settings(True)), network, mask, Workdir(tmp_path))
     empty = jax.tree.map(jnp.zeros_like, mask)
     with pytest.raises(
-        ValueError, match=r"train.compact=True, but .*collapsed.*masked network is trained"
+        ValueError, match=r"train.compact=True cannot .*collapsed.*masked network is trained"
     ):
-        train_run.choose_form(_settings(True), network, empty)
-    form = train_run.choose_form(_settings(None), network, empty)
-    assert not form.compact and form.size["compact"] is None and "collapsed" in form.reason
+        _choose(_settings(True), network, empty)
+    form = _choose(_settings(None), network, empty)
+    assert (
+        not form.compact and form.size["compact"] is None and form.reason is forms.Reason.COLLAPSED
+    )
+    assert "collapsed" in form.explain()
 
 
 def test_the_choice_is_by_counts_and_leaves_the_function(pruned: Pruned) -> None:
     network, mask, _ = pruned
-    form = train_run.choose_form(_settings(None), network, mask)
+    form = _choose(_settings(None), network, mask)
     counts = form.size["compact"]["multiply_adds"] / form.size["full"]["multiply_adds"]
     assert form.compact and counts < forms.PAYS_BELOW
-    assert not train_run.choose_form(
-        _settings(None), network, network.mask
-    ).compact  # nothing would go
-    assert train_run.choose_form(
-        _settings(True), network, network.mask
-    ).compact  # the network as it is
+    assert not _choose(_settings(None), network, network.mask).compact  # nothing would go
+    assert _choose(_settings(True), network, network.mask).compact  # the network as it is
     # An optimizer may see whole layers, and dropout draws in the shape of what it drops.
     own = _settings(None, make_optimizer=lambda steps: optax.lamb(1e-3))
-    assert not train_run.choose_form(own, network, mask).compact
-    assert train_run.choose_form(
-        _settings(True, make_optimizer=own.train.make_optimizer), network, mask
-    ).compact
+    assert not _choose(own, network, mask).compact
+    assert _choose(_settings(True, make_optimizer=own.train.make_optimizer), network, mask).compact
     for hidden in ((), (6,)):
         model = VGG(3, ((8,), (8,)), hidden=hidden)
         params, stats = models.init(model, (4, 4, 1), jax.random.key(0))
         few = trees.prunable(params)
         few["conv1_1"]["kernel"] = few["conv1_1"]["kernel"].at[..., 2:].set(False)
-        form = forms.choose(model, params, stats, few, (4, 4, 1))
+        form = forms.choose(models.Network(model, params, stats, few, (4, 4, 1)))
         assert (
             form.compact == (not hidden)
             and form.size["compact"]["weights"] < form.size["full"]["weights"]
         )
-        assert forms.choose(model, params, stats, few, (4, 4, 1), compact=True).compact
+        assert forms.choose(
+            models.Network(model, params, stats, few, (4, 4, 1)), compact=True
+        ).compact
 
 
+@pytest.mark.slow
 def test_a_half_trained_state_goes_on_in_the_compact_network(pruned: Pruned) -> None:
     network, mask, _ = pruned
     optimizer = training.sgd(lambda step: 0.02, momentum=0.9, nesterov=True, weight_decay=1e-3)
@@ -277,14 +291,17 @@ def test_a_half_trained_state_goes_on_in_the_compact_network(pruned: Pruned) -> 
         return state, float(info.running.loss)
 
     half, _ = run(network.model, state, 0, 8)
-    small = models.compact(network.model, half.params, half.batch_stats, mask, network.input_shape)
+    trained = models.Network(
+        network.model, half.params, half.batch_stats, mask, network.input_shape
+    )
+    small = models.compact(trained)
     smaller = compaction.shrink_tree(small.plan, half)
     floats = lambda tree: sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
     assert floats(smaller.opt_state) - floats(smaller.params) == floats(half.opt_state) - floats(
         half.params
     )
     end, loss = run(network.model, half, 8, STEPS_PER_EPOCH)
-    small_end, small_loss = run(small.model, smaller, 8, STEPS_PER_EPOCH)
+    small_end, small_loss = run(small.network.model, smaller, 8, STEPS_PER_EPOCH)
     assert small_loss == pytest.approx(loss, rel=1e-4)
     back = compaction.expand_tree(small.plan, small_end, end)
     for a, b in zip(jax.tree.leaves(back.params), jax.tree.leaves(end.params), strict=True):

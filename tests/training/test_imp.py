@@ -13,9 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from synflow_jax import pruning, schedules, scores, storage, training, trees
-from synflow_jax.experiments import config, imp_run, prune_run, sweep, train_run
-from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax import models, pruning, schedules, scores, storage, training, trees
+from synflow_jax.experiments import checks, engine, initialization, levels, programs, rules, starts
+from synflow_jax.experiments import masks as masks_of_runs
+from synflow_jax.experiments.config import Config, Grid, PruneConfig, TrainConfig
+from synflow_jax.experiments.events import Finished
+from synflow_jax.experiments.programs import Recipe
+from synflow_jax.experiments.run import from_dict, resolve, resolve_one
+from synflow_jax.storage import Workdir
 from synflow_jax.training import TrainState, forms, imp
 
 SETTINGS = Config(
@@ -23,6 +28,9 @@ SETTINGS = Config(
     prune=PruneConfig(pruner="imp", compression=8.0, num_iterations=3, rewind_step=1),
     train=TrainConfig(num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), weight_decay=1e-3),
 )  # fmt: skip
+
+
+RUN = resolve_one(SETTINGS)
 
 
 def _start() -> TrainState:
@@ -128,29 +136,27 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 
 @pytest.fixture(scope="module")
-def network() -> prune_run.Network:
-    return prune_run.build(SETTINGS)
+def network() -> models.Network:
+    return initialization.build(RUN)
 
 
 @pytest.fixture(scope="module")
-def plan(network: prune_run.Network) -> train_run.Plan:
-    return train_run.prepare(SETTINGS, network.input_shape)
+def recipe(network: models.Network) -> Recipe:
+    return programs.make_recipe(RUN)
 
 
 Made = tuple[pathlib.Path, trees.Mask, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def made(
-    network: prune_run.Network, plan: train_run.Plan, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
+def made(network: models.Network, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A run that was left alone."""
     workdir = tmp_path_factory.mktemp("imp")
-    return workdir, *imp_run.find_or_make_mask(SETTINGS, network, workdir, plan)
+    return workdir, *levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
 
 
 def test_a_run_leaves_what_pruning_leaves(
-    made: Made, network: prune_run.Network, plan: train_run.Plan
+    made: Made, network: models.Network, recipe: Recipe
 ) -> None:
     workdir, mask, row = made
     total = sum(trees.sizes(network.mask))
@@ -163,35 +169,37 @@ def test_a_run_leaves_what_pruning_leaves(
     assert row["pruner"] == "imp" and row["rewind_step"] == 1 and row["ablation"] == "none"
     assert all(0 <= level["test_top1"] <= 1 for level in row["levels"])
     assert storage.mask_digest(mask) == row["mask_sha256"]
-    assert config.run_id(config.from_dict(row["config"])) == row["run_id"]
+    assert from_dict(row["config"]).prune_id == row["run_id"]
     # A second call finds it, and so does what trains; nothing is left of the levels but their masks.
-    again, found = imp_run.find_or_make_mask(
-        SETTINGS, network, workdir, plan, should_stop=lambda: pytest.fail("trains")
+    again, found = levels.find_or_make_mask(
+        RUN, network, Workdir(workdir), recipe, should_stop=lambda: pytest.fail("trains")
     )
     assert found == row and storage.mask_digest(again) == row["mask_sha256"]
     assert not (workdir / "checkpoints" / row["run_id"]).exists()
-    prune_run.rewind_path(workdir, row["run_id"]).rename(workdir / "away")
-    assert prune_run.find_mask(SETTINGS, network, workdir) is None
-    (workdir / "away").rename(prune_run.rewind_path(workdir, row["run_id"]))
+    rewind_path = Workdir(workdir).rewind_path(row["run_id"])
+    rewind_path.rename(workdir / "away")
+    assert masks_of_runs.find_mask(RUN, network, Workdir(workdir)) is None
+    (workdir / "away").rename(rewind_path)
 
 
 def test_training_goes_on_from_the_state_that_was_rewound_to(
-    made: Made, network: prune_run.Network, plan: train_run.Plan
+    made: Made, network: models.Network, recipe: Recipe
 ) -> None:
     workdir, mask, _ = made
-    dense = forms.choose(*network[:3], network.mask, network.input_shape, compact=False)
-    advance, _ = plan.bind(network.model)
-    first, _ = advance(train_run.initial_state(SETTINGS, plan, dense), training.init_info(2), 0, 1)
-    form = train_run.choose_form(SETTINGS, network, mask)
-    state = train_run.first_state(SETTINGS, plan, form, workdir)
+    dense = forms.choose(models.Network(*network[:5]), compact=False)
+    compiled = programs.one(RUN, network.model, recipe, split=True)
+    initial = starts.initial_state(RUN, recipe, dense)
+    first, _ = compiled.advance(initial, training.init_info(2), 0, 1)
+    form = starts.choose_form(RUN, network, mask)
+    state = starts.first_state(RUN, recipe, form, Workdir(workdir))
     assert int(state.step) == 1 and _bits(state) == _bits(imp.rewind(first, mask))
     assert not form.compact
 
-    row = train_run.train(SETTINGS, network, mask, workdir, plan=plan)
+    row = engine.train(RUN, network, mask, Workdir(workdir))
     assert row["num_steps"] == 4 and row["kept"] == int(
         sum(jnp.sum(leaf) for leaf in jax.tree.leaves(mask))
     )
-    restored = train_run.restore_full(SETTINGS, network, mask, workdir)
+    restored = starts.restore_full(RUN, network, mask, Workdir(workdir))
     assert all(
         not np.any(np.asarray(weight)[~np.asarray(keep)])
         for weight, keep in zip(
@@ -203,22 +211,22 @@ def test_training_goes_on_from_the_state_that_was_rewound_to(
 def test_the_state_comes_back_from_its_file_bit_for_bit(tmp_path: pathlib.Path) -> None:
     """Batch statistics, momentum and counts too."""
     state = _start()
-    train_run.save_rewind(SETTINGS, tmp_path, state)
+    starts.save_rewind(RUN, Workdir(tmp_path), state)
     blank = jax.tree.map(jnp.zeros_like, state._replace(key=None))._replace(
         key=state.key, mask=state.mask
     )
-    assert _bits(train_run.load_rewind(SETTINGS, tmp_path, blank)) == _bits(state)
+    assert _bits(starts.load_rewind(RUN, Workdir(tmp_path), blank)) == _bits(state)
     other = blank._replace(batch_stats={"norm": {"mean": jnp.zeros(8)}})
     with pytest.raises(ValueError, match=r"the state of another network\. --overwrite"):
-        train_run.load_rewind(SETTINGS, tmp_path, other)
-    path = prune_run.rewind_path(tmp_path, config.run_id(SETTINGS))
+        starts.load_rewind(RUN, Workdir(tmp_path), other)
+    path = Workdir(tmp_path).rewind_path(RUN.prune_id)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="sha256"):
-        train_run.load_rewind(SETTINGS, tmp_path, blank)
+        starts.load_rewind(RUN, Workdir(tmp_path), blank)
 
 
 def test_a_stopped_run_ends_as_one_that_was_left_alone(
-    made: Made, network: prune_run.Network, plan: train_run.Plan, tmp_path: pathlib.Path
+    made: Made, network: models.Network, recipe: Recipe, tmp_path: pathlib.Path
 ) -> None:
     asked = [0]
 
@@ -236,8 +244,12 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(
     ):  # before the state that is rewound to, and within and between levels
         asked[0] = 0
         try:
-            _, row = imp_run.find_or_make_mask(
-                SETTINGS, network, tmp_path, plan, should_stop=functools.partial(stop_at, number)
+            _, row = levels.find_or_make_mask(
+                RUN,
+                network,
+                Workdir(tmp_path),
+                recipe,
+                should_stop=functools.partial(stop_at, number),
             )
         except storage.Stopped:
             stops += 1
@@ -245,26 +257,24 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(
     strip = lambda row: {key: value for key, value in row.items() if key != "seconds"}
     assert strip(row) == strip(made[2])
     saved = [
-        storage.load_arrays(prune_run.rewind_path(folder, row["run_id"]))
+        storage.load_arrays(Workdir(folder).rewind_path(row["run_id"]))
         for folder in (tmp_path, made[0])
     ]
     assert _bits(saved[0]) == _bits(saved[1]) and saved[0].keys() == saved[1].keys()
 
 
-def test_damaged_levels_are_found(
-    made: Made, network: prune_run.Network, plan: train_run.Plan
-) -> None:
+def test_damaged_levels_are_found(made: Made, network: models.Network, recipe: Recipe) -> None:
     workdir, _, row = made
-    path = imp_run.levels_path(workdir, row["run_id"]) / "level-2.safetensors"
-    whole, mask_file = path.read_bytes(), prune_run.mask_path(workdir, row["run_id"])
+    path = Workdir(workdir).level_mask_path(row["run_id"], 2)
+    whole, mask_file = path.read_bytes(), Workdir(workdir).mask_path(row["run_id"])
     path.write_bytes(whole[:-3])
     mask_file.unlink()
     with pytest.raises(ValueError, match=r"is damaged: .*--overwrite"):
-        imp_run.find_or_make_mask(SETTINGS, network, workdir, plan)
+        levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
     # With the levels whole, the mask is made from them without training.
     path.write_bytes(whole)
-    _, again = imp_run.find_or_make_mask(
-        SETTINGS, network, workdir, plan, should_stop=lambda: pytest.fail("trains")
+    _, again = levels.find_or_make_mask(
+        RUN, network, Workdir(workdir), recipe, should_stop=lambda: pytest.fail("trains")
     )
     assert again["mask_sha256"] == row["mask_sha256"] and mask_file.exists()
 
@@ -273,10 +283,10 @@ def test_damaged_levels_are_found(
 def test_a_sweep_takes_imp_beside_other_rules(tmp_path: pathlib.Path) -> None:
     settings = dataclasses.replace(
         SETTINGS, prune=PruneConfig(compression=4.0, num_iterations=2),
-        grid=config.Grid(pruner=("magnitude", "imp"), ablation=("none", "reinitialize")),
+        grid=Grid(pruner=("magnitude", "imp"), ablation=("none", "reinitialize")),
     )  # fmt: skip
-    outcomes = list(sweep.run(config.expand(settings), tmp_path))
-    assert [outcome.error for outcome in outcomes] == [None] * 4
+    outcomes = engine.run(resolve(settings), Workdir(tmp_path))
+    assert len(outcomes) == 4 and all(isinstance(outcome, Finished) for outcome in outcomes)
     rows = storage.read_rows(tmp_path / "rows.jsonl")
     masks = {
         (row["pruner"], row["ablation"]): row["mask_sha256"] for row in rows if "layers" in row
@@ -291,16 +301,16 @@ def test_a_run_id_holds_the_recipe_that_made_the_mask() -> None:
     with_train = lambda **values: dataclasses.replace(
         SETTINGS, train=dataclasses.replace(SETTINGS.train, **values)
     )
-    assert config.run_id(with_train(learning_rate=0.1)) != config.run_id(SETTINGS)
-    assert config.run_id(with_train(keep_checkpoints=1)) == config.run_id(SETTINGS)
+    assert resolve_one(with_train(learning_rate=0.1)).prune_id != resolve_one(SETTINGS).prune_id
+    assert resolve_one(with_train(keep_checkpoints=1)).prune_id == resolve_one(SETTINGS).prune_id
     other = dataclasses.replace(
         SETTINGS, prune=dataclasses.replace(SETTINGS.prune, pruner="synflow", rewind_step=0)
     )
     changed = dataclasses.replace(other, train=with_train(learning_rate=0.1).train)
-    assert config.run_id(other) == config.run_id(changed)
+    assert resolve_one(other).prune_id == resolve_one(changed).prune_id
     # Without a number, each level prunes a fifth.
-    assert config.num_iterations(PruneConfig(pruner="imp", compression=1 / 0.8**3)) in (3, 4)
-    assert config.num_iterations(PruneConfig(pruner="imp", compression=10.0)) == 11
+    assert rules.num_iterations("imp", "exponential", 1 / 0.8**3) in (3, 4)
+    assert rules.num_iterations("imp", "exponential", 10.0) == 11
 
 
 BAD = {
@@ -315,22 +325,22 @@ BAD = {
 def test_bad_values(case: str) -> None:
     values, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        config.check(
+        checks.check(
             dataclasses.replace(SETTINGS, prune=dataclasses.replace(SETTINGS.prune, **values))
         )
 
 
 def test_what_is_refused_before_any_work(
-    network: prune_run.Network, plan: train_run.Plan, tmp_path: pathlib.Path
+    network: models.Network, recipe: Recipe, tmp_path: pathlib.Path
 ) -> None:
     late = dataclasses.replace(SETTINGS, prune=dataclasses.replace(SETTINGS.prune, rewind_step=4))
     with pytest.raises(
         ValueError, match="rewind_step=4 must be below 4, the steps of a training: 2 epochs of 2"
     ):
-        imp_run.find_or_make_mask(late, network, tmp_path, plan)
+        levels.find_or_make_mask(resolve_one(late), network, Workdir(tmp_path), recipe)
     with pytest.raises(ValueError, match=r"prunes by training: python train\.py"):
-        config.check_prune(SETTINGS)
+        checks.check_prune(SETTINGS)
     compact = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, compact=True))
     with pytest.raises(ValueError, match=r"train\.compact=True does not go with prune.rewind_step"):
-        config.check_train(compact)
+        checks.check_train(compact)
     assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = models.layers.conv(4, 3, bias=True, init=models.layers.KAIMING_FAN_IN, name="conv")(x)
-        x = nn.relu(models.layers.batch_norm(train, "norm")(x))
+        x = nn.relu(models.layers.BatchNorm(train, name="norm")(x))
         x = nn.Dropout(0.1, deterministic=not train)(x.mean((1, 2)))
         return nn.Dense(self.num_classes, name="head")(x)
 
@@ -67,8 +67,8 @@ def _assert_same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize(
     "which, name, width, dtype, rtol",
     [
-        ("vgg", "cifar_vgg11_bn", 1 / 16, "float32", 1e-4),
-        ("vgg", "cifar_vgg11_bn", 1 / 16, "float64", 1e-6),
+        pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float32", 1e-4, marks=pytest.mark.slow),
+        pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float64", 1e-6, marks=pytest.mark.slow),
         ("resnet", "cifar_resnet20", 1 / 4, "float64", 1e-6),
     ],
 )
@@ -369,7 +369,7 @@ def test_batches_larger_than_the_split_are_refused() -> None:
 
 SHARDED = """
 import functools, jax, numpy as np, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/training", "tests/helpers"]
 import test_training as t
 from synflow_jax import training
 assert len(jax.devices()) == 4

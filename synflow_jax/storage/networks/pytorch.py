@@ -1,165 +1,77 @@
-"""Networks as PyTorch's state dicts, in both directions: names, layouts, and the order in which maps are flattened.
-
-Names are those of the published networks: torchvision's for a VGG with hidden dense layers and a ResNet of four stages
-(`imagenet_*`, `tiny_*`), OpenLTH's for a VGG without and a ResNet of three stages (`cifar_*`). The layers of `fc` and
-`conv` have the numbers that they have in an `nn.Sequential`, its `nn.Flatten` and `nn.ReLU` included. PyTorch itself is
-not needed.
-"""
+"""Converts networks to PyTorch's state dicts and back. PyTorch itself is not needed."""
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 import safetensors.numpy
 
 from synflow_jax import models, storage, trees
-from synflow_jax.models.mlp import MLP, ConvNet
-from synflow_jax.models.resnet import ResNet, block_name
-from synflow_jax.models.vgg import VGG
-from synflow_jax.storage.networks import bundle
-from synflow_jax.storage.networks.bundle import Bundle
-from synflow_jax.trees import Mask, Params, Tree
+from synflow_jax.models import Network
+from synflow_jax.storage.arrays import Arrays, read_npz
+from synflow_jax.storage.files import AnyPath
+from synflow_jax.storage.networks import flat, native, pytorch_layout, pytorch_names
+from synflow_jax.trees import Params, Tree
 
 State = Mapping[str, Any]  # names and arrays, as NumPy reads them
 
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-_COUNTER = "num_batches_tracked"  # of each of PyTorch's batch norms; of no use to us
+# A counter of each of PyTorch's batch norms. Our networks have no use for it.
+_COUNTER = "num_batches_tracked"
+_CONVERT = (
+    "python -c \"import numpy, torch; s = torch.load('net.pt', map_location='cpu', "
+    "weights_only=True); numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})\""
+)
 
 
-def torch_names(model: nn.Module) -> dict[str, str]:
-    """PyTorch's name of each layer of a network, by ours, in the order of the network.
+def to_torch(network: Network) -> dict[str, np.ndarray]:
+    """Returns a network as PyTorch's state dict: masked weights and running statistics.
 
-    >>> names = torch_names(models.create("imagenet_vgg11_bn", 1000))
-    >>> names["conv2_1"], names["conv2_1_norm"], names["fc1"], names["head"]
-    ('features.4', 'features.5', 'classifier.0', 'classifier.6')
-    >>> names = torch_names(models.create("cifar_resnet20", 10))
-    >>> names["conv1"], names["conv3_1/conv1"], names["conv3_1/shortcut_norm"], names["head"]
-    ('conv', 'blocks.3.conv1', 'blocks.3.shortcut.1', 'fc')
+    Kernels are OIHW or [out, in]. A dense layer on flattened maps reads them channel by channel, as
+    PyTorch flattens. PyTorch loads the result with strict=True:
 
-    Raises:
-      ValueError: the network is of no family of this package.
-    """
-    if isinstance(model, VGG):
-        return _vgg_names(model)
-    if isinstance(model, ResNet):
-        return _resnet_names(model)
-    if isinstance(model, MLP):
-        return {f"fc{i}": str(2 * i - 1) for i in range(1, len(model.widths) + 1)} | {
-            models.HEAD: str(2 * len(model.widths) + 1)
-        }
-    if isinstance(model, ConvNet):
-        return {f"conv{i}": str(2 * i - 2) for i in range(1, len(model.widths) + 1)} | {
-            models.HEAD: str(2 * len(model.widths) + 1)
-        }
-    raise ValueError(
-        f"model is a {type(model).__name__}; PyTorch's names are known for VGG, ResNet, MLP and ConvNet."
-    )
-
-
-def _vgg_names(model: VGG) -> dict[str, str]:
-    names, index = {}, 0
-    for i, stage in enumerate(model.widths, 1):
-        for j in range(1, len(stage) + 1):
-            layer = f"conv{i}_{j}"
-            if model.hidden:
-                names[layer] = f"features.{index}"
-                if model.batch_norm:
-                    index += 1
-                    names[f"{layer}_norm"] = f"features.{index}"
-                index += 2  # itself, and its ReLU
-            else:
-                names[layer] = f"layers.{index}.conv"
-                if model.batch_norm:
-                    names[f"{layer}_norm"] = f"layers.{index}.bn"
-                index += 1
-        index += 1  # the pooling
-    for i in range(len(model.hidden)):
-        names[f"fc{i + 1}"] = f"classifier.{3 * i}"  # ReLU and dropout between them
-    names[models.HEAD] = f"classifier.{3 * len(model.hidden)}" if model.hidden else "fc"
-    return names
-
-
-def _resnet_names(model: ResNet) -> dict[str, str]:
-    torchvision = len(model.num_blocks) == 4
-    names = {
-        "conv1": "conv1" if torchvision else "conv",
-        "conv1_norm": "bn1" if torchvision else "bn",
-    }
-    short, count = "downsample" if torchvision else "shortcut", 0
-    for i, num in enumerate(model.num_blocks):
-        for j in range(1, num + 1):
-            ours = block_name(i, j, num)
-            theirs = f"layer{i + 1}.{j - 1}" if torchvision else f"blocks.{count}"
-            count += 1
-            for k in range(1, 4 if model.bottleneck else 3):
-                names[f"{ours}/conv{k}"], names[f"{ours}/conv{k}_norm"] = (
-                    f"{theirs}.conv{k}",
-                    f"{theirs}.bn{k}",
-                )
-            if j == 1 and (i > 0 or model.has_stem_shortcut()):
-                names[f"{ours}/shortcut"], names[f"{ours}/shortcut_norm"] = (
-                    f"{theirs}.{short}.0",
-                    f"{theirs}.{short}.1",
-                )
-    return names | {models.HEAD: "fc"}
-
-
-def to_torch(
-    model: nn.Module, params: Params, batch_stats: Tree, mask: Mask, input_shape: tuple[int, ...]
-) -> dict[str, np.ndarray]:
-    """The network as PyTorch's state dict: masked weights, kernels OIHW or [out, in], running statistics.
-
-    `module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})` takes it, strictly.
-    A dense layer that reads flattened maps reads them channel by channel, as PyTorch flattens.
+        module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
 
     >>> import jax
+    >>> from synflow_jax import models, trees
     >>> model = models.create("cifar_vgg11_bn", 10, width_multiplier=0.1)
     >>> params, batch_stats = models.init(model, (32, 32, 3), jax.random.key(0))
-    >>> state = to_torch(model, params, batch_stats, trees.prunable(params), (32, 32, 3))
+    >>> mask = trees.prunable(params)
+    >>> state = to_torch(models.Network(model, params, batch_stats, mask, (32, 32, 3)))
     >>> state["layers.0.conv.weight"].shape, state["layers.2.bn.running_mean"].shape
     ((6, 3, 3, 3), (13,))
 
     Raises:
-      ValueError: the model is of no known family, or variables or mask do not fit.
+      ValueError: the model is not of a known family, or variables or mask do not fit it.
     """
+    model, params, batch_stats, mask, input_shape = network
     trees.check_mask(mask, params)
-    variables = bundle.flatten(trees.apply_mask(params, mask), batch_stats)
-    bundle.check_shapes(variables, bundle.shapes_of(model, input_shape), "the variables")
-    names, flattened = _leaf_names(model, variables), _flattened(model, input_shape)
-    state = {
-        theirs: _to_torch(variables[ours], flattened.get(ours)) for ours, theirs in names.items()
-    }
-    norms = [name for name in state if name.endswith(".running_var")]
-    return state | {name.replace("running_var", _COUNTER): np.zeros((), np.int64) for name in norms}
+    variables = flat.flatten(trees.apply_mask(params, mask), batch_stats)
+    flat.check_shapes(variables, flat.shapes_of(model, input_shape), "the variables")
+
+    maps = pytorch_layout.flattened(model, input_shape)
+    state = {}
+    for ours, theirs in pytorch_names.leaf_names(model, variables).items():
+        state[theirs] = pytorch_layout.to_torch(variables[ours], maps.get(ours))
+    # PyTorch refuses a state dict without its counters.
+    norms = [name.removesuffix("running_var") for name in state if name.endswith(".running_var")]
+    for norm in norms:
+        state[f"{norm}{_COUNTER}"] = np.zeros((), np.int64)
+    return state
 
 
-def save_torch(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    params: Params,
-    batch_stats: Tree,
-    mask: Mask,
-    input_shape: tuple[int, ...],
-    run: Mapping[str, Any] | None = None,
-) -> None:
+def save_torch(path: AnyPath, network: Network, run: Mapping[str, Any] | None = None) -> None:
     """Writes `to_torch` as safetensors, which `safetensors.torch.load_file` reads.
 
-    The metadata holds as JSON `widths` (the outputs of each layer by PyTorch's name: a compact network is narrower than
-    the published one), `input_shape` (channels, height, width), and `run`. The shapes alone say as much: this builds
-    the module of a CIFAR VGG, of any widths:
+    The metadata holds as JSON `widths` (the outputs of each layer by PyTorch's name: those of a
+    compact network are narrower than published), `input_shape` (channels, height, width) and `run`.
+    The shapes alone are enough to build the module. This does it for a CIFAR VGG of any widths:
 
         import torch
         from collections import OrderedDict
@@ -167,29 +79,34 @@ def save_torch(
 
         def vgg(state):
             layers = []
-            for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))):
+            places = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
+            for i in range(1 + max(places)):
                 if f"layers.{i}.conv.weight" in state:
                     width, channels = state[f"layers.{i}.conv.weight"].shape[:2]
-                    norm = f"layers.{i}.bn.weight" in state
                     parts = OrderedDict(conv=nn.Conv2d(channels, width, 3, padding=1))
-                    parts |= OrderedDict(bn=nn.BatchNorm2d(width)) if norm else {}
-                    layers.append(nn.Sequential(parts | {"relu": nn.ReLU()}))
+                    if f"layers.{i}.bn.weight" in state:
+                        parts["bn"] = nn.BatchNorm2d(width)
+                    parts["relu"] = nn.ReLU()
+                    layers.append(nn.Sequential(parts))
                 else:
                     layers.append(nn.MaxPool2d(2))
+            parts = OrderedDict(layers=nn.Sequential(*layers))
+            parts |= {"mean": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
             classes, channels = state["fc.weight"].shape
-            parts = {"layers": nn.Sequential(*layers), "mean": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
             module = nn.Sequential(OrderedDict(parts, fc=nn.Linear(channels, classes)))
             module.load_state_dict(state)
             return module.eval()
+
+    Raises:
+      ValueError: as `to_torch`.
     """
-    state = to_torch(model, params, batch_stats, mask, input_shape)
-    names = torch_names(model)
-    *image, channels = input_shape
+    state = to_torch(network)
+    names = pytorch_names.torch_names(network.model)
+    widths = {names[layer]: width for layer, width in flat.widths(network.params).items()}
+    *image, channels = network.input_shape
     header = {
         "format": "pt",
-        "widths": json.dumps(
-            {names[layer]: width for layer, width in bundle.widths(params).items()}
-        ),
+        "widths": json.dumps(widths),
         "input_shape": json.dumps([channels, *image]),
         "run": json.dumps(dict(run or {})),
     }
@@ -197,195 +114,235 @@ def save_torch(
 
 
 def from_torch(
-    state: str | os.PathLike[str] | State,
-    model: str | nn.Module,
-    input_shape: tuple[int, ...] | None = None,
-) -> Bundle:
-    """A network from PyTorch's weights, such as a published checkpoint, with nothing pruned.
+    state: AnyPath | State, model: str | nn.Module, input_shape: tuple[int, ...] | None = None
+) -> Network:
+    """Builds a network from PyTorch's weights, such as a published checkpoint. Nothing is pruned.
 
-    Values become float32. Names may begin with "module." (of nn.DataParallel).
+    Values become float32. Names may begin with "module.", as `nn.DataParallel` writes them.
 
     Args:
-      state: a .safetensors or .npz file, or a dict of arrays. PyTorch's own files are turned into one by
-        `python -c "import numpy, torch; s = torch.load('net.pt', map_location='cpu', weights_only=True);
-        numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})"`.
-      model: a name of `models.NAMES`, whose widths and classes are then those of the weights: a narrower or compact
-        network of that form can be read; or a network, which the weights must fit exactly.
-      input_shape: of one example; by default that of the published network. It decides on the order of the inputs of
-        a dense layer that reads flattened maps.
+      state: a .safetensors or .npz file, or a dict of arrays. This turns PyTorch's own files into
+        an .npz file: `python -c "import numpy, torch; s = torch.load('net.pt', map_location='cpu',
+        weights_only=True); numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})"`.
+      model: a name of `models.NAMES`, or a network. A name takes its widths and its number of
+        classes from the weights, so that narrower and compact networks of that form can be read.
+        A network must fit the weights exactly.
+      input_shape: the shape of one example; by default that of the published network. It decides
+        the order of the inputs of a dense layer on flattened maps.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it cannot be read, or does not fit: names all that is missing, unknown, of a wrong shape, not finite.
+      ValueError: the file cannot be read, or the weights do not fit; lists all arrays that are
+        missing, unknown, of a wrong shape or not finite.
 
     >>> import jax
     >>> model = models.create("conv", 10)
     >>> params, batch_stats = models.init(model, (8, 8, 1), jax.random.key(0))
-    >>> state = to_torch(model, params, batch_stats, trees.prunable(params), (8, 8, 1))
-    >>> bool((from_torch(state, "conv", (8, 8, 1)).params["head"]["kernel"] == params["head"]["kernel"]).all())
+    >>> network = Network(model, params, batch_stats, trees.prunable(params), (8, 8, 1))
+    >>> again = from_torch(to_torch(network), "conv", (8, 8, 1))
+    >>> bool((again.params["head"]["kernel"] == params["head"]["kernel"]).all())
     True
     """
-    what = "the state dict" if isinstance(state, Mapping) else f"file {str(state)!r}"
-    arrays = _arrays(state)
-    if isinstance(model, nn.Module) and input_shape is None:
-        raise ValueError(
-            "input_shape=None goes with a network's name only: give the shape of one example."
-        )
-    named = models.create(model, 1) if isinstance(model, str) else model
-    shape = models.default_input_shape(str(model)) if input_shape is None else input_shape
-    expected = bundle.shapes_of(named, shape)
-    names, flattened = _leaf_names(named, expected), _flattened(named, shape)
+    built, shape = _model_and_shape(model, input_shape)
+    arrays = _read_state(state)
+    expected = flat.shapes_of(built, shape)
+    match = _match(built, expected, arrays)
 
-    found = {ours: arrays[theirs] for ours, theirs in names.items() if theirs in arrays}
-    missing = [theirs for theirs in names.values() if theirs not in arrays]
-    extra = [name for name in arrays if name not in names.values() and not name.endswith(_COUNTER)]
-    problems = _listed("missing", missing) + _listed("unknown", extra)
-    problems += _listed(
-        "no numbers", [names[ours] for ours, array in found.items() if not _is_float(array)]
-    )
-    resized = named
+    what = "the state dict" if isinstance(state, Mapping) else f"file {str(state)!r}"
+    wanted = model if isinstance(model, str) else type(model).__name__
+    # All that is wrong is told at once. But shapes can be compared only after names and axes fit.
+    refuse = functools.partial(_refuse, f"{what} does not fit {wanted}")
+    problems = [*_wrong_names(match), *_not_float(match)]
     if isinstance(model, str):
-        flat = [names[ours] for ours, array in found.items() if array.ndim != len(expected[ours])]
-        problems += _listed(
-            "of another number of axes", [f"{n} {list(arrays[n].shape)}" for n in flat]
-        )
-        if not problems:
-            resized = _with_widths(named, {ours: array.shape for ours, array in found.items()})
-            expected = bundle.shapes_of(resized, shape)
-    if isinstance(model, nn.Module) or not problems:
-        wanted = {ours: _torch_shape(expected[ours]) for ours in found}
-        wrong = [ours for ours, array in found.items() if array.shape != wanted[ours]]
-        problems += _listed(
-            "of another shape",
-            [f"{names[o]} {list(found[o].shape)} in place of {list(wanted[o])}" for o in wrong],
-        )
-    if not problems:
-        problems = _listed(
-            "NaN or infinite", [names[o] for o, a in found.items() if not np.isfinite(a).all()]
-        )
-    if problems:
-        raise ValueError(
-            f"{what} does not fit {model if isinstance(model, str) else type(model).__name__}: {'; '.join(problems)}. "
-            "Choose the network and the number of classes that it was made for; torch_names lists the names."
-        )
-    ours = {
-        name: _from_torch(np.asarray(array, np.float32), flattened.get(name))
-        for name, array in found.items()
-    }
-    params, batch_stats = bundle.unflatten(ours)
-    return Bundle(resized, params, batch_stats, trees.prunable(params), shape)
+        # Widths can be read off the weights only if every array has its axes.
+        refuse([*problems, *_other_rank(match, expected)])
+        built = _with_widths_of(built, match.found)
+        expected = flat.shapes_of(built, shape)
+    refuse([*problems, *_other_shape(match, expected)])
+    refuse(_not_finite(match))
+
+    maps = pytorch_layout.flattened(built, shape)
+    variables = {}
+    for name, array in match.found.items():
+        single = np.asarray(array, np.float32)
+        variables[name] = pytorch_layout.from_torch(single, maps.get(name))
+    params, batch_stats = flat.unflatten(variables)
+    return Network(built, params, batch_stats, trees.prunable(params), shape)
 
 
 def read_variables(
-    path: str | os.PathLike[str], model: nn.Module, input_shape: tuple[int, ...]
+    path: AnyPath, model: nn.Module, input_shape: tuple[int, ...]
 ) -> tuple[Params, Tree]:
-    """(params, batch_stats) of a network from a file of `bundle.save` or of PyTorch's weights, which must fit it.
+    """Reads (params, batch_stats) of a model from a file of `networks.save` or PyTorch's weights.
 
     Raises:
-      FileNotFoundError, ValueError: as `from_torch`.
+      FileNotFoundError: there is no such file.
+      ValueError: the file cannot be read, or its variables do not fit the model.
     """
-    if pathlib.Path(path).suffix == ".safetensors":
-        header = bundle.read_safetensors(path)[1]
-        if header.get("format") == bundle.FORMAT:
-            read = bundle.load(path)
-            variables = bundle.flatten(read.params, read.batch_stats)
-            bundle.check_shapes(
-                variables, bundle.shapes_of(model, input_shape), f"the variables of {str(path)!r}"
-            )
-            return trees.apply_mask(read.params, read.mask), read.batch_stats
-    read = from_torch(path, model, input_shape)
-    return read.params, read.batch_stats
+    if _is_native(path):
+        network = native.load(path)
+        variables = flat.flatten(network.params, network.batch_stats)
+        expected = flat.shapes_of(model, input_shape)
+        flat.check_shapes(variables, expected, f"the variables of {str(path)!r}")
+        return trees.apply_mask(network.params, network.mask), network.batch_stats
+    network = from_torch(path, model, input_shape)
+    return network.params, network.batch_stats
 
 
-def _arrays(state: str | os.PathLike[str] | State) -> dict[str, np.ndarray]:
+def _is_native(path: AnyPath) -> bool:
+    """Returns whether a file has our own format."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        return False
+    _, header = native.read_safetensors(path)
+    return header.get("format") == native.FORMAT
+
+
+def _model_and_shape(
+    model: str | nn.Module, input_shape: tuple[int, ...] | None
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """Returns the model to fill, with provisional widths if only its name is known."""
+    if isinstance(model, str):
+        shape = models.default_input_shape(model) if input_shape is None else input_shape
+        return models.create(model, 1), shape
+    if input_shape is None:
+        raise ValueError(
+            "input_shape=None needs the name of a network: with a module, give the shape of one "
+            "example."
+        )
+    return model, input_shape
+
+
+def _read_state(state: AnyPath | State) -> Arrays:
+    """Returns the arrays of a state dict, without the prefix of `nn.DataParallel`."""
     if isinstance(state, Mapping):
         arrays = {name: np.asarray(array) for name, array in state.items()}
-    elif not pathlib.Path(state).is_file():
-        raise FileNotFoundError(f"file {str(state)!r} does not exist.")
-    elif pathlib.Path(state).suffix == ".safetensors":
-        arrays = bundle.read_safetensors(state)[0]
-    elif pathlib.Path(state).suffix == ".npz":
-        try:
-            with open(state, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"file {str(state)!r} cannot be read: {error}. Make it again."
-            ) from error
     else:
+        arrays = _read_file(pathlib.Path(state))
+    prefix = "module."
+    if all(name.startswith(prefix) for name in arrays):
+        return {name.removeprefix(prefix): array for name, array in arrays.items()}
+    return arrays
+
+
+def _read_file(path: pathlib.Path) -> Arrays:
+    """Reads the arrays of a .safetensors or .npz file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"file {str(path)!r} does not exist.")
+    if path.suffix == ".safetensors":
+        return native.read_safetensors(path)[0]
+    if path.suffix != ".npz":
         raise ValueError(
-            f"file {str(state)!r} is neither .safetensors nor .npz. Where PyTorch is installed, turn it into one: "
-            "python -c \"import numpy, torch; s = torch.load('net.pt', map_location='cpu', weights_only=True); "
-            "numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})\""
+            f"file {str(path)!r} is neither .safetensors nor .npz. Convert it where PyTorch is "
+            f"installed: {_CONVERT}"
         )
-    prefix = "module." if all(name.startswith("module.") for name in arrays) else ""
-    return {name.removeprefix(prefix): array for name, array in arrays.items()}
+    try:
+        return read_npz(path)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"file {str(path)!r} cannot be read: {error}. Make it again.") from error
+
+
+# How the arrays of a state dict fit a model. Each check below returns what it found wrong.
+
+
+class _Match(NamedTuple):
+    """The arrays of a state dict beside the variables of a model.
+
+    Attributes:
+      names: PyTorch's name of each variable of the model, by ours.
+      arrays: the state dict.
+      found: the arrays of the state dict that are variables, by our name.
+    """
+
+    names: dict[str, str]
+    arrays: Arrays
+    found: Arrays
+
+
+def _match(model: nn.Module, expected: flat.Shapes, arrays: Arrays) -> _Match:
+    """Finds the array of each variable."""
+    names = pytorch_names.leaf_names(model, expected)
+    found = {ours: arrays[theirs] for ours, theirs in names.items() if theirs in arrays}
+    return _Match(names, arrays, found)
+
+
+def _wrong_names(match: _Match) -> list[str]:
+    """Finds variables without an array and arrays without a variable."""
+    wanted = dict.fromkeys(match.names.values())
+    missing = [name for name in wanted if name not in match.arrays]
+    others = [name for name in match.arrays if name not in wanted]
+    unknown = [name for name in others if not name.endswith(_COUNTER)]
+    return [*_listed("missing", missing), *_listed("unknown", unknown)]
+
+
+def _not_float(match: _Match) -> list[str]:
+    """Finds arrays of integers or booleans."""
+    wrong = []
+    for ours, array in match.found.items():
+        if not _is_float(array):
+            wrong.append(match.names[ours])
+    return _listed("not floating point", wrong)
 
 
 def _is_float(array: np.ndarray) -> bool:
+    """Returns whether an array holds floating point numbers; NumPy does not count bfloat16."""
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
-def _listed(kind: str, names: Sequence[str], most: int = 6) -> list[str]:
+def _other_rank(match: _Match, expected: flat.Shapes) -> list[str]:
+    """Finds arrays with another number of axes than the variable."""
+    wrong = []
+    for ours, array in match.found.items():
+        if array.ndim != len(expected[ours]):
+            wrong.append(f"{match.names[ours]} {list(array.shape)}")
+    return _listed("of another number of axes", wrong)
+
+
+def _other_shape(match: _Match, expected: flat.Shapes) -> list[str]:
+    """Finds arrays of another shape than the variable."""
+    wrong = []
+    for ours, array in match.found.items():
+        wanted = pytorch_layout.torch_shape(expected[ours])
+        if array.shape != wanted:
+            found = list(array.shape)
+            wrong.append(f"{match.names[ours]} {found} in place of {list(wanted)}")
+    return _listed("of another shape", wrong)
+
+
+def _not_finite(match: _Match) -> list[str]:
+    """Finds arrays with NaN or infinities."""
+    wrong = []
+    for ours, array in match.found.items():
+        if not np.isfinite(array).all():
+            wrong.append(match.names[ours])
+    return _listed("NaN or infinite", wrong)
+
+
+def _listed(problem: str, names: Sequence[str], most: int = 6) -> list[str]:
+    """Returns [] if there are no names, else one text that lists the first of them."""
     if not names:
         return []
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"{kind}: {', '.join(names[:most])}{more}"]
+    listed = ", ".join(names[:most])
+    if len(names) > most:
+        listed += f" and {len(names) - most} more"
+    return [f"{problem}: {listed}"]
 
 
-def _leaf_names(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, str]:
-    """Our name of each variable, in PyTorch's order of layers, and PyTorch's: "params/head/kernel" -> "fc.weight"."""
-    layers = torch_names(model)
-    order = list(layers)
-    split = {name: name.split("/", 1)[1].rpartition("/")[::2] for name in variables}
-    return {
-        name: f"{layers[layer]}.{_LEAVES[leaf]}"
-        for name, (layer, leaf) in sorted(split.items(), key=lambda item: order.index(item[1][0]))
-    }
-
-
-def _flattened(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
-    """The kernel that reads flattened maps, if any, and their height and width."""
-    height, width = input_shape[:2]
-    if isinstance(model, VGG):
-        halved = 2 ** len(model.widths)
-        return {"params/fc1/kernel": (height // halved, width // halved)} if model.hidden else {}
-    if isinstance(model, MLP):
-        return {f"params/{'fc1' if model.widths else models.HEAD}/kernel": (height, width)}
-    return {f"params/{models.HEAD}/kernel": (height, width)} if isinstance(model, ConvNet) else {}
-
-
-def _to_torch(array: np.ndarray, maps: tuple[int, int] | None) -> np.ndarray:
-    if maps is not None:
-        inputs, out = array.shape
-        channels_first = array.reshape(*maps, inputs // (maps[0] * maps[1]), out).transpose(
-            3, 2, 0, 1
+def _refuse(what: str, problems: Sequence[str]) -> None:
+    """Raises ValueError if there are problems."""
+    if problems:
+        raise ValueError(
+            f"{what}: {'; '.join(problems)}. Choose the network and the number of classes that the "
+            "weights were made for; storage.networks.torch_names lists the names."
         )
-        return np.ascontiguousarray(channels_first.reshape(out, inputs))
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
 
 
-def _from_torch(array: np.ndarray, maps: tuple[int, int] | None) -> np.ndarray:
-    if maps is not None:
-        out, inputs = array.shape
-        channels_last = array.reshape(out, inputs // (maps[0] * maps[1]), *maps).transpose(
-            2, 3, 1, 0
-        )
-        return channels_last.reshape(inputs, out)
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that PyTorch has for a variable of ours."""
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
-
-
-def _with_widths(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    """The network whose layers have as many outputs as PyTorch's weights of these shapes."""
-    kernels = {
-        name: np.zeros((1, shape[0]), np.float32)
-        for name, shape in shapes.items()
-        if name.endswith("/kernel")
-    }
-    params, _ = bundle.unflatten(kernels)
-    return model.resized(params).clone(num_classes=shapes[f"params/{models.HEAD}/kernel"][0])
+def _with_widths_of(model: Any, found: Mapping[str, np.ndarray]) -> nn.Module:
+    """Returns the model whose layers have as many outputs as PyTorch's weights."""
+    # `resized` reads the last axis of kernels alone: no weights are needed for it.
+    kernels = {}
+    for name, array in found.items():
+        if name.endswith("/kernel"):
+            kernels[name] = np.zeros((1, array.shape[0]), np.float32)
+    params, _ = flat.unflatten(kernels)
+    num_classes = params[models.HEAD]["kernel"].shape[-1]
+    return model.resized(params).clone(num_classes=num_classes)

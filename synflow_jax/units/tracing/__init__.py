@@ -1,19 +1,34 @@
-"""Units followed through a jaxpr: which positions of which parameters are the same neuron or channel.
+"""Follows units through the program of a network.
 
-Every axis of every parameter starts as a row of nodes, one for each position. The jaxpr is followed once, and each
-value carries, for the axes that hold units, which node each position is. Where two values meet elementwise, or a kernel
-meets its input in a product, the nodes that lie on each other are the same unit.
+**What a unit is.** A unit is a neuron or a channel: a position that several axes of several
+parameters have in common. The kernel that writes it has it along its output axis, its bias along
+its only axis, and the kernels that read it along their input axes. Which axes these are, only the
+program of the network says.
 
-Nodes never leave their place without a record: a step whose effect on units is not known, or that mixes units (a sum
-over them, a softmax), marks them as `fixed`. So two units may be taken for one, and a unit for one that must stay;
-never the other way round. `units.groups` reads what has been recorded.
+**How they are found.** Each position of each axis of each parameter starts as a node of its own,
+and each position of the network's input does too. The jaxpr of the network is followed once.
+Each array in it is represented by a `Value`, which says which nodes lie along its axes. Where two
+values meet element by element, the nodes that lie on each other are recorded as one unit, and so
+are the nodes along the axes over which a kernel and its input are summed.
 
-records.py      what is found: units, and the products that read and write them
-values.py       what is known of a value, and of one whose axes are moved
-primitives.py   which primitives are alike
-notes.py        what the rules write down
-meeting.py      two values that lie on each other
-layout.py, elementwise.py, products.py, control.py   a rule for each primitive
+For example, in `relu(x @ w1 + b1) @ w2` the product gives its result the nodes of the second axis
+of w1. The sum unifies them with the nodes of b1, and the second product with those of the first
+axis of w2: unit j is column j of w1, entry j of b1 and row j of w2.
+
+**What is guaranteed.** Nodes are never dropped without a record. Where a step has no rule, or mixes
+units (a sum over them, a softmax), they are recorded as fixed. So two units may be taken for one,
+or a unit for one that must stay, but never the other way round.
+
+Read the files in this order:
+
+    values.py        fields of units along the axes of a value
+    records.py       statements about units
+    meeting.py       two values that lie on each other
+    rules.py         the table of rules
+    layout.py        rules: axes that move, are cut or joined
+    elementwise.py   rules: functions of each element, reductions
+    products.py      rules: kernels
+    control.py       rules: calls, branches, loops
 """
 
 from __future__ import annotations
@@ -23,16 +38,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
+from synflow_jax.jaxprs.interpreter import walk
 from synflow_jax.trees import Tree
-from synflow_jax.units.tracing.control import run
-from synflow_jax.units.tracing.notes import Notes
-from synflow_jax.units.tracing.records import NONE, LeafAxis, Read, Records
-from synflow_jax.units.tracing.values import constant
 
-__all__ = ["NONE", "LeafAxis", "Read", "Records", "trace"]
+# These modules put their rules into the table.
+from synflow_jax.units.tracing import control as control
+from synflow_jax.units.tracing import elementwise as elementwise
+from synflow_jax.units.tracing import layout as layout
+from synflow_jax.units.tracing import products as products
+from synflow_jax.units.tracing.records import Cause as Cause
+from synflow_jax.units.tracing.records import Read as Read
+from synflow_jax.units.tracing.records import Reason as Reason
+from synflow_jax.units.tracing.records import Records as Records
+from synflow_jax.units.tracing.rules import TABLE
+from synflow_jax.units.tracing.values import NONE as NONE
+from synflow_jax.units.tracing.values import LeafAxis as LeafAxis
 
-_BATCH = 2
+_BATCH = 2  # an axis of size 1 would be taken for one that can be dropped
 
 
 def trace(
@@ -46,60 +70,61 @@ def trace(
     """Follows the units of `function(params, x)`.
 
     Args:
-      function: in evaluation mode.
-      params: a tree of arrays, or of shapes.
+      function: the network, in evaluation mode.
+      params: a tree of arrays, or of their shapes if `evaluate` is False.
       input_shape: of one example.
       dtype: of the inputs.
-      evaluate: computes the function as well, for inputs of 0: `Read.values` are known then.
+      evaluate: computes the function as well, for inputs of 0, so that `Read.values` are known.
     """
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params
-    )
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    shapes = jax.tree.map(shape_of, params)
     x = jax.ShapeDtypeStruct((_BATCH, *input_shape), dtype)
-    closed = jax.make_jaxpr(function)(shapes, x)
+    program = jax.make_jaxpr(function)(shapes, x)
     leaf_shapes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    records = Records(leaf_shapes, evaluating=evaluate)
     if not evaluate:
-        return _follow(closed, leaf_shapes, x.shape, None)
-    found: list[Records] = []
+        _follow(records, program, x.shape)
+        return records
 
     @jax.jit
     def evaluated(leaves: list[jax.Array], x: jax.Array) -> list[Any]:
-        found.append(_follow(closed, leaf_shapes, x.shape, [*leaves, x]))
-        return [(read.values, read.steady) for read in found[-1].reads]
+        _follow(records, program, x.shape, [*leaves, x])
+        return [(read.values, read.steady) for read in records.reads]
 
     arrays = jax.device_get(evaluated(jax.tree.leaves(params), jnp.zeros(x.shape, dtype)))
-    records = found[-1]
-    reads = [
-        r._replace(values=v, steady=s) for r, (v, s) in zip(records.reads, arrays, strict=True)
+    records.reads = [
+        read._replace(values=values, steady=steady)
+        for read, (values, steady) in zip(records.reads, arrays, strict=True)
     ]
-    return records._replace(reads=reads)
+    return records
 
 
 def _follow(
-    closed: Any,
-    leaf_shapes: list[tuple[int, ...]],
+    records: Records,
+    program: core.ClosedJaxpr,
     input_shape: tuple[int, ...],
-    arrays: list[Any] | None,
-) -> Records:
-    notes = Notes(leaf_shapes, evaluating=arrays is not None)
-    inputs = [notes.parameter(i) for i in range(len(leaf_shapes))] + [
-        notes.network_input(input_shape)
-    ]
+    arrays: Sequence[Any] | None = None,
+) -> None:
+    """Records what becomes of the units in a program.
+
+    Args:
+      records: new ones.
+      program: takes the parameters, then the inputs.
+      input_shape: of the inputs.
+      arrays: the parameters and the inputs, if the program is to be evaluated.
+    """
+    inputs = [records.parameter(leaf) for leaf in range(len(records.leaf_shapes))]
+    inputs.append(records.network_input(input_shape))
     if arrays is not None:
-        inputs = [value._replace(array=array) for value, array in zip(inputs, arrays, strict=True)]
-    outputs = run(notes, closed.jaxpr, [constant(c) for c in closed.consts], inputs)
-    for value in outputs:
-        notes.leave(value.fields)
-    once = lambda leaf: leaf is not None and notes.met[leaf] == 1
-    return Records(
-        notes.num_nodes,
-        notes.rows,
-        notes.inputs,
-        [f.ids for value in outputs for f in value.fields],
-        notes.same,
-        notes.fixed,
-        notes.nonzero,
-        notes.open,
-        *notes.roles,
-        [read if once(read.bias) else read._replace(bias=None) for read in notes.reads],
-    )
+        pairs = zip(inputs, arrays, strict=True)
+        inputs = [value._replace(array=array) for value, array in pairs]
+    for value in walk(TABLE, records, program, inputs):
+        records.consume(value.fields)
+        records.outputs += [field.nodes for field in value.fields]
+    # A parameter with several uses is not the bias of one product.
+    for number, read in enumerate(records.reads):
+        if read.bias is not None and records.num_uses[read.bias] > 1:
+            records.reads[number] = read._replace(bias=None)

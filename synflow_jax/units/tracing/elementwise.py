@@ -1,82 +1,145 @@
-"""Rules of the primitives that act on each element, and of those that sum over axes of one value."""
+"""Follows units through primitives that act on each element, and through reductions.
+
+An elementwise primitive leaves units where they are. What it may change is whether a unit that
+receives nothing is 0: `tanh` keeps 0 at 0, `exp` does not. A reduction along an axis mixes the
+units along it, and leaves all others.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from synflow_jax.units.tracing.layout import broadcast, without
+from synflow_jax.units.tracing.layout import broadcast, mix
 from synflow_jax.units.tracing.meeting import meet
-from synflow_jax.units.tracing.notes import Notes, Rule
-from synflow_jax.units.tracing.primitives import (
-    CUMULATIVE,
-    ELEMENTWISE,
-    KEEP_ZERO,
-    REDUCTIONS,
-    SUMS,
-    WINDOWS,
-    neutral,
+from synflow_jax.units.tracing.records import Records
+from synflow_jax.units.tracing.rules import rule
+from synflow_jax.units.tracing.values import (
+    Kind,
+    Value,
+    move_axes,
+    places_without,
+    with_flags,
 )
-from synflow_jax.units.tracing.values import ACTIVATIONS, Value, flagged, moved
 
 
-def _elementwise(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    if len(eqn.outvars) > 1:  # optimization_barrier
-        return values
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-    values = [broadcast(notes, v, list(range(len(v.shape))), shape) for v in values]
-    if name == "select_n":  # which case it is does not matter where all are 0
-        values[0] = flagged(values[0], zero=True)
-    if name == "div" and values[1].fields:
-        notes.nonzero += [f.ids for f in values[1].fields if values[1].kind == ACTIVATIONS]
-    out = functools.reduce(functools.partial(meet, notes, name), values)
-    if name in SUMS:
-        kept = neutral(name, values)
-    else:
-        kept = name in KEEP_ZERO and (name != "integer_pow" or eqn.params["y"] > 0)
-    if not kept:
-        out = flagged(out, zero=False)
-    if name == "convert_element_type":
-        out = out._replace(leaf=values[0].leaf, product=values[0].product)
-    return [out]
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
-def _reduction(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    value, axes = values[0], eqn.params["axes"]
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-    out = without(notes, value, axes, name)
-    if name.startswith("arg"):
-        out = flagged(out, zero=False)
-    places = iter(range(len(shape)))
-    return [
-        moved(
-            out, [None if axis in axes else next(places) for axis in range(len(value.shape))], shape
-        )
-    ]
+# The result is the operand, perhaps in another dtype.
+IDENTITIES = _names(
+    "convert_element_type copy copy_p stop_gradient reduce_precision optimization_barrier "
+    "sharding_constraint pbroadcast pvary"
+)
+# The result is 0 where the first operand is 0 ("div", "rem") or any operand is ("mul").
+KEEP_ZERO = IDENTITIES | _names(
+    "neg abs sign tanh sin tan asin atan sinh asinh expm1 log1p sqrt cbrt square integer_pow "
+    "floor ceil round erf real imag erf_inv mul div rem"
+)
+# The result is 0 where all operands are 0.
+SUMS = _names("add sub add_any max min select_n clamp")
+# The result may differ from 0 where the operands are 0.
+_OTHERS = _names(
+    "exp exp2 log cos acos acosh atanh cosh logistic rsqrt pow atan2 erfc lgamma digamma nextafter "
+    "eq ne lt le gt ge and or not xor "
+    "shift_left shift_right_logical shift_right_arithmetic is_finite"
+)
+ELEMENTWISE = KEEP_ZERO | SUMS | _OTHERS
+
+# A constant at this position of the operands leaves 0 at 0 if it has this sign: max(0, -1) is 0.
+_HARMLESS_SIGNS = {
+    ("max", 0): -1,
+    ("max", 1): -1,
+    ("min", 0): 1,
+    ("min", 1): 1,
+    ("clamp", 0): -1,
+    ("clamp", 2): 1,
+}
 
 
-def _cumulative(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    return [without(notes, values[0], [eqn.params["axis"]], eqn.primitive.name)]
+@rule(*ELEMENTWISE)
+def _elementwise(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    if len(eqn.outvars) > 1:  # optimization_barrier of several arrays
+        return operands
+    primitive = eqn.primitive.name
+    shape = eqn.outvars[0].aval.shape
+    operands = [broadcast(records, x, range(len(x.shape)), shape) for x in operands]
+    # Where all cases are 0, it does not matter which of them is chosen.
+    if primitive == "select_n":
+        operands[0] = with_flags(operands[0], zero=True)
+    # A unit that is 0 makes the quotient infinite.
+    if primitive == "div" and operands[1].kind == Kind.ACTIVATIONS:
+        records.nonzero += [field.nodes for field in operands[1].fields]
+    result = functools.reduce(functools.partial(meet, records, primitive), operands)
+    # A function of one operand is another array: not the number, parameter or product that it was.
+    if len(operands) == 1 and primitive not in IDENTITIES:
+        result = result._replace(number=None, leaf=None, product=None)
+    if not _keeps_zero(eqn, operands):
+        result = with_flags(result, zero=False)
+    return [result]
 
 
-def _windows(notes: Notes, eqn: Any, values: list[Value]) -> list[Value] | None:
+def _keeps_zero(eqn: Any, operands: Sequence[Value]) -> bool:
+    """Returns True if the result is 0 where all operands that are not constant are 0."""
+    primitive = eqn.primitive.name
+    if primitive == "integer_pow":
+        return eqn.params["y"] > 0
+    if primitive not in SUMS:
+        return primitive in KEEP_ZERO
+    cases = operands[1:] if primitive == "select_n" else operands
+    for position, operand in enumerate(cases):
+        if operand.kind == Kind.CONSTANT and not _is_harmless(primitive, position, operand.number):
+            return False
+    return True
+
+
+def _is_harmless(primitive: str, position: int, number: float | None) -> bool:
+    """Returns True if a constant operand leaves the result at 0 where the others are 0."""
+    if number is None:
+        return False
+    sign = _HARMLESS_SIGNS.get((primitive, position), 0)
+    return number == 0 or sign * number > 0
+
+
+# -------------------------------------------------------------------------------------- Reductions
+
+
+@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+def _reduce(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    value = operands[0]
+    axes = eqn.params["axes"]
+    rest = mix(records, value, axes, eqn.primitive.name)
+    places = places_without(axes, len(value.shape))
+    return [move_axes(rest, places, eqn.outvars[0].aval.shape)]
+
+
+@rule("argmax", "argmin")
+def _index_of_extremum(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    (result,) = _reduce(records, eqn, operands)
+    return [with_flags(result, zero=False)]
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin")
+def _accumulate(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    return [mix(records, operands[0], [eqn.params["axis"]], eqn.primitive.name)]
+
+
+@rule("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum")
+def _pool(records: Records, eqn: Any, operands: list[Value]) -> list[Value] | None:
     if len(eqn.outvars) > 1:
         return None
-    window = eqn.params["window_dimensions"]
-    strides = eqn.params["window_strides"]
-    padding = eqn.params["padding"]
-    changed = [i for i, (w, s, p) in enumerate(zip(window, strides, padding, strict=True))
-               if w != 1 or s != 1 or tuple(p) != (0, 0)]  # fmt: skip
-    return [
-        without(notes, values[0], changed, eqn.primitive.name)._replace(
-            shape=eqn.outvars[0].aval.shape
-        )
+    windows = zip(
+        eqn.params["window_dimensions"],
+        eqn.params["window_strides"],
+        eqn.params["padding"],
+        strict=True,
+    )
+    pooled = [
+        axis
+        for axis, (size, stride, padding) in enumerate(windows)
+        if (size, stride, *padding) != (1, 1, 0, 0)
     ]
-
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(REDUCTIONS, _reduction),
-    **dict.fromkeys(CUMULATIVE, _cumulative),
-    **dict.fromkeys(WINDOWS, _windows),
-}
+    result = mix(records, operands[0], pooled, eqn.primitive.name)
+    return [result._replace(shape=eqn.outvars[0].aval.shape)]

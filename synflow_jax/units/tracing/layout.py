@@ -1,259 +1,347 @@
-"""Rules of the primitives that move, cut and join axes."""
+"""Follows units through primitives that move, cut and join axes."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 
 from synflow_jax.units.tracing.meeting import meet
-from synflow_jax.units.tracing.notes import Notes, Rule
-from synflow_jax.units.tracing.records import NONE
+from synflow_jax.units.tracing.records import Cause, Records
+from synflow_jax.units.tracing.rules import rule
 from synflow_jax.units.tracing.values import (
-    ACTIVATIONS,
-    PARAMETERS,
+    NONE,
+    Block,
     Field,
+    Kind,
     Value,
-    all_axes,
-    divided,
-    indexed,
-    moved,
-    padded,
-    reshaped,
-    same_elements,
+    cut_axis,
+    excluding,
+    is_one_unit,
+    leaf_axes,
+    move_axes,
+    pad_nodes,
+    places_without,
+    reshape_blocks,
+    reshape_field,
+    slice_axes,
+    split_fields,
 )
 
 
-def without(notes: Notes, value: Value, axes: Sequence[int], reason: str) -> Value:
-    """The value after units along `axes` were mixed."""
-    lost = [f for f in value.fields if f.support & set(axes)]
-    notes.fix(lost, reason)
-    notes.leave(lost)
-    fields = tuple(f for f in value.fields if not f.support & set(axes))
-    return Value(fields, value.kind, value.shape, value.uniform - set(axes))
+def mix(records: Records, value: Value, axes: Iterable[int], primitive: str) -> Value:
+    """Records that a primitive mixes all units along some axes. Returns the value without them."""
+    axes = frozenset(axes)
+    apart, mixed = split_fields(value, axes)
+    records.lose(mixed, Cause.MIXED, primitive)
+    return Value(tuple(apart), value.kind, value.shape, value.uniform - axes)
 
 
-def _broadcast_in_dim(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    return [
-        broadcast(
-            notes, values[0], list(eqn.params["broadcast_dimensions"]), eqn.outvars[0].aval.shape
-        )
-    ]
+# ----------------------------------------------------------------------------- Axes of size 1
 
 
-def broadcast(notes: Notes, value: Value, places: list[int], shape: tuple[int, ...]) -> Value:
-    """The value's axis i becomes axis places[i]; the others are new, and sizes of 1 are widened."""
+def broadcast(
+    records: Records, value: Value, places: Sequence[int], shape: tuple[int, ...]
+) -> Value:
+    """Broadcasts a value to a shape: axis i becomes axis `places[i]`.
+
+    Axes of size 1 are widened. Axes of the result that are not among the places are new.
+    """
     if value.shape == shape:
         return value
-    repeated = {i for i, place in enumerate(places) if value.shape[i] != shape[place]}
-    single = [f for f in value.fields if f.support <= repeated]  # a unit that acts on many
-    if value.kind == ACTIVATIONS:
-        notes.fix(single, "broadcast")
-        notes.leave(single)
-    kept = tuple(
-        f._replace(support=f.support - repeated) for f in value.fields if not f.support <= repeated
-    )
-    uniform = {i for i in range(len(shape)) if i not in places} | {places[i] for i in repeated}
-    return moved(value._replace(fields=kept), places, shape, frozenset(uniform))._replace(
-        leaf=value.leaf
-    )
+    widened = {axis for axis, place in enumerate(places) if value.shape[axis] != shape[place]}
+    kept = _drop_single_axes(records, value, widened, "broadcast")
+    new = set(range(len(shape))).difference(places)
+    new.update(places[axis] for axis in widened)
+    result = move_axes(kept, dict(enumerate(places)), shape, new)
+    return result._replace(leaf=value.leaf)
 
 
-def _transpose(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    order = list(eqn.params["permutation"])
-    return [
-        moved(values[0], [order.index(i) for i in range(len(order))], eqn.outvars[0].aval.shape)
-    ]
+@rule("broadcast_in_dim")
+def _broadcast_in_dim(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    places = eqn.params["broadcast_dimensions"]
+    return [broadcast(records, operands[0], places, eqn.outvars[0].aval.shape)]
 
 
-def _squeeze(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    return [_squeezed(notes, values[0], set(eqn.params["dimensions"]), eqn.outvars[0].aval.shape)]
+@rule("squeeze")
+def _squeeze(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    axes = frozenset(eqn.params["dimensions"])
+    return [_squeeze_axes(records, operands[0], axes, eqn.outvars[0].aval.shape)]
 
 
-def _squeezed(notes: Notes, value: Value, gone: set[int], shape: tuple[int, ...]) -> Value:
-    lost = [f for f in value.fields if f.support <= gone]
-    if value.kind == ACTIVATIONS:
-        notes.fix(lost, "squeeze")
-        notes.leave(lost)
-    kept = tuple(
-        f._replace(support=f.support - gone) for f in value.fields if not f.support <= gone
-    )
-    places = iter(range(len(value.shape)))
-    where = [None if i in gone else next(places) for i in range(len(value.shape))]
-    return moved(value._replace(fields=kept), where, shape)._replace(leaf=value.leaf)
+def _squeeze_axes(
+    records: Records, value: Value, axes: AbstractSet[int], shape: tuple[int, ...]
+) -> Value:
+    """Drops axes of size 1 from a value."""
+    kept = _drop_single_axes(records, value, axes, "squeeze")
+    result = move_axes(kept, places_without(axes, len(value.shape)), shape)
+    return result._replace(leaf=value.leaf)
 
 
-def _reshape(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    value, shape = values[0], eqn.outvars[0].aval.shape
-    blocks = same_elements(value.shape, shape)
-    fields, uniform = [], set()
-    for f in value.fields:
-        new = reshaped(f, value.shape, shape, blocks)
-        # A single unit is lost if its axis is gone, or if others vary along the axis it comes into.
-        single = all(value.shape[i] == 1 for i in f.support)
-        near = {i for ours, _ in blocks for i in ours if f.support & set(ours)}
-        others = any(
-            g.support & near and any(value.shape[i] > 1 for i in g.support) for g in value.fields
-        )
-        if new.support and not (single and others):
+def _drop_single_axes(
+    records: Records, value: Value, axes: AbstractSet[int], primitive: str
+) -> Value:
+    """Drops axes of size 1 from the fields of a value. A unit that lies along no other is lost."""
+    lost = [field for field in value.fields if field.support <= axes]
+    if value.kind == Kind.ACTIVATIONS:
+        records.lose(lost, Cause.AXIS_LOST, primitive)
+    kept = excluding(value.fields, lost)
+    fields = tuple(field._replace(support=field.support - axes) for field in kept)
+    return value._replace(fields=fields)
+
+
+# -------------------------------------------------------------------------------- Moving axes
+
+
+@rule("transpose")
+def _transpose(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    places = {axis: place for place, axis in enumerate(eqn.params["permutation"])}
+    return [move_axes(operands[0], places, eqn.outvars[0].aval.shape)]
+
+
+@rule("reshape")
+def _reshape(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    value = operands[0]
+    shape = eqn.outvars[0].aval.shape
+    blocks = reshape_blocks(value.shape, shape)
+    fields = []
+    for field in value.fields:
+        new = reshape_field(field, value.shape, shape, blocks)
+        if new.support and not _is_one_beside_others(value, field, blocks):
             fields.append(new)
             if len(new.support) > 1:
-                notes.fix([f], "split into several axes")
-        elif value.kind == ACTIVATIONS:
-            notes.fix([f], "reshape")
-            notes.leave([f])
-    for before, after in blocks:
-        if set(before) <= value.uniform | {i for i in before if value.shape[i] == 1}:
-            uniform |= set(after)
-    uniform -= frozenset().union(*[f.support for f in fields])
+                records.fix([field], Cause.AXIS_SPLIT, "reshape")
+        elif value.kind == Kind.ACTIVATIONS:
+            records.lose([field], Cause.AXIS_LOST, "reshape")
+
+    # An axis is uniform if all that went into it was.
+    uniform: set[int] = set()
+    for block in blocks:
+        if all(axis in value.uniform or value.shape[axis] == 1 for axis in block.old):
+            uniform.update(block.new)
+    for field in fields:
+        uniform -= field.support
     return [Value(tuple(fields), value.kind, shape, frozenset(uniform), value.number, value.leaf)]
 
 
-def _strided_slice(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    params = eqn.params
-    strides = params["strides"] or (1,) * len(params["start_indices"])
-    index = [
-        slice(*b)
-        for b in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    ]
-    return [_part(notes, indexed(values[0], index, eqn.outvars[0].aval.shape))]
+def _is_one_beside_others(value: Value, field: Field, blocks: Sequence[Block]) -> bool:
+    """Returns True if a field is a single unit, and several units come to lie on its new axis."""
+
+    def is_single(one: Field) -> bool:
+        return all(value.shape[axis] == 1 for axis in one.support)
+
+    if not is_single(field):
+        return False
+    touched = [block for block in blocks if not field.support.isdisjoint(block.old)]
+    near = {axis for block in touched for axis in block.old}
+    return any(
+        not other.support.isdisjoint(near) and not is_single(other) for other in value.fields
+    )
 
 
-def _rev(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    turned = eqn.params["dimensions"]
-    index = [slice(None, None, -1 if i in turned else 1) for i in range(len(values[0].shape))]
-    return [indexed(values[0], index, values[0].shape)]
+# ------------------------------------------------------------------------------------- Cutting
 
 
-def _split(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    sizes = [variable.aval.shape[eqn.params["axis"]] for variable in eqn.outvars]
-    return [_part(notes, value) for value in divided(values[0], eqn.params["axis"], sizes)]
+@rule("slice")
+def _slice(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    starts = eqn.params["start_indices"]
+    limits = eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    index = [slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)]
+    part = slice_axes(operands[0], index, eqn.outvars[0].aval.shape)
+    return [_without_whole_parts(records, part)]
 
 
-def _part(notes: Notes, value: Value) -> Value:
-    """A part of a value without the units that are one unit throughout it, where others lie along the same axes.
-
-    Such are the rows of a kernel that were multiplied at once, [in, 3 * out], when the result of one is cut out.
-    They are not followed any further: they stay, and their axis is not that of a layer.
-    """
-    one = lambda f: bool((f.ids == f.ids.flat[0]).all()) if f.ids.size else False
-    among = lambda f: any(g.support == f.support and not one(g) for g in value.fields)
-    gone = [f for f in value.fields if value.kind == ACTIVATIONS and one(f) and among(f)]
-    notes.fix(gone, "one unit throughout a part")
-    notes.leave(gone)
-    for key, row in notes.rows.items():
-        if any(f.ids.flat[0] in row for f in gone):
-            notes.writers.pop(key, None)
-    return value._replace(fields=tuple(f for f in value.fields if all(f is not g for g in gone)))
+@rule("rev")
+def _reverse(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    value = operands[0]
+    index = [slice(None)] * len(value.shape)
+    for axis in eqn.params["dimensions"]:
+        index[axis] = slice(None, None, -1)
+    return [slice_axes(value, index, value.shape)]
 
 
-def _unstack(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
+@rule("split")
+def _split(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     axis = eqn.params["axis"]
-    parts = divided(values[0], axis, [1] * len(eqn.outvars))
-    return [_squeezed(notes, part, {axis}, eqn.outvars[0].aval.shape) for part in parts]
+    sizes = [variable.aval.shape[axis] for variable in eqn.outvars]
+    parts = cut_axis(operands[0], axis, sizes)
+    return [_without_whole_parts(records, part) for part in parts]
 
 
-def _dynamic_slice(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
+@rule("unstack")
+def _unstack(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    axis = eqn.params["axis"]
     shape = eqn.outvars[0].aval.shape
-    notes.fix([f for v in values[1:] for f in v.fields], "dynamic_slice")
-    cut = [i for i, (a, b) in enumerate(zip(values[0].shape, shape, strict=True)) if a != b]
-    kind = max(v.kind for v in values)
-    return [without(notes, values[0], cut, "dynamic_slice")._replace(shape=shape, kind=kind)]
+    parts = cut_axis(operands[0], axis, [1] * len(eqn.outvars))
+    return [_squeeze_axes(records, part, {axis}, shape) for part in parts]
 
 
-def _gather(notes: Notes, eqn: Any, values: list[Value]) -> list[Value] | None:
-    """Rows of a table: whole axes keep their units."""
-    table, indices = values
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+def _without_whole_parts(records: Records, value: Value) -> Value:
+    """Drops units that fill a whole part of a value, where others lie along the same axes.
+
+    A kernel [rows, in, out] may be multiplied at once, as a matrix [in, rows * out]. Where the
+    result of one row is cut out, that row is one unit throughout the part. Such units are not
+    followed any further: they stay, and their axis is not that of a layer.
+    """
+    if value.kind != Kind.ACTIVATIONS:
+        return value
+    several = {field.support for field in value.fields if not is_one_unit(field)}
+    whole = [f for f in value.fields if f.support in several and is_one_unit(f)]
+    if not whole:
+        return value
+    records.lose(whole, Cause.ONE_PART)
+    nodes = {int(field.nodes.flat[0]) for field in whole}
+    for leaf_axis, row in records.rows.items():
+        if not nodes.isdisjoint(row.tolist()):
+            records.writers.pop(leaf_axis, None)
+    return value._replace(fields=excluding(value.fields, whole))
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    value, *starts = operands
+    shape = eqn.outvars[0].aval.shape
+    for start in starts:
+        records.fix(start.fields, Cause.DECIDES, "dynamic_slice")
+    sizes = zip(value.shape, shape, strict=True)
+    cut = [axis for axis, (old, new) in enumerate(sizes) if old != new]
+    kind = max(operand.kind for operand in operands)
+    result = mix(records, value, cut, "dynamic_slice")
+    return [result._replace(shape=shape, kind=kind)]
+
+
+@rule("gather")
+def _gather(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    """Follows rows that are taken from a table. Axes that are taken whole keep their units."""
+    table, indices = operands
+    numbers = eqn.params["dimension_numbers"]
+    sizes = eqn.params["slice_sizes"]
     batching = getattr(numbers, "operand_batching_dims", ())
-    kept = [
-        i for i in range(len(table.shape)) if i not in (*numbers.collapsed_slice_dims, *batching)
-    ]
-    cut = [i for i in range(len(table.shape)) if i not in kept or sizes[i] != table.shape[i]]
-    notes.fix(indices.fields, "gather")
-    notes.leave(indices.fields)
-    if table.kind == PARAMETERS:  # an embedding: a position that is looked up is no unit
-        fields = tuple(f for f in table.fields if not f.support & set(cut))
-        out = table._replace(fields=fields)
+    dropped = {*numbers.collapsed_slice_dims, *batching}
+    kept = [axis for axis in range(len(table.shape)) if axis not in dropped]
+    cut = dropped.union(axis for axis in kept if sizes[axis] != table.shape[axis])
+    records.lose(indices.fields, Cause.DECIDES, "gather")
+    if table.kind == Kind.PARAMETERS:
+        # The table is an embedding. A position in it that is looked up is no unit.
+        apart, _ = split_fields(table, cut)
+        whole = table._replace(fields=tuple(apart))
     else:
-        out = without(notes, table, cut, "gather")
-    where: list[int | None] = [None] * len(table.shape)
-    for axis, place in zip(kept, numbers.offset_dims, strict=True):
-        where[axis] = place
-    out = moved(out._replace(uniform=frozenset()), where, eqn.outvars[0].aval.shape)
-    if table.kind == PARAMETERS and indices.kind == ACTIVATIONS:
-        notes.writers |= all_axes(out.fields)
-        fields = tuple(f._replace(axes=frozenset(), zero=False) for f in out.fields)
-        out = out._replace(kind=ACTIVATIONS, fields=fields)
-    return [out]
+        whole = mix(records, table, cut, "gather")
+    places = dict(zip(kept, numbers.offset_dims, strict=True))
+    result = move_axes(whole._replace(uniform=frozenset()), places, eqn.outvars[0].aval.shape)
+    if table.kind == Kind.PARAMETERS and indices.kind == Kind.ACTIVATIONS:
+        fields = tuple(_write(records, field) for field in result.fields)
+        result = result._replace(kind=Kind.ACTIVATIONS, fields=fields)
+    return [result]
 
 
-def _pad(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    value, fill = values
-    config, shape = eqn.params["padding_config"], eqn.outvars[0].aval.shape
-    wider = {i for i, c in enumerate(config) if tuple(c) != (0, 0, 0)}
-    notes.fix(fill.fields, "pad")
+def _write(records: Records, field: Field) -> Field:
+    """Records that a parameter writes these units as a kernel does, though not by a product."""
+    records.writers.update(leaf_axes([field]))
+    return field._replace(leaf_axes=frozenset(), zero=False)
+
+
+# ------------------------------------------------------------------------------------- Joining
+
+
+@rule("pad")
+def _pad(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    value, fill = operands
+    config = eqn.params["padding_config"]
+    padded = [axis for axis, widths in enumerate(config) if tuple(widths) != (0, 0, 0)]
+    records.fix(fill.fields, Cause.FILLS, "pad")
+    # -inf pads what goes into a maximum, and has no effect there.
+    fills_zero = not padded or fill.number in (0, -math.inf)
     fields = []
-    for f in value.fields:
-        ids = f.ids
-        for axis in sorted(f.support & wider):
-            ids = padded(ids, axis, config[axis])
-        # What is padded with -inf goes into a maximum.
-        zero = f.zero and (not wider or fill.number in (0, -math.inf))
-        fields.append(f._replace(ids=ids, zero=zero))
-    return [Value(tuple(fields), max(value.kind, fill.kind), shape, value.uniform - wider)]
+    for field in value.fields:
+        nodes = field.nodes
+        for axis in field.support.intersection(padded):
+            nodes = pad_nodes(nodes, axis, config[axis])
+        fields.append(field._replace(nodes=nodes, zero=field.zero and fills_zero))
+    kind = max(value.kind, fill.kind)
+    shape = eqn.outvars[0].aval.shape
+    return [Value(tuple(fields), kind, shape, value.uniform.difference(padded))]
 
 
-def _concatenate(notes: Notes, eqn: Any, values: list[Value]) -> list[Value]:
-    axis, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
-    kind = max(v.kind for v in values)
-    parts, rests = [], []
-    for value in values:
-        along = [f for f in value.fields if axis in f.support]
-        if len({f.support for f in along}) > 1:
-            notes.fix(along, "concatenate")
-        support = frozenset().union(*[f.support for f in along])
-        part = notes.composite(along, sorted(support)) if along else None
-        if part is not None and value.kind == PARAMETERS and kind == ACTIVATIONS:
-            notes.writers |= all_axes([part])
-            part = part._replace(axes=frozenset(), zero=False)
-        parts.append(part)
-        rest = tuple(f for f in value.fields if axis not in f.support)
-        rests.append(value._replace(fields=rest, shape=shape))
-    out = functools.reduce(functools.partial(meet, notes, "concatenate"), rests)
-    present = [f for f in parts if f is not None]
-    if len({f.support for f in present}) > 1:
-        notes.fix(present, "concatenate")
-        notes.leave(present)
-    elif present:
-        support = present[0].support
-        sizes = [shape[i] if i in support else 1 for i in range(len(shape))]
-        arrays = []
-        for value, f in zip(values, parts, strict=True):
-            sizes[axis] = value.shape[axis]
-            arrays.append(np.broadcast_to(NONE if f is None else f.ids, sizes))
-        ids = np.concatenate(arrays, axis)
-        axes = frozenset().union(*[f.axes for f in present])
-        flags = all(f.zero for f in present), any(f.open for f in present)
-        out = out._replace(fields=(*out.fields, Field(ids, support, axes, *flags)))
-    uniform = frozenset(i for i in out.uniform if i != axis)
-    return [out._replace(kind=kind, uniform=uniform, number=None)]
+@rule("concatenate")
+def _concatenate(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    axis = eqn.params["dimension"]
+    shape = eqn.outvars[0].aval.shape
+    kind = max(operand.kind for operand in operands)
+    # Along the axis of the concatenation, the units of the operands lie one after another.
+    parts = [_part_along(records, operand, axis, kind) for operand in operands]
+    # Along all other axes they lie on each other.
+    rests = []
+    for operand in operands:
+        apart, _ = split_fields(operand, [axis])
+        rests.append(operand._replace(fields=tuple(apart), shape=shape))
+    rest = functools.reduce(functools.partial(meet, records, "concatenate"), rests)
+    sizes = [operand.shape[axis] for operand in operands]
+    fields = (*rest.fields, *_join_parts(records, parts, sizes, axis, shape))
+    uniform = rest.uniform - {axis}
+    return [rest._replace(fields=fields, kind=kind, uniform=uniform, number=None)]
 
 
-RULES: dict[str, Rule] = {
-    "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate,
-    "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
-    "pad": _pad,
-    "reshape": _reshape,
-    "rev": _rev,
-    "slice": _strided_slice,
-    "split": _split,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
-    "unstack": _unstack,
-}
+def _part_along(records: Records, operand: Value, axis: int, kind: Kind) -> Field | None:
+    """Returns one field for all units of an operand that lie along the axis of a concatenation.
+
+    Args:
+      records: of the program.
+      operand: of the concatenation.
+      axis: of the concatenation.
+      kind: of the result.
+    """
+    _, fields = split_fields(operand, [axis])
+    if not fields:
+        return None
+    if len({field.support for field in fields}) > 1:
+        records.fix(fields, Cause.AXES_DIFFER, "concatenate")
+    support = frozenset().union(*[field.support for field in fields])
+    part = records.combine(fields, sorted(support))
+    if operand.kind == Kind.PARAMETERS and kind == Kind.ACTIVATIONS:
+        return _write(records, part)
+    return part
+
+
+def _join_parts(
+    records: Records,
+    parts: Sequence[Field | None],
+    sizes: Sequence[int],
+    axis: int,
+    shape: tuple[int, ...],
+) -> list[Field]:
+    """Joins the fields of a concatenation into one, or none if they cannot be joined.
+
+    Args:
+      records: of the program.
+      parts: one field per operand; None where it has no units along the axis.
+      sizes: of each operand along the axis.
+      axis: of the concatenation.
+      shape: of the result.
+    """
+    present = [part for part in parts if part is not None]
+    supports = {part.support for part in present}
+    if not present:
+        return []
+    if len(supports) > 1:
+        records.lose(present, Cause.AXES_DIFFER, "concatenate")
+        return []
+    (support,) = supports
+    rows = []
+    for part, size in zip(parts, sizes, strict=True):
+        full = [length if i in support else 1 for i, length in enumerate(shape)]
+        full[axis] = size
+        rows.append(np.broadcast_to(NONE if part is None else part.nodes, full))
+    joined = Field(
+        np.concatenate(rows, axis),
+        support,
+        frozenset().union(*[part.leaf_axes for part in present]),
+        zero=all(part.zero for part in present),
+        ungated=any(part.ungated for part in present),
+    )
+    return [joined]

@@ -1,103 +1,212 @@
-"""Two values that meet elementwise: units that lie on each other are the same."""
+"""Says what becomes of units where two values meet.
+
+Where two values are added or multiplied element by element, the units that lie on each other are
+the same (`meet`). Where a value is one of two, and the program decides which (a branch, or a value
+before and after an iteration of a loop), units are the same as well (`join`).
+"""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from synflow_jax.units.tracing.notes import Notes
+from synflow_jax.units.tracing.records import Cause, Records
 from synflow_jax.units.tracing.values import (
-    ACTIVATIONS,
-    PARAMETERS,
     Field,
+    Kind,
     Value,
-    all_axes,
+    excluding,
+    leaf_axes,
     same_pattern,
 )
 
 
-def meet(notes: Notes, name: str, a: Value, b: Value) -> Value:
-    """Two values, elementwise. Units that lie on each other are the same."""
-    a, b = matched(notes, a, b)
-    pairs = [(f, g) for f, g in itertools.product(a.fields, b.fields) if f.support & g.support]
-    is_product = name in ("mul", "div")
-    mixed = {a.kind, b.kind} == {PARAMETERS, ACTIVATIONS}
-    role = notes.scales if is_product else notes.sources
-    if mixed:
-        _meet_parameter(notes, name, a, b)
-    fields = []
-    for f, g in pairs:
-        if mixed:
-            role |= all_axes([f if a.kind == PARAMETERS else g])
-        notes.unify(f.ids, g.ids)
-        smaller, larger = (f, g) if len(f.support) <= len(g.support) else (g, f)
-        if not smaller.support <= larger.support:
-            notes.fix([f, g], "units along crossing axes")
-        if mixed and is_product:  # a scale that happens to be 0 may change
-            zero = (g if a.kind == PARAMETERS else f).zero
-        elif is_product and max(a.kind, b.kind) == ACTIVATIONS:
-            zero = f.zero or (name == "mul" and g.zero)
-        else:
-            zero = f.zero and g.zero
-        added = mixed and not is_product
-        ids = np.where(f.ids >= 0, f.ids, g.ids) if f.support == g.support else smaller.ids
-        axes = f.axes | g.axes if max(a.kind, b.kind) == PARAMETERS else frozenset()
-        fields.append(Field(ids, smaller.support, axes, zero, f.open or g.open or added))
-    for value, other, met in ((a, b, {id(f) for f, _ in pairs}), (b, a, {id(g) for _, g in pairs})):
-        for f in value.fields:
-            if id(f) in met:
-                continue
-            if not f.support <= other.uniform:
-                notes.fix([f], f"{name} with an array that has no such units")
-            if mixed and value.kind == PARAMETERS:
-                continue  # a parameter along an axis that holds no units
-            harmless = other.number == 0 or (
-                other.number is not None and name != "concatenate"
-            )  # or see neutral
-            zero = f.zero and (is_product or harmless)
-            fields.append(f._replace(zero=zero, open=f.open or (mixed and not is_product)))
-    unique = {(f.support, f.ids.tobytes()): f for f in fields}
-    for f in fields:  # one field may have met several
-        first = unique[f.support, f.ids.tobytes()]
-        flags = first.zero and f.zero, first.open or f.open
-        unique[f.support, f.ids.tobytes()] = Field(f.ids, f.support, first.axes | f.axes, *flags)
-    return Value(tuple(unique.values()), max(a.kind, b.kind), a.shape, a.uniform & b.uniform)
+class _Meeting(NamedTuple):
+    """Holds what is common to all fields of two values that meet.
+
+    Attributes:
+      primitive: that combines them.
+      scales: it multiplies or divides. All other primitives count as additions.
+      mixed: one value depends on parameters alone, the other one on the network's inputs.
+      kind: of the result.
+    """
+
+    primitive: str
+    scales: bool
+    mixed: bool
+    kind: Kind
+
+    @property
+    def adds_parameter(self) -> bool:
+        return self.mixed and not self.scales
 
 
-def _meet_parameter(notes: Notes, name: str, a: Value, b: Value) -> None:
-    """Notes what is added to a product as its bias."""
-    x, parameter = (a, b) if b.kind == PARAMETERS else (b, a)
-    notes.met.update({leaf for f in parameter.fields for leaf, _ in f.axes})
-    if (
-        x.product is not None
-        and parameter.leaf is not None
-        and (name == "add" or (name == "sub" and x is a))
-    ):
-        sign = 1 if name == "add" else -1
-        notes.reads[x.product] = notes.reads[x.product]._replace(bias=parameter.leaf, sign=sign)
+def is_mixed(a: Value, b: Value) -> bool:
+    """Returns True if parameters meet activations."""
+    return {a.kind, b.kind} == {Kind.PARAMETERS, Kind.ACTIVATIONS}
 
 
-def matched(notes: Notes, a: Value, b: Value) -> tuple[Value, Value]:
-    """a and b, with at most one field along the same axes where the other one has just one there."""
-    count = lambda value, support: [f for f in value.fields if f.support == support]
-    for support in {f.support for f in (*a.fields, *b.fields)}:
-        ours, theirs = count(a, support), count(b, support)
-        if len(ours) > 1 and theirs:
-            a = _narrowed(notes, a, ours, theirs)
-        if len(theirs) > 1 and ours:
-            b = _narrowed(notes, b, theirs, ours)
+def meet(records: Records, primitive: str, a: Value, b: Value) -> Value:
+    """Combines two values of one shape element by element. Units that lie on each other are one."""
+    kind = max(a.kind, b.kind)
+    meeting = _Meeting(primitive, primitive in ("mul", "div"), is_mixed(a, b), kind)
+    a, b = match_fields(records, a, b)
+    if meeting.mixed:
+        _record_bias(records, meeting, a, b)
+
+    pairs = [(f, g) for f in a.fields for g in b.fields if not f.support.isdisjoint(g.support)]
+    fields = [_meet_fields(records, meeting, (a, b), pair) for pair in pairs]
+
+    met_in_a = [f for f, _ in pairs]
+    met_in_b = [g for _, g in pairs]
+    for value, other, met in ((a, b, met_in_a), (b, a, met_in_b)):
+        for field in excluding(value.fields, met):
+            if not field.support <= other.uniform:
+                records.fix([field], Cause.MEETS_CONSTANT, primitive)
+            # A parameter along an axis that holds no units of the activations leaves no field.
+            if not (meeting.mixed and value.kind == Kind.PARAMETERS):
+                fields.append(_pass_field(meeting, field, other))
+    return Value(_without_duplicates(fields), kind, a.shape, a.uniform & b.uniform)
+
+
+def _meet_fields(
+    records: Records, meeting: _Meeting, values: tuple[Value, Value], pair: tuple[Field, Field]
+) -> Field:
+    """Unifies two fields that lie on each other, and returns the field of the result."""
+    f, g = pair
+    records.unify(f.nodes, g.nodes)
+    parameter, activation = pair if values[0].kind == Kind.PARAMETERS else (g, f)
+    if meeting.mixed:
+        role = records.scales if meeting.scales else records.sources
+        role.update(leaf_axes([parameter]))
+
+    smaller, larger = (f, g) if len(f.support) <= len(g.support) else (g, f)
+    if not smaller.support <= larger.support:
+        records.fix([f, g], Cause.MEETS_OTHER_AXES)
+    nodes = smaller.nodes
+    if f.support == g.support:
+        nodes = np.where(f.nodes >= 0, f.nodes, g.nodes)
+
+    if meeting.scales and meeting.mixed:
+        # The parameter may happen to be 0, and does not stay so.
+        zero = activation.zero
+    elif meeting.scales and meeting.kind == Kind.ACTIVATIONS:
+        zero = f.zero or (meeting.primitive == "mul" and g.zero)
+    else:
+        zero = f.zero and g.zero
+    axes = f.leaf_axes | g.leaf_axes if meeting.kind == Kind.PARAMETERS else frozenset()
+    ungated = f.ungated or g.ungated or meeting.adds_parameter
+    return Field(nodes, smaller.support, axes, zero, ungated)
+
+
+def _pass_field(meeting: _Meeting, field: Field, other: Value) -> Field:
+    """Returns the field of the result where the other value has no units."""
+    # Elementwise rules check later whether a number other than 0 is harmless, e.g. max(x, -1).
+    may_be_harmless = other.number is not None and meeting.primitive != "concatenate"
+    zero = field.zero and (meeting.scales or other.number == 0 or may_be_harmless)
+    return field._replace(zero=zero, ungated=field.ungated or meeting.adds_parameter)
+
+
+def _without_duplicates(fields: Sequence[Field]) -> tuple[Field, ...]:
+    """Merges equal fields. There are some where one field has met several."""
+    if len(fields) == 1:
+        return tuple(fields)
+    merged: dict[tuple[frozenset[int], bytes], Field] = {}
+    for field in fields:
+        key = (field.support, field.nodes.tobytes())
+        first = merged.get(key, field)
+        merged[key] = field._replace(
+            leaf_axes=first.leaf_axes | field.leaf_axes,
+            zero=first.zero and field.zero,
+            ungated=first.ungated or field.ungated,
+        )
+    return tuple(merged.values())
+
+
+def _record_bias(records: Records, meeting: _Meeting, a: Value, b: Value) -> None:
+    """Records the use of a parameter, and that it is the bias of the product it is added to."""
+    parameter, x = (a, b) if a.kind == Kind.PARAMETERS else (b, a)
+    leaves = {leaf for field in parameter.fields for leaf, _ in field.leaf_axes}
+    records.num_uses.update(leaves)
+    is_sum = meeting.primitive == "add" or (meeting.primitive == "sub" and x is a)
+    if not is_sum or x.product is None or parameter.leaf is None:
+        return
+    read = records.reads[x.product]
+    if _lies_along(parameter, x, records.rows.get((read.leaf, read.write))):
+        sign = 1 if meeting.primitive == "add" else -1
+        records.reads[x.product] = read._replace(bias=parameter.leaf, sign=sign)
+
+
+def _lies_along(parameter: Value, x: Value, row: np.ndarray | None) -> bool:
+    """Returns True if a parameter lies along the axis of a value that has these nodes."""
+    supports = [field.support for field in x.fields if np.array_equal(field.nodes.ravel(), row)]
+    return any(field.support in supports for field in parameter.fields)
+
+
+# ------------------------------------------------------- Several fields along the same axes
+
+
+def match_fields(records: Records, a: Value, b: Value) -> tuple[Value, Value]:
+    """Reduces several fields along the same axes to one, where the other value has fields there."""
+    for support in {field.support for field in (*a.fields, *b.fields)}:
+        in_a = [field for field in a.fields if field.support == support]
+        in_b = [field for field in b.fields if field.support == support]
+        if len(in_a) > 1 and in_b:
+            a = _narrow(records, a, in_a, in_b)
+        if len(in_b) > 1 and in_a:
+            b = _narrow(records, b, in_b, in_a)
     return a, b
 
 
-def _narrowed(notes: Notes, value: Value, several: list[Field], others: list[Field]) -> Value:
-    """The value with one of several fields along the same axes: that with the pattern of another value's, or all.
+def _narrow(
+    records: Records, value: Value, several: Sequence[Field], others: Sequence[Field]
+) -> Value:
+    """Replaces several fields along the same axes by one.
 
-    A kernel [3, 3, in, out] that was reshaped to [9 * in, out] has three fields along its first axis.
+    Of a parameter it is the field whose units repeat as those of the other value do: a kernel
+    [3, 3, in, out] that was reshaped to [9 * in, out] has three fields along its first axis, and
+    its input decides which one counts. Otherwise it is the combination of all.
     """
-    chosen = [f for f in several if len(others) == 1 and same_pattern(f.ids, others[0].ids)]
-    parameter = value.kind == PARAMETERS and chosen
-    field = chosen[-1] if parameter else notes.composite(several, sorted(several[0].support))
-    return value._replace(
-        fields=(*[f for f in value.fields if all(f is not g for g in several)], field)
+    alike: list[Field] = []
+    if value.kind == Kind.PARAMETERS and len(others) == 1:
+        alike = [field for field in several if same_pattern(field.nodes, others[0].nodes)]
+    field = alike[-1] if alike else records.combine(several, sorted(several[0].support))
+    return value._replace(fields=(*excluding(value.fields, several), field))
+
+
+# ---------------------------------------------------------------------------------------- Choices
+
+
+def join(records: Records, a: Value, b: Value) -> Value:
+    """Returns the value that is `a` or `b`, where the program decides which of them."""
+    fields = []
+    for value, other, is_first in ((a, b, True), (b, a, False)):
+        for field in value.fields:
+            here = [own for own in value.fields if not own.support.isdisjoint(field.support)]
+            there = [own for own in other.fields if not own.support.isdisjoint(field.support)]
+            matches = len(here) == len(there) == 1 and field.support == there[0].support
+            if matches and is_first:
+                fields.append(_join_fields(records, field, there[0]))
+            elif not matches and not there and field.support <= other.uniform:
+                # For example the state of a recurrent network before the first step.
+                fields.append(field._replace(zero=field.zero and other.number == 0))
+            elif not matches:
+                records.lose([field], Cause.AXES_DIFFER, "cond")
+    if is_mixed(a, b):
+        # The parameter becomes an activation, as if it were added to 0.
+        records.sources.update(leaf_axes(fields))
+        fields = [field._replace(leaf_axes=frozenset(), zero=False) for field in fields]
+    number = a.number if a.number == b.number else None
+    return Value(tuple(fields), max(a.kind, b.kind), a.shape, a.uniform & b.uniform, number)
+
+
+def _join_fields(records: Records, f: Field, g: Field) -> Field:
+    """Unifies the fields of two values of which the program chooses one."""
+    records.unify(f.nodes, g.nodes)
+    return f._replace(
+        leaf_axes=f.leaf_axes | g.leaf_axes,
+        zero=f.zero and g.zero,
+        ungated=f.ungated or g.ungated,
     )

@@ -1,176 +1,309 @@
-"""Values of a program as they are followed, and what moving their axes does to the units that lie along them."""
+"""Represents the values of a program by the units that lie along their axes.
+
+While a program is followed, a `Value` stands for each array in it. A value does not hold numbers
+(unless the program is evaluated on the way). It holds fields. A `Field` tells, for some axes of the
+value, which node each position is: activations [batch, height, width, channels] have one field,
+along axis 3; a kernel [in, out] has two, one along each axis.
+
+A node is a number. Each position of each axis of each parameter gets a node of its own at the start
+(see `records`). Nodes that turn out to be the same neuron or channel are joined into one unit.
+
+The functions of this file say what becomes of fields where axes are moved, cut and reshaped. They
+change nothing but the values that they return.
+"""
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax.units.tracing.records import NONE, LeafAxis
+NONE = -1  # in place of a node or a unit, where there is none
 
-CONSTANT, PARAMETERS, ACTIVATIONS = range(3)  # what a value depends on; the larger number wins
+LeafAxis = tuple[int, int]  # the number of a parameter among the leaves, and one of its axes
+
+
+class Kind(enum.IntEnum):
+    """Says what a value depends on. The result of several operands has the largest of their kinds.
+
+    Members are CONSTANT (on nothing), PARAMETERS (on parameters alone) and ACTIVATIONS (on the
+    inputs of the network).
+    """
+
+    CONSTANT = 0
+    PARAMETERS = 1
+    ACTIVATIONS = 2
 
 
 class Field(NamedTuple):
-    """Units along some axes of a value.
+    """Says which node each position is, along some axes of a value.
 
-    ids: int, the node of each position; one axis for each of the value's, of size 1 outside of `support`.
-    support: the axes along which the units lie.
-    axes: the (leaf, axis) of parameters that they come from, in values that depend on parameters alone.
-    zero: a unit that receives nothing, and whose sources are 0, is 0 here.
-    open: something was added to the unit since the last function whose derivative at 0 is 0.
+    Attributes:
+      nodes: int array with as many axes as the value, of size 1 along all axes but `support`.
+        `NONE` where a position is no unit, e.g. in padding.
+      support: the axes along which the units lie.
+      leaf_axes: the axes of parameters that the nodes come from, while the value depends on
+        parameters alone.
+      zero: the unit is 0 here if it receives nothing and everything added to it is 0.
+      ungated: something was added to the unit, and no function whose derivative at 0 is 0 (such as
+        `jax.nn.relu`) has followed yet.
     """
 
-    ids: np.ndarray
+    nodes: np.ndarray
     support: frozenset[int]
-    axes: frozenset[tuple[int, int]] = frozenset()
+    leaf_axes: frozenset[LeafAxis] = frozenset()
     zero: bool = True
-    open: bool = False
+    ungated: bool = False
 
 
 class Value(NamedTuple):
-    """What is known of a value.
+    """Holds what is known of an array in the program.
 
-    uniform: axes along which it was broadcast. number: of a scalar that is known. leaf: the parameter that it is, with
-    axes of size 1 more or less. product: the read that it is the result of, from `Records.reads`. array: itself, where
-    the program is evaluated.
+    Attributes:
+      fields: the units that lie along its axes.
+      kind: what it depends on.
+      shape: its shape.
+      uniform: axes along which all entries are equal, because it was broadcast.
+      number: the number itself, of a constant scalar or of one that was broadcast.
+      leaf: the parameter that it is; axes of size 1 may have been added or dropped.
+      product: the index in `Records.reads` of the product that it is the result of.
+      array: the array itself, where the program is evaluated.
+      is_platform: it tells which platform the program runs on.
     """
 
     fields: tuple[Field, ...]
-    kind: int
+    kind: Kind
     shape: tuple[int, ...]
     uniform: frozenset[int] = frozenset()
-    number: Any = None
+    number: float | None = None
     leaf: int | None = None
     product: int | None = None
     array: Any = None
+    is_platform: bool = False
 
 
-def constant(value: Any) -> Value:
-    """An array or a number that is known."""
-    shape = np.shape(value)
-    is_number = not shape and jnp.issubdtype(jnp.result_type(value), jnp.number)
-    return Value(
-        (), CONSTANT, shape, singles(shape), float(value) if is_number else None, array=value
-    )
+def constant(array: Any) -> Value:
+    """Returns the value of an array or a number that is known."""
+    shape = np.shape(array)
+    is_number = not shape and jnp.issubdtype(jnp.result_type(array), jnp.number)
+    number = float(array) if is_number else None
+    return Value((), Kind.CONSTANT, shape, single_axes(shape), number, array=array)
 
 
-def singles(shape: tuple[int, ...]) -> frozenset[int]:
-    """The axes of size 1."""
-    return frozenset(i for i, n in enumerate(shape) if n == 1)
+def single_axes(shape: Sequence[int]) -> frozenset[int]:
+    """Returns the axes of size 1."""
+    return frozenset(axis for axis, size in enumerate(shape) if size == 1)
 
 
-def along(row: np.ndarray, axis: int, ndim: int) -> np.ndarray:
-    """A row of nodes along one axis of several."""
-    return row.reshape([-1 if i == axis else 1 for i in range(ndim)])
+def along(nodes: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    """Reshapes a row of nodes to lie along one axis of `ndim`."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return nodes.reshape(shape)
 
 
-def moved(
-    value: Value,
-    places: Sequence[int | None],
-    shape: tuple[int, ...],
-    new: frozenset[int] = frozenset(),
-) -> Value:
-    """The value with its axis i at places[i] (None: it is gone and held no units); `new` axes are uniform."""
-    fields = []
-    for f in value.fields:
-        kept = [i for i in range(len(places)) if i in f.support]
-        order = sorted(kept, key=lambda i: places[i])  # type: ignore[arg-type, return-value]
-        ids = f.ids.transpose([*order, *[i for i in range(f.ids.ndim) if i not in f.support]])
-        sizes = [1] * len(shape)
-        for i in kept:
-            sizes[places[i]] = f.ids.shape[i]  # type: ignore[index]
-        fields.append(
-            f._replace(ids=ids.reshape(sizes), support=frozenset(places[i] for i in kept))
-        )  # type: ignore[misc]
-    uniform = {places[i] for i in value.uniform if i < len(places) and places[i] is not None}
-    return Value(tuple(fields), value.kind, shape, frozenset(uniform | new), value.number)  # type: ignore[arg-type]
+# ------------------------------------------------------------------------------------------ Fields
 
 
-def indexed(value: Value, index: list[slice], shape: tuple[int, ...]) -> Value:
-    """A slice along each axis."""
-    cut = lambda f: f.ids[tuple(s if i in f.support else slice(None) for i, s in enumerate(index))]
-    fields = tuple(f._replace(ids=cut(f)) for f in value.fields)
-    return Value(fields, value.kind, shape, value.uniform, value.number)
+def split_fields(value: Value, axes: Iterable[int]) -> tuple[list[Field], list[Field]]:
+    """Returns the fields that touch none of the axes, and those that do."""
+    apart: list[Field] = []
+    touching: list[Field] = []
+    for field in value.fields:
+        fields = apart if field.support.isdisjoint(axes) else touching
+        fields.append(field)
+    return apart, touching
 
 
-def divided(value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
-    """The value cut along an axis into parts of these sizes."""
-    parts, stop = [], 0
-    for size in sizes:
-        start, stop = stop, stop + size
-        index = [slice(start, stop) if i == axis else slice(None) for i in range(len(value.shape))]
-        parts.append(indexed(value, index, (*value.shape[:axis], size, *value.shape[axis + 1 :])))
-    return parts
+def excluding(fields: Iterable[Field], gone: Sequence[Field]) -> tuple[Field, ...]:
+    """Returns the fields that are none of `gone`."""
+    return tuple(field for field in fields if all(field is not other for other in gone))
 
 
-def padded(ids: np.ndarray, axis: int, config: Sequence[int]) -> np.ndarray:
-    """Nodes with places that hold none before, after and between them, as `lax.pad` has it along one axis."""
-    low, high, interior = config
-    row = np.moveaxis(ids, axis, 0)
-    wide = np.full((max(0, len(row) * (interior + 1) - interior), *row.shape[1:]), NONE)
-    wide[:: interior + 1] = row
-    wide = wide[max(0, -low) : len(wide) - max(0, -high)]
-    ends = [(max(0, low), max(0, high))] + [(0, 0)] * (wide.ndim - 1)
-    return np.moveaxis(np.pad(wide, ends, constant_values=NONE), 0, axis)
+def leaf_axes(fields: Iterable[Field]) -> dict[LeafAxis, None]:
+    """Returns the axes of parameters that the fields come from, as an ordered set."""
+    axes = {axis for field in fields for axis in field.leaf_axes}
+    return dict.fromkeys(sorted(axes))
 
 
-def same_elements(
-    before: tuple[int, ...], after: tuple[int, ...]
-) -> list[tuple[list[int], list[int]]]:
-    """The runs of axes of a reshape that hold the same elements: [2, 4, 4, 3] -> [2, 48] is (0)(0) and (1, 2, 3)(1)."""
-    if 0 in before:
-        return [(list(range(len(before))), list(range(len(after))))]
-    blocks, i, j = [], 0, 0
-    while i < len(before) or j < len(after):
-        ours, theirs = [i] if i < len(before) else [], [j] if j < len(after) else []
-        i, j = i + len(ours), j + len(theirs)
-        size = lambda shape, axes: math.prod(shape[axis] for axis in axes)
-        while size(before, ours) != size(after, theirs):
-            if size(before, ours) < size(after, theirs):
-                ours, i = [*ours, i], i + 1
-            else:
-                theirs, j = [*theirs, j], j + 1
-        blocks.append((ours, theirs))
-    return blocks
+def with_flags(value: Value, **flags: Any) -> Value:
+    """Replaces attributes, such as `zero`, in all fields of a value."""
+    fields = tuple(field._replace(**flags) for field in value.fields)
+    return value._replace(fields=fields)
 
 
-def reshaped(field: Field, before: tuple[int, ...], after: tuple[int, ...], blocks: list) -> Field:
-    """A field after a reshape of its value; without support where its units lie along no axis any more."""
-    touched = [(ours, theirs) for ours, theirs in blocks if field.support & set(ours)]
-    inside = {i for ours, _ in touched for i in ours}
-    ids = np.broadcast_to(field.ids, [n if i in inside else 1 for i, n in enumerate(before)])
-    places = {j for _, theirs in touched for j in theirs}
-    ids = ids.reshape([n if j in places else 1 for j, n in enumerate(after)])
-    support = set(places)
-    for j in sorted(places):
-        first = ids.take([0], axis=j)
-        if after[j] > 1 and (ids == first).all() and len(support) > 1:
-            ids, support = first, support - {j}
-    single = [j for j in support if after[j] == 1]
-    varies = bool((ids != ids.flat[0]).any()) if ids.size else True
-    if (
-        single and not varies
-    ):  # any of these axes could be that of a single unit: in most layouts it is the last one
-        support = {max(single)}
-    return field._replace(ids=ids, support=frozenset(support - (set(single) if varies else set())))
-
-
-def all_axes(fields: Iterable[Field]) -> dict[LeafAxis, None]:
-    """The axes of parameters that the fields come from, in order."""
-    return dict.fromkeys(sorted({axis for f in fields for axis in f.axes}))
-
-
-def flagged(value: Value, **flags: Any) -> Value:
-    """The value with the flags of all of its fields replaced."""
-    return value._replace(fields=tuple(f._replace(**flags) for f in value.fields))
+def is_one_unit(field: Field) -> bool:
+    """Returns True if every position of the field is the same node."""
+    return field.nodes.size > 0 and bool((field.nodes == field.nodes.flat[0]).all())
 
 
 def same_pattern(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of nodes tell the same positions apart."""
-    pairs = np.stack([x.ravel() for x in np.broadcast_arrays(a, b)])
-    num = np.unique(pairs, axis=1).shape[1]
-    return num == len(np.unique(pairs[0])) == len(np.unique(pairs[1]))
+    """Returns True if two arrays of nodes are equal up to the numbers of the nodes."""
+    pairs = np.stack([nodes.ravel() for nodes in np.broadcast_arrays(a, b)])
+    num_pairs = np.unique(pairs, axis=1).shape[1]
+    return num_pairs == len(np.unique(pairs[0])) == len(np.unique(pairs[1]))
+
+
+# ---------------------------------------------------------------------------- Moving and cutting
+
+
+def move_axes(
+    value: Value,
+    places: Mapping[int, int],
+    shape: tuple[int, ...],
+    new: Iterable[int] = (),
+) -> Value:
+    """Moves the axes of a value.
+
+    Args:
+      value: with units along axes of `places` alone.
+      places: the new place of each axis. Axes that are not named are dropped.
+      shape: of the result.
+      new: axes of the result along which it is uniform.
+    """
+    fields = tuple(_move_field(field, places, len(shape)) for field in value.fields)
+    uniform = {places[axis] for axis in value.uniform if axis in places}
+    return Value(fields, value.kind, shape, frozenset(uniform.union(new)), value.number)
+
+
+def _move_field(field: Field, places: Mapping[int, int], ndim: int) -> Field:
+    """Moves the axes along which units lie. All others have size 1."""
+    support = sorted(field.support, key=lambda axis: places[axis])
+    others = [axis for axis in range(field.nodes.ndim) if axis not in field.support]
+    sizes = [1] * ndim
+    for axis in support:
+        sizes[places[axis]] = field.nodes.shape[axis]
+    nodes = field.nodes.transpose([*support, *others]).reshape(sizes)
+    return field._replace(nodes=nodes, support=frozenset(places[axis] for axis in support))
+
+
+def places_without(dropped: Iterable[int], ndim: int) -> dict[int, int]:
+    """Returns the new place of each axis after some axes were dropped."""
+    gone = set(dropped)
+    kept = [axis for axis in range(ndim) if axis not in gone]
+    return {axis: place for place, axis in enumerate(kept)}
+
+
+def slice_axes(value: Value, index: Sequence[slice], shape: tuple[int, ...]) -> Value:
+    """Slices a value along each axis. shape: of the result."""
+    fields = []
+    for field in value.fields:
+        # Along all other axes the nodes have size 1 and stay.
+        own = [cut if axis in field.support else slice(None) for axis, cut in enumerate(index)]
+        fields.append(field._replace(nodes=field.nodes[tuple(own)]))
+    return Value(tuple(fields), value.kind, shape, value.uniform, value.number)
+
+
+def cut_axis(value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
+    """Cuts a value along an axis into parts of these sizes."""
+    parts = []
+    start = 0
+    for size in sizes:
+        index = [slice(None)] * len(value.shape)
+        index[axis] = slice(start, start + size)
+        shape = (*value.shape[:axis], size, *value.shape[axis + 1 :])
+        parts.append(slice_axes(value, index, shape))
+        start += size
+    return parts
+
+
+def pad_nodes(nodes: np.ndarray, axis: int, config: Sequence[int]) -> np.ndarray:
+    """Pads nodes with `NONE` along one axis.
+
+    Args:
+      nodes: any array of nodes.
+      axis: the axis to pad.
+      config: (low, high, interior) as in `jax.lax.pad`. Negative low or high cut off entries.
+
+    >>> pad_nodes(np.array([7, 8]), 0, (1, 0, 2)).tolist()
+    [-1, 7, -1, -1, 8]
+    """
+    low, high, interior = config
+    rows = np.moveaxis(nodes, axis, 0)
+    num_rows = max(0, len(rows) * (interior + 1) - interior)
+    wide = np.full((num_rows, *rows.shape[1:]), NONE)
+    wide[:: interior + 1] = rows
+    wide = wide[max(0, -low) : len(wide) - max(0, -high)]
+    padding = [(max(0, low), max(0, high))] + [(0, 0)] * (wide.ndim - 1)
+    padded = np.pad(wide, padding, constant_values=NONE)
+    return np.moveaxis(padded, 0, axis)
+
+
+# -------------------------------------------------------------------------------------- Reshaping
+
+
+class Block(NamedTuple):
+    """Names the axes before and after a reshape that hold the same elements."""
+
+    old: range
+    new: range
+
+
+def reshape_blocks(before: Sequence[int], after: Sequence[int]) -> list[Block]:
+    """Splits a reshape into its smallest independent blocks of axes.
+
+    >>> reshape_blocks((2, 4, 4, 3), (2, 48))
+    [Block(old=range(0, 1), new=range(0, 1)), Block(old=range(1, 4), new=range(1, 2))]
+    """
+    # Sizes of 0 agree for any choice of axes.
+    if 0 in before:
+        return [Block(range(len(before)), range(len(after)))]
+    blocks = []
+    old_stop = new_stop = 0
+    while old_stop < len(before) or new_stop < len(after):
+        old_start, new_start = old_stop, new_stop
+        old_stop = min(old_start + 1, len(before))
+        new_stop = min(new_start + 1, len(after))
+        # The side with fewer elements takes one more axis, until both have equally many.
+        while True:
+            old_size = math.prod(before[old_start:old_stop])
+            new_size = math.prod(after[new_start:new_stop])
+            if old_size == new_size:
+                break
+            if old_size < new_size:
+                old_stop += 1
+            else:
+                new_stop += 1
+        blocks.append(Block(range(old_start, old_stop), range(new_start, new_stop)))
+    return blocks
+
+
+def reshape_field(
+    field: Field, before: Sequence[int], after: Sequence[int], blocks: Sequence[Block]
+) -> Field:
+    """Reshapes a field with its value.
+
+    Args:
+      field: of the value.
+      before, after: shapes of the value.
+      blocks: `reshape_blocks(before, after)`.
+
+    Returns:
+      The field of the result. It has no support if its units lie along no axis any more.
+    """
+    touched = [block for block in blocks if not field.support.isdisjoint(block.old)]
+    old_axes = {axis for block in touched for axis in block.old}
+    new_axes = {axis for block in touched for axis in block.new}
+    # Nodes are spread over all axes of the blocks that they lie in, and are reshaped there.
+    full = [size if axis in old_axes else 1 for axis, size in enumerate(before)]
+    sizes = [size if axis in new_axes else 1 for axis, size in enumerate(after)]
+    nodes = np.broadcast_to(field.nodes, full).reshape(sizes)
+    support = set(new_axes)
+    # No units lie along an axis along which the nodes do not change. One axis is left in any case.
+    for axis in sorted(new_axes):
+        first = nodes.take([0], axis=axis)
+        if after[axis] > 1 and len(support) > 1 and (nodes == first).all():
+            nodes = first
+            support.remove(axis)
+    single = {axis for axis in support if after[axis] == 1}
+    several = nodes.size == 0 or not (nodes == nodes.flat[0]).all()
+    if several:
+        support -= single
+    elif single:
+        # Any of these axes could be that of a single unit. In most layouts it is the last one.
+        support = {max(single)}
+    return field._replace(nodes=nodes, support=frozenset(support))

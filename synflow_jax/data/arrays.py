@@ -1,0 +1,43 @@
+"""Holds a whole data set as arrays, and the steps that several readers share."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Arrays(NamedTuple):
+    """A data set: images uint8 [num, height, width, channels], labels int32 [num]."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def decode_all(items: Sequence[Any], decode: Callable[[Any], Any]) -> list[Any]:
+    """Decodes items on all cores, and returns them in their order.
+
+    Threads are enough: decoders of images release Python's lock.
+    """
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(decode, items))
+
+
+def stack(images: Sequence[np.ndarray], where: str) -> np.ndarray:
+    """Stacks images of one shape.
+
+    Raises:
+      ValueError: the shapes differ; names `where`, the folder they are from.
+    """
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"data.dir={where!r} has images of {len(shapes)} shapes: {sorted(shapes)[:4]}. "
+            "Download the data set again."
+        )
+    return np.stack(images)

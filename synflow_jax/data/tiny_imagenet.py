@@ -1,0 +1,92 @@
+"""Reads the unpacked folder of Tiny ImageNet."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+from synflow_jax.data import arrays
+from synflow_jax.data.arrays import Arrays
+
+_NEEDED = ("wnids.txt", "train", "val/val_annotations.txt")
+
+# The files of a split, each with its label.
+Labelled = list[tuple[pathlib.Path, int]]
+
+
+def find(directory: str | None) -> pathlib.Path:
+    """Returns the folder of the data set; ./tiny-imagenet-200 by default.
+
+    Raises:
+      ValueError: it is not the unpacked folder.
+    """
+    folder = pathlib.Path(directory or "tiny-imagenet-200")
+    for name in _NEEDED:
+        if not (folder / name).exists():
+            raise ValueError(
+                f"data.dir={str(folder)!r} is not the unpacked folder of Tiny ImageNet: {name} is "
+                "missing. Download tiny-imagenet-200.zip "
+                "(https://cs231n.stanford.edu/tiny-imagenet-200.zip), unpack it and give its "
+                "folder: --config.data.dir=DIR/tiny-imagenet-200."
+            )
+    return folder
+
+
+def read(folder: pathlib.Path) -> Arrays:
+    """Reads all images at the size of their files. Grey ones get three equal channels.
+
+    Raises:
+      ValueError: a file is damaged or missing.
+    """
+    names = (folder / "wnids.txt").read_text().split()
+    classes = {name: label for label, name in enumerate(names)}
+    train_images, train_labels = _read_split(_train_files(folder, classes), folder)
+    test_images, test_labels = _read_split(_test_files(folder, classes), folder)
+    return Arrays(train_images, train_labels, test_images, test_labels)
+
+
+def _train_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
+    """Lists the training images: a folder per class."""
+    found: Labelled = []
+    for name, label in classes.items():
+        paths = sorted((folder / "train" / name).rglob("*.JPEG"))
+        found += [(path, label) for path in paths]
+    return found
+
+
+def _test_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
+    """Lists the validation images, whose classes are in one file: NAME<tab>CLASS<tab>box."""
+    found: Labelled = []
+    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        name, _, rest = line.partition("\t")
+        class_name, _, _ = rest.partition("\t")
+        if class_name not in classes:
+            raise ValueError(
+                f"val_annotations.txt, line {number}: {class_name!r} is not a class of wnids.txt. "
+                "Unpack the data set again."
+            )
+        found.append((folder / "val" / "images" / name, classes[class_name]))
+    return found
+
+
+def _read_split(files: Labelled, folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the images and the labels of a split."""
+    paths = [path for path, _ in files]
+    labels = [label for _, label in files]
+    images = arrays.decode_all(paths, _decode)
+    return arrays.stack(images, str(folder)), np.array(labels, np.int32)
+
+
+def _decode(path: pathlib.Path) -> np.ndarray:
+    """Reads one image as uint8 [height, width, 3]."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(
+            f"image {str(path)!r} cannot be read: {error}. Unpack the data set again."
+        ) from error

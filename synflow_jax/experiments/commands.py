@@ -1,0 +1,199 @@
+"""Defines the commands: what prune.py, train.py and export.py do once their flags are parsed."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from synflow_jax import storage
+from synflow_jax.experiments import (
+    certificates,
+    checks,
+    cli,
+    failures,
+    initialization,
+    masks,
+    pictures,
+    report,
+)
+from synflow_jax.experiments.events import Failed
+from synflow_jax.experiments.run import Run, resolve, resolve_one
+from synflow_jax.parallel import hosts
+from synflow_jax.storage import Workdir
+
+# Training takes a second to import, and prune.py does without it: `train` and `export` import what
+# they need when they are called.
+
+
+def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
+    """Prunes one network or those of a grid, unless the folder has their masks, and prints them.
+
+    Args:
+      config: the value of --config.
+      workdir: the value of --workdir.
+      overwrite: prune again what the folder holds.
+
+    Raises:
+      ValueError: a value is out of its range, or runs of the grid failed.
+      FloatingPointError: the scores are not finite.
+      OSError: a file cannot be written.
+    """
+    checked = cli.check_config(config)
+    checks.check_prune(checked)
+    folder = cli.check_workdir(workdir)
+    folder.rows()  # a damaged row file is found now, not after the work
+    runs = resolve(checked)
+    output = report.console()
+    if len(runs) > 1:
+        _prune_grid(runs, folder, overwrite, output)
+    else:
+        _prune_one(runs[0], folder, overwrite, output)
+
+
+def _prune_one(run: Run, workdir: Workdir, overwrite: bool, output: Console) -> None:
+    """Prunes one network, and prints and draws its layers."""
+    row = None if overwrite else masks.find_row(run, workdir)
+    if row is not None:
+        report.already_done(output, workdir)
+    else:
+        cli.use_compilation_cache()
+        network = initialization.build(run)
+        maximum = initialization.max_compression(network)
+        report.network(output, run.config.model, network, maximum)
+        with report.progress(output, report.num_iterations(run)) as on_progress:
+            _, row = masks.prune(run, network, workdir, maximum=maximum, on_progress=on_progress)
+    pictures.save(pictures.layers(row), workdir.layers_picture_path)
+    report.row(output, row)
+    report.files(output, workdir.path, row)
+
+
+def _prune_grid(runs: Sequence[Run], workdir: Workdir, overwrite: bool, output: Console) -> None:
+    """Prunes the networks of a grid, and prints a line for each.
+
+    Raises:
+      ValueError: some runs failed. The others are done.
+    """
+    cli.use_compilation_cache()
+    failed = []
+    with report.grid(output, runs) as emit:
+        outcomes = masks.prune_all(runs, workdir, overwrite=overwrite, emit=emit)
+        for outcome in failures.listed(outcomes, workdir, lambda run: run.prune_id):
+            emit(outcome)
+            if isinstance(outcome, Failed):
+                failed.append(outcome)
+    report.grid_files(output, workdir.path)
+    failures.check(failed, len(runs), workdir)
+
+
+def verify(path: str, config: Any) -> None:
+    """Verifies a certificate and prints the verdict.
+
+    Args:
+      path: the value of --verify.
+      config: the value of --config. Only a run that began from a file of weights needs it.
+
+    Raises:
+      ValueError: the certificate does not hold.
+    """
+    cli.use_compilation_cache()
+    init = None if config is None else cli.check_config(config).init
+    output = report.console()
+    with report.verification(output) as on_progress:
+        verdict = certificates.verify(path, on_progress, init=init)
+    report.verdict(output, verdict)
+
+
+def train(config: Any, workdir: str, *, overwrite: bool) -> None:
+    """Prunes and trains one network or those of a grid, and prints the results.
+
+    Runs that the folder holds are skipped, and a run that was stopped resumes.
+
+    Args:
+      config: the value of --config.
+      workdir: the value of --workdir.
+      overwrite: prune and train again what the folder holds.
+
+    Raises:
+      ValueError: a value is out of its range, or runs of the grid failed.
+      FloatingPointError: a score or a loss is not finite.
+      OSError: a file cannot be written.
+      storage.Stopped: a signal came, and all runs are saved.
+    """
+    from synflow_jax.experiments import consistency, engine, reporters
+
+    checked = cli.check_config(config)
+    checks.check_train(checked)
+    folder = cli.check_workdir(workdir)
+    runs = resolve(checked)
+    job = cli.join_hosts()
+    cli.use_compilation_cache()
+    folder.rows()  # a damaged row file is found now, not after the work
+    is_grid = len(runs) > 1 or job.count > 1
+    if is_grid and not overwrite:
+        consistency.check_workdir(runs, folder)
+    output, own = report.console(), hosts.share(runs, job)
+    if job.count > 1:
+        output.print(f"process {job.index} of {job.count}: {len(own)} of {len(runs)} runs")
+    with (
+        cli.stop_signals() as should_stop,
+        reporters.reporter(output, own, folder, is_grid=is_grid) as emit,
+    ):
+        outcomes = engine.run(
+            own,
+            folder,
+            split=not is_grid,
+            overwrite=overwrite,
+            emit=emit,
+            should_stop=should_stop,
+        )
+    reporters.finish(output, outcomes, folder, is_grid=is_grid)
+
+
+def export(
+    config: Any,
+    workdir: str | None,
+    *,
+    run_id: str | None,
+    formats: Sequence[str],
+    out: str | None,
+    compact: bool,
+) -> None:
+    """Writes the network of a run as files, and prints their names.
+
+    Args:
+      config: the value of --config, or None.
+      workdir: the value of --workdir.
+      run_id: names the run, in place of the config.
+      formats: some of `exports.FORMATS`.
+      out: the folder for the files; None: a folder of the workdir.
+      compact: leave out the useless units.
+
+    Raises:
+      ValueError: a value is out of its range, or there is no such run.
+      OSError: a file cannot be read or written.
+    """
+    from synflow_jax.experiments import exports
+
+    formats = exports.check_formats(formats)
+    if workdir is None:
+        raise ValueError(
+            "--workdir is missing: name the folder that prune.py or train.py has written."
+        )
+    run = None
+    if config is not None:
+        run = resolve_one(cli.check_config(config, reads_data=False))
+    source = Workdir(pathlib.Path(workdir))
+    row = exports.find_row(source, run, run_id)
+    folder = source.exported_path if not out else pathlib.Path(out)
+    storage.check_writable(folder, "out")
+    cli.use_compilation_cache()
+    network = exports.read(row, source, None if run is None else run.config.init)
+    name = row["run_id"]
+    if compact:
+        network = exports.compact(network, trained=exports.is_trained(row))
+        name = f"{name}-compact"
+    names = exports.write(network, row, folder, name, formats)
+    report.exported(report.console(), name, folder, network, names)

@@ -1,0 +1,186 @@
+"""Reads the network of a run, pruned or trained, from its folder and writes it as files for others."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from synflow_jax import data, models, storage, trees
+from synflow_jax.experiments import initialization
+from synflow_jax.experiments.run import Run, from_dict
+from synflow_jax.models import Network
+from synflow_jax.storage import Workdir, checkpoints, networks
+from synflow_jax.storage.networks import flat
+from synflow_jax.trees import Mask, Params
+
+# The formats, and how the names of their files end.
+FORMATS = {
+    "safetensors": "safetensors",
+    "jax": "jax",
+    "torch": "torch.safetensors",
+}
+
+
+def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str, Any]:
+    """Returns the row of a run by its id, or by its config.
+
+    By its config, it is the row of the trained network if there is one, and else of the pruned one.
+
+    Raises:
+      ValueError: neither is given, or there is no such run in `workdir`.
+    """
+    if run_id is not None:
+        wanted = [run_id]
+    elif run is not None:
+        wanted = [run.train_id, run.prune_id]
+    else:
+        raise ValueError(
+            "--config and --run are missing: give the config of the run, or its run_id, "
+            "--run=RUN_ID."
+        )
+    rows = {row["run_id"]: row for row in workdir.rows()}
+    for name in wanted:
+        if name in rows:
+            return rows[name]
+    raise ValueError(
+        f"workdir={str(workdir)!r} has no run {wanted[-1]!r}; its runs are "
+        f"{', '.join(rows) or 'none'}. Name one by --run=RUN_ID, or make it with prune.py or "
+        "train.py."
+    )
+
+
+def is_trained(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row is that of a training run."""
+    return "prune_run_id" in row
+
+
+def read(row: Mapping[str, Any], workdir: Workdir, init: str | None = None) -> Network:
+    """Returns the network of a row, its pruned weights set to 0.
+
+    A trained network comes from its last checkpoint, a pruned one from its initialization.
+
+    Args:
+      row: from `find_row`.
+      workdir: its folder.
+      init: the file that a pruning run began from, if it did: the row has only its digest.
+
+    Raises:
+      FileNotFoundError: the checkpoint or the mask is missing.
+      ValueError: a file is damaged, or is that of another run.
+    """
+    if is_trained(row):
+        network = _read_trained(from_dict(row["config"]), workdir.checkpoint_path(row["run_id"]))
+    else:
+        network = _read_pruned(from_dict(row["config"], init), workdir.mask_path(row["run_id"]))
+    return network._replace(params=trees.apply_mask(network.params, network.mask))
+
+
+def _read_pruned(run: Run, path: pathlib.Path) -> Network:
+    """Draws the network of a pruning run again, and reads its mask."""
+    # It was pruned, so its compression was accepted.
+    network = initialization.build(run, bounded=False)
+    mask = storage.load_mask(path, network.params)
+    return initialization.for_training(run, network)._replace(mask=mask)
+
+
+def _read_trained(run: Run, folder: pathlib.Path) -> Network:
+    """Reads the network of a training run from its last checkpoint."""
+    arrays, _ = checkpoints.read_latest(folder)
+    parameters, statistics = _part(arrays, "params"), _part(arrays, "batch_stats")
+    params, batch_stats = flat.unflatten({**parameters, **statistics})
+    mask = _unflatten_mask(_part(arrays, "mask"), params)
+    model: Any
+    model, input_shape = initialization.architecture(run)
+    found = {name: array.shape for name, array in flat.flatten(params, batch_stats).items()}
+    if flat.shapes_of(model, input_shape) != found:
+        # It was trained in its compact form.
+        model = model.resized(params)
+    return Network(model, params, batch_stats, mask, input_shape)
+
+
+def _part(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of one field of the training state: the checkpoint's item 0."""
+    prefix = f"0/{name}/"
+    return {key.removeprefix("0/"): a for key, a in arrays.items() if key.startswith(prefix)}
+
+
+def _unflatten_mask(masks: Mapping[str, np.ndarray], params: Params) -> Mask:
+    """Returns the mask as a tree beside the parameters, with holes where it has no array."""
+
+    def find(path: Any, _: Any) -> jax.Array | None:
+        array = masks.get(f"mask/{trees.path_name(path)}")
+        return None if array is None else jnp.asarray(array)
+
+    return jax.tree_util.tree_map_with_path(find, params)
+
+
+def compact(network: Network, *, trained: bool) -> Network:
+    """Returns the network without its useless units.
+
+    Args:
+      network: from `read`.
+      trained: whether it is trained. Then constants are folded into biases, which changes how it
+        would train, but not its outputs.
+    """
+    return models.compact(network, fold=trained).network
+
+
+def write(
+    network: Network,
+    row: Mapping[str, Any],
+    folder: pathlib.Path,
+    name: str,
+    formats: Sequence[str],
+) -> list[str]:
+    """Writes a network in the formats that are asked for, and returns the names of the files.
+
+    The metadata has the run and the mean and deviation of the channels, by which an image is
+    normalized.
+
+    Args:
+      network: from `read` or `compact`.
+      row: from `find_row`.
+      folder: for the files.
+      name: of the files, without the ending.
+      formats: from `check_formats`.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    spec = data.spec(row["dataset"])
+    run = {
+        "run_id": row["run_id"],
+        "config": row["config"],
+        "mean": spec.mean,
+        "deviation": spec.deviation,
+    }
+    names = [f"{name}.{FORMATS[kind]}" for kind in formats]
+    for kind, file in zip(formats, names, strict=True):
+        path = folder / file
+        if kind == "jax":
+            storage.write_bytes(path, networks.to_jax(network))
+        elif kind == "torch":
+            networks.save_torch(path, network, run)
+        else:
+            networks.save(path, network, run)
+    return names
+
+
+def check_formats(formats: Sequence[str]) -> list[str]:
+    """Returns the formats without duplicates.
+
+    Raises:
+      ValueError: one is unknown, or there is none.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(
+            f"format={','.join(formats)!r} must be some of {','.join(FORMATS)}, separated by "
+            "commas."
+        )
+    return list(dict.fromkeys(formats))

@@ -1,0 +1,44 @@
+"""Keeps the list of the runs of a grid that failed, failed.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from synflow_jax import storage
+from synflow_jax.experiments.events import Failed, Finished
+from synflow_jax.experiments.run import Run
+from synflow_jax.storage import Workdir
+
+
+def listed(
+    outcomes: Iterable[Finished | Failed], workdir: Workdir, name: Callable[[Run], str]
+) -> Iterator[Finished | Failed]:
+    """Yields the outcomes, and lists those that failed in failed.json as they come.
+
+    The list of an earlier command is deleted first.
+
+    Args:
+      outcomes: of the runs of a grid.
+      workdir: their folder.
+      name: returns the id by which a run is listed.
+    """
+    failed: list[dict[str, str]] = []
+    workdir.failed_path.unlink(missing_ok=True)
+    for outcome in outcomes:
+        if isinstance(outcome, Failed):
+            failed.append({"run_id": name(outcome.run), "error": str(outcome.error)})
+            storage.write_json(workdir.failed_path, failed)
+        yield outcome
+
+
+def check(failed: Sequence[Failed], num_runs: int, workdir: Workdir) -> None:
+    """Checks that no run failed.
+
+    Raises:
+      ValueError: some did; says how many of `num_runs`, and why the first one did.
+    """
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {num_runs} runs failed, the first one so: {failed[0].error} "
+            f"{workdir.failed_path} lists them; the same command tries them again."
+        )

@@ -1,0 +1,82 @@
+"""Reads and writes certificates: records that no iteration of a run disconnected its network.
+
+A certificate is two files: a JSON file with the claim, the config and one entry per iteration, and
+an .npz file of the same name with the iteration that pruned each weight.
+`synflow_jax.experiments.certificates` checks the claim.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from synflow_jax import trees
+from synflow_jax.storage import arrays, files
+from synflow_jax.storage.files import AnyPath
+
+_FORMAT = "synflow_jax certificate 1"
+
+
+def save_certificate(
+    path: pathlib.Path, certificate: Mapping[str, Any], removed_in: trees.Tree
+) -> None:
+    """Writes both files of a certificate; read them with `load_certificate`.
+
+    Args:
+      path: the JSON file; the other one has the ending .npz.
+      certificate: the contents of the JSON file.
+      removed_in: tree of uint16 arrays: the iteration, from 1, that pruned each weight; 0 if kept.
+    """
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(removed_in)]
+    iterations = dict(zip(trees.names(removed_in), leaves, strict=True))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **iterations)
+    # The JSON file comes last: where it exists, the certificate is complete.
+    files.write_bytes(path.with_suffix(".npz"), buffer.getvalue())
+    digest = arrays.digest(iterations)
+    files.write_json(path, {"format": _FORMAT, **certificate, "removed_in_sha256": digest})
+
+
+def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
+    """Reads both files of a certificate.
+
+    Returns:
+      The contents of the JSON file, and {name: uint16 array} as `save_certificate` takes them.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is truncated, damaged or of another kind.
+    """
+    path = pathlib.Path(path)
+    arrays_path = path.with_suffix(".npz")
+    for file in (path, arrays_path):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"certificate file {str(file)!r} does not exist. prune.py writes both files of a "
+                "certificate to WORKDIR/certificates/ if schedule='certified'."
+            )
+    try:
+        certificate = json.loads(path.read_text())
+        iterations = arrays.read_npz(arrays_path)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"certificate {str(path)!r} cannot be read: {error}. {arrays.DAMAGED}"
+        ) from error
+    if not isinstance(certificate, dict) or certificate.get("format") != _FORMAT:
+        raise ValueError(
+            f"file {str(path)!r} is not a certificate of the format {_FORMAT!r}. {arrays.DAMAGED}"
+        )
+    if certificate.get("removed_in_sha256") != arrays.digest(iterations):
+        raise ValueError(
+            f"certificate {str(path)!r} does not belong to {arrays_path.name!r} in the same "
+            f"folder. {arrays.DAMAGED}"
+        )
+    return certificate, iterations

@@ -1,0 +1,160 @@
+"""Reads and writes masks: safetensors files with one bit per weight that describe themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from synflow_jax import trees
+from synflow_jax.storage import arrays, files
+from synflow_jax.storage.files import AnyPath
+from synflow_jax.trees import Mask, Params
+
+_FORMAT = "synflow_jax mask 1"
+
+
+def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = None) -> str:
+    """Writes a mask; read it with `load_mask`.
+
+    One uint8 tensor per prunable leaf, named like the leaf, holds its bits; see `pack`. The file's
+    own metadata holds `format`, `layers` (JSON: name -> shape and number of kept weights), `sha256`
+    (of the packed bits, in the order of the names) and `run`: `metadata` as JSON.
+
+    Returns:
+      The sha256 in hex.
+    """
+    packed = _packed(mask)
+    digest = arrays.digest(packed)
+    layers = describe(_by_name(mask))
+    header = {
+        "format": _FORMAT,
+        "layers": json.dumps(layers),
+        "sha256": digest,
+        "run": arrays.run_json(metadata),
+    }
+    files.write_bytes(pathlib.Path(path), safetensors.numpy.save(packed, header))
+    return digest
+
+
+def load_mask(path: AnyPath, params: Params | None = None) -> Mask:
+    """Reads a mask that `save_mask` wrote.
+
+    Args:
+      path: the file.
+      params: parameters that the mask is for.
+
+    Returns:
+      A tree like `params`, with None where the file has no leaf. Without `params`,
+      {name: bool array}, with names such as "conv1_1/kernel".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated, damaged or of another kind, or does not fit `params`.
+    """
+    packed, header = arrays.read_safetensors(
+        path, "mask file", "prune.py writes masks to WORKDIR/masks/."
+    )
+    where = f"mask file {str(path)!r}"
+    found_format = header.get("format")
+    if found_format != _FORMAT:
+        raise ValueError(f"{where} has format {found_format!r}, not {_FORMAT!r}. {arrays.DAMAGED}")
+    if arrays.digest(packed) != header.get("sha256"):
+        raise ValueError(f"{where} has bits that do not match its sha256. {arrays.DAMAGED}")
+    masks = {}
+    for name, layer in json.loads(header["layers"]).items():
+        shape = tuple(layer["shape"])
+        masks[name] = unpack(packed[name], shape)
+    return Mask(masks) if params is None else _like(params, masks, where)
+
+
+def mask_digest(mask: Mask) -> str:
+    """Computes the sha256 of a mask, in hex, as `save_mask` returns it."""
+    return arrays.digest(_packed(mask))
+
+
+def describe(masks: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Returns the shape and the number of kept weights of each leaf, as files record them.
+
+    >>> describe({"fc/kernel": np.array([[True, False], [True, True]])})
+    {'fc/kernel': {'shape': (2, 2), 'kept': 3}}
+    """
+    layers = {}
+    for name, leaf in masks.items():
+        layers[name] = {"shape": leaf.shape, "kept": int(leaf.sum())}
+    return layers
+
+
+def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
+    """Packs a bool array into bytes, eight weights per byte.
+
+    Bits are in C order, the first weight in the highest bit.
+
+    >>> pack(np.array([True, False, True]))
+    array([160], dtype=uint8)
+
+    Returns:
+      uint8 [ceil(size / 8)].
+    """
+    bits = np.asarray(mask, bool).reshape(-1)
+    return np.packbits(bits)
+
+
+def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Unpacks the bool array of a shape that `pack` has packed.
+
+    >>> unpack(np.array([160], np.uint8), (3,))
+    array([ True, False,  True])
+
+    Raises:
+      ValueError: the number of bytes does not fit the shape.
+    """
+    size = math.prod(shape)
+    num_bytes = math.ceil(size / 8)
+    if packed.shape != (num_bytes,):
+        raise ValueError(
+            f"packed has shape {packed.shape}, but a mask of shape {shape} takes ({num_bytes},)."
+        )
+    # The last byte may have bits beyond the last weight.
+    bits = np.unpackbits(packed, count=size)
+    return bits.astype(bool).reshape(shape)
+
+
+def _by_name(mask: Mask) -> dict[str, np.ndarray]:
+    """Returns the leaves of a mask by name, on the host."""
+    names = trees.names(mask)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(mask)]
+    return dict(zip(names, leaves, strict=True))
+
+
+def _packed(mask: Mask) -> dict[str, np.ndarray]:
+    """Returns the packed leaves of a mask by name."""
+    return {name: pack(leaf) for name, leaf in _by_name(mask).items()}
+
+
+def _like(params: Params, masks: Mapping[str, np.ndarray], where: str) -> Mask:
+    """Builds a mask with the structure of `params` from leaves by name."""
+    names = trees.names(params)
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
+    found = dict(zip(names, shapes, strict=True))
+    # Only the leaves of the file are compared: parameters that cannot be pruned are not in it.
+    for name, mask in masks.items():
+        shape = found.get(name, "no such leaf")
+        if shape != mask.shape:
+            raise ValueError(
+                f"{where} has {name!r} of shape {mask.shape}; the parameters have {shape} there. "
+                "It belongs to another network."
+            )
+
+    def leaf_of(path: tuple, leaf: Any) -> jax.Array | None:
+        del leaf
+        name = trees.path_name(path)
+        return jax.numpy.asarray(masks[name]) if name in masks else None
+
+    return jax.tree_util.tree_map_with_path(leaf_of, params)

@@ -1,0 +1,171 @@
+"""Reads and writes a network as one safetensors file that describes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from synflow_jax import storage, trees
+from synflow_jax.models import Network
+from synflow_jax.models.mlp import MLP, ConvNet
+from synflow_jax.models.resnet import ResNet
+from synflow_jax.models.vgg import VGG
+from synflow_jax.storage import arrays, masks
+from synflow_jax.storage.files import AnyPath
+from synflow_jax.storage.networks import flat
+
+FORMAT = "synflow_jax network 1"
+_FAMILIES: dict[str, type[nn.Module]] = {
+    "VGG": VGG,
+    "ResNet": ResNet,
+    "MLP": MLP,
+    "ConvNet": ConvNet,
+}
+
+
+def save(path: AnyPath, network: Network, run: Mapping[str, Any] | None = None) -> None:
+    """Writes a network, full or compact; `load` returns it bit for bit, pruned weights included.
+
+    Tensors are named "params/conv1_1/kernel" (kernels are [height, width, in, out]),
+    "batch_stats/conv1_1_norm/mean" and "mask/conv1_1/kernel" (uint8, one bit per weight; see
+    `storage.masks.pack`). The file's metadata holds `format`, the `sha256` of the tensors, and as
+    JSON: `model` (family and attributes), `widths` (outputs per layer), `input_shape`, `mask`
+    (name -> shape and number of kept weights) and `run`.
+
+    Args:
+      path: the file.
+      network: a network of this package.
+      run: anything that the file should say about its origin, such as a config.
+
+    Raises:
+      ValueError: the model is not of this package, or variables or mask do not fit it.
+    """
+    variables = flat.flatten(network.params, network.batch_stats)
+    expected = flat.shapes_of(network.model, network.input_shape)
+    flat.check_shapes(variables, expected, f"the variables to be written to {str(path)!r}")
+    trees.check_mask(network.mask, network.params)
+
+    kept = _masks_by_name(network)
+    packed = {name: masks.pack(mask) for name, mask in kept.items()}
+    tensors = variables | packed
+    header = {
+        "format": FORMAT,
+        "model": json.dumps(_describe(network.model)),
+        "widths": json.dumps(flat.widths(network.params)),
+        "input_shape": json.dumps(network.input_shape),
+        "mask": json.dumps(masks.describe(kept)),
+        "run": json.dumps(dict(run or {})),
+        "sha256": _digest(tensors),
+    }
+    storage.write_bytes(pathlib.Path(path), safetensors.numpy.save(tensors, header))
+
+
+def load(path: AnyPath) -> Network:
+    """Reads a network that `save` wrote.
+
+    A file does not hold the model's initializers. The model that is returned has the default ones
+    of its family.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated, damaged or of another kind.
+    """
+    tensors, header = read_safetensors(path)
+    where = f"network file {str(path)!r}"
+    found_format = header.get("format")
+    if found_format != FORMAT:
+        raise ValueError(
+            f"{where} has format {found_format!r}, not {FORMAT!r}. export.py writes such files; "
+            "storage.networks.from_torch reads weights from PyTorch."
+        )
+    if _digest(tensors) != header.get("sha256"):
+        raise ValueError(f"{where} has tensors that do not match its sha256. {arrays.DAMAGED}")
+    try:
+        model = _build(json.loads(header["model"]))
+        input_shape = tuple(json.loads(header["input_shape"]))
+        kept = {}
+        for name, layer in json.loads(header["mask"]).items():
+            shape = tuple(layer["shape"])
+            kept[name] = masks.unpack(tensors.pop(name), shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} has metadata that cannot be read: {error!r}. {arrays.DAMAGED}"
+        ) from error
+    flat.check_shapes(tensors, flat.shapes_of(model, input_shape), where)
+    params, batch_stats = flat.unflatten(tensors)
+
+    def mask_of(keys: tuple, leaf: jax.Array) -> jax.Array | None:
+        del leaf
+        mask = kept.get(f"mask/{trees.path_name(keys)}")
+        return None if mask is None else jnp.asarray(mask)
+
+    mask = jax.tree_util.tree_map_with_path(mask_of, params)
+    trees.check_mask(mask, params)
+    return Network(model, params, batch_stats, mask, input_shape)
+
+
+def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, dict[str, str]]:
+    """Reads the tensors and the metadata of a network file, ours or PyTorch's.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it cannot be read.
+    """
+    return arrays.read_safetensors(path, "network file")
+
+
+def _masks_by_name(network: Network) -> dict[str, np.ndarray]:
+    """Returns the leaves of the mask under the names that they have in a file."""
+    names = [f"mask/{name}" for name in trees.names(network.mask)]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(network.mask)]
+    return dict(zip(names, leaves, strict=True))
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """Returns the family and the attributes of a model, as JSON can hold them."""
+    family = type(model).__name__
+    if type(model) is not _FAMILIES.get(family):
+        raise ValueError(f"model is a {family}; a file can describe one of {', '.join(_FAMILIES)}.")
+    described = {"family": family}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        # Flax's own fields say nothing here. Initializers are functions, and decide nothing once
+        # there are weights.
+        if field.name not in ("parent", "name") and not callable(value):
+            described[field.name] = value
+    return described
+
+
+def _build(described: dict[str, Any]) -> nn.Module:
+    """Builds the model that `_describe` described."""
+    family = _FAMILIES[described.pop("family")]
+    values = {name: _with_tuples(value) for name, value in described.items()}
+    return family(**values)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Turns lists back into tuples, which JSON does not know and a Linen module needs."""
+    if isinstance(value, list):
+        return tuple(_with_tuples(item) for item in value)
+    return value
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """Computes the sha256 of tensors and their names, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        # The zero byte ends the name, so that no name and content can be read as another pair.
+        digest.update(name.encode())
+        digest.update(b"\0")
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Reads and writes rows of results: JSON lines, one row per run.
+
+Several processes of one machine may add to a file at the same time: a lock file beside it, such as
+.rows.jsonl.lock, keeps one from losing the rows of another. A job of several processes, possibly on
+several machines, does not rely on locks: each process writes a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from synflow_jax.storage import files
+from synflow_jax.storage.files import AnyPath
+
+Row = dict[str, Any]
+
+
+def read_rows(path: AnyPath) -> list[Row]:
+    """Reads the rows of one file, oldest first; [] if there is no file.
+
+    Raises:
+      ValueError: a line is not a row; names the file, the line and the cure.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        rows.append(_parse(line, path, number))
+    return rows
+
+
+def _parse(line: str, path: pathlib.Path, number: int) -> Row:
+    """Parses one line of a row file."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    # Every reader finds rows by their run, so a row without one is damaged too.
+    if not isinstance(row, dict) or "run_id" not in row:
+        raise ValueError(
+            f"row file {str(path)!r}, line {number}: {line[:60]!r} is not a result row (a JSON "
+            "object with a run_id). Delete that line, and repeat the run that it held."
+        )
+    return row
+
+
+def merged_rows(paths: Iterable[pathlib.Path]) -> list[Row]:
+    """Reads the rows of several files, one per `run_id`.
+
+    A row stays where its `run_id` came first. If several files hold the run, the last file counts.
+
+    Raises:
+      ValueError: as `read_rows`.
+    """
+    found: dict[str, Row] = {}
+    for path in paths:
+        for row in read_rows(path):
+            found[row["run_id"]] = row
+    return list(found.values())
+
+
+def read_all_rows(workdir: AnyPath) -> list[Row]:
+    """Reads the rows of a folder; `Workdir.rows` replaces this function."""
+    return merged_rows(of_all_processes(pathlib.Path(workdir) / "rows.jsonl"))
+
+
+def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to a file. An older row of the same `run_id` is removed."""
+    with _locked(path):
+        others = [old for old in read_rows(path) if old["run_id"] != row["run_id"]]
+        lines = [json.dumps(files.to_json(each)) + "\n" for each in [*others, row]]
+        # The whole file is written anew: an appended line could be cut off by a crash.
+        files.write_bytes(path, "".join(lines).encode())
+
+
+def of_this_process(path: pathlib.Path) -> pathlib.Path:
+    """Returns the file to write in place of one that all processes of a job would write.
+
+    A single process writes rows.jsonl itself; process 3 of several writes rows-0003.jsonl.
+    The call starts JAX, which must not happen before the processes have joined.
+    """
+    if jax.process_count() == 1:
+        return path
+    return path.with_stem(f"{path.stem}-{jax.process_index():04d}")
+
+
+def of_all_processes(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns every file that `of_this_process` may have named, by process. Some may not exist."""
+    of_jobs = path.parent.glob(f"{path.stem}-*{path.suffix}")
+    return [path, *sorted(of_jobs)]
+
+
+own = of_this_process  # until every caller asks Workdir
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes of this machine from writing a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the file itself: writing replaces it, and its lock would be that of the old file.
+    lock_path = path.with_name(f".{path.name}.lock")
+    with open(lock_path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

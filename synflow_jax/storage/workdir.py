@@ -1,0 +1,195 @@
+"""Owns the folder of a run: where each file is, which rows it holds, and which process writes what.
+
+Several runs, and several processes at once, may share a folder:
+
+    config.json                      the config of the last run
+    rows.jsonl                       one result row per run: pruning and training
+    timing.jsonl                     how long each training run took, apart from its row
+    failed.json                      the runs of the last grid that failed, with their errors
+    sweep.json                       what all runs of a sweep have in common
+    masks/RUN_ID.safetensors         the mask of a pruning run
+    certificates/RUN_ID.json, .npz   the certificate of a certified run
+    units/RUN_ID.json                the scores of each unit
+    rewind/RUN_ID.safetensors        the training state that IMP rewinds to
+    levels/RUN_ID/level-1.json, ...  the mask and the record of each level of IMP
+    curves/RUN_ID.csv                loss and accuracy per epoch of a training run
+    checkpoints/RUN_ID/              the checkpoints of a training run
+    checkpoints/RUN_ID/level-1/      the checkpoints of a level of IMP
+    layers.png, curve.png            pictures of the last run
+
+Files that every process of a job would write carry the process in their name: process 3 of several
+writes rows-0003.jsonl. Reading finds the rows of all processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from synflow_jax.storage import rows
+from synflow_jax.storage.rows import Row
+
+
+class Stopped(Exception):
+    """Says that a run was asked to stop. It has saved its state: the same command resumes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """The folder that prune.py and train.py write to, `--workdir`. Creating one touches no file.
+
+    >>> workdir = Workdir(pathlib.Path("runs/digits"))
+    >>> workdir.mask_path("vgg16-1").as_posix()
+    'runs/digits/masks/vgg16-1.safetensors'
+    >>> workdir.relative(workdir.units_path("vgg16-1"))
+    'units/vgg16-1.json'
+    """
+
+    path: pathlib.Path
+
+    def __str__(self) -> str:
+        """Returns the path, so that messages can print the folder."""
+        return str(self.path)
+
+    # Files of a pruning run.
+
+    def mask_path(self, run_id: str) -> pathlib.Path:
+        """Returns the file of a mask; see `storage.save_mask`."""
+        return self.path / "masks" / f"{run_id}.safetensors"
+
+    def certificate_path(self, run_id: str) -> pathlib.Path:
+        """Returns the JSON file of a certificate; see `storage.save_certificate`."""
+        return self.path / "certificates" / f"{run_id}.json"
+
+    def units_path(self, run_id: str) -> pathlib.Path:
+        """Returns the JSON file of the units' scores.
+
+        It holds {group: {"incoming": [one number per unit], "outgoing": [one number per unit]}}.
+        """
+        return self.path / "units" / f"{run_id}.json"
+
+    # Files of iterative magnitude pruning (IMP).
+
+    def rewind_path(self, run_id: str) -> pathlib.Path:
+        """Returns the file of the training state that IMP rewinds to; see `storage.save_arrays`.
+
+        There is no such file if IMP rewinds to initialization.
+        """
+        return self.path / "rewind" / f"{run_id}.safetensors"
+
+    def levels_path(self, run_id: str) -> pathlib.Path:
+        """Returns the folder of IMP's levels."""
+        return self.path / "levels" / run_id
+
+    def level_path(self, run_id: str, level: int) -> pathlib.Path:
+        """Returns the JSON file that records a finished level, counted from 1."""
+        return self.levels_path(run_id) / f"level-{level}.json"
+
+    def level_mask_path(self, run_id: str, level: int) -> pathlib.Path:
+        """Returns the file of the mask after a level, counted from 1."""
+        return self.level_path(run_id, level).with_suffix(".safetensors")
+
+    def level_curve_path(self, run_id: str, level: int) -> pathlib.Path:
+        """Returns the CSV file of a level's training; level 0 trains up to the rewind step."""
+        return self.curve_path(f"{run_id}-level-{level}")
+
+    def level_checkpoint_path(self, run_id: str, level: int) -> pathlib.Path:
+        """Returns the folder of a level's checkpoints; level 0 trains up to the rewind step."""
+        return self.checkpoint_path(run_id) / f"level-{level}"
+
+    # Files of a training run.
+
+    def curve_path(self, run_id: str) -> pathlib.Path:
+        """Returns the CSV file of a training run: one line per epoch."""
+        return self.path / "curves" / f"{run_id}.csv"
+
+    def checkpoint_path(self, run_id: str) -> pathlib.Path:
+        """Returns the folder of a run's checkpoints; see `storage.checkpoints`."""
+        return self.path / "checkpoints" / run_id
+
+    # Files of the whole folder.
+
+    @property
+    def config_path(self) -> pathlib.Path:
+        """Returns the JSON file of the config of the last run of this process."""
+        return rows.of_this_process(self.path / "config.json")
+
+    @property
+    def failed_path(self) -> pathlib.Path:
+        """Returns the JSON file of this process's failed runs; missing if none failed."""
+        return rows.of_this_process(self.path / "failed.json")
+
+    @property
+    def sweep_path(self) -> pathlib.Path:
+        """Returns the JSON file of what all runs of a sweep have in common, over all processes."""
+        return self.path / "sweep.json"
+
+    @property
+    def layers_picture_path(self) -> pathlib.Path:
+        """Returns the picture of how much of each layer the last pruning run kept."""
+        return self.path / "layers.png"
+
+    @property
+    def curve_picture_path(self) -> pathlib.Path:
+        """Returns the picture of the curve of the last training run."""
+        return self.path / "curve.png"
+
+    @property
+    def exported_path(self) -> pathlib.Path:
+        """Returns the folder that export.py writes to by default."""
+        return self.path / "exported"
+
+    def relative(self, path: pathlib.Path) -> str:
+        """Returns a path of this folder as rows record it: relative, with forward slashes."""
+        return path.relative_to(self.path).as_posix()
+
+    # Rows.
+
+    def rows(self) -> list[Row]:
+        """Reads the result rows of all processes: one per `run_id`, oldest first.
+
+        If several processes wrote the same run, the row of the last process counts.
+
+        Raises:
+          ValueError: a line of a row file is damaged; names the file, the line and the cure.
+        """
+        return rows.merged_rows(rows.of_all_processes(self._rows_path))
+
+    def has_rows(self) -> bool:
+        """Returns whether a process has written a row file here, even an empty one."""
+        return any(path.exists() for path in rows.of_all_processes(self._rows_path))
+
+    def find_row(self, run_id: str) -> Row | None:
+        """Returns the row of a run, whichever process wrote it, or None if there is none.
+
+        Raises:
+          ValueError: as `rows`.
+        """
+        return _row_of(run_id, self.rows())
+
+    def write_row(self, row: Mapping[str, Any]) -> None:
+        """Adds a row to the file of this process. An older row of the same `run_id` is replaced."""
+        rows.write_row(rows.of_this_process(self._rows_path), row)
+
+    def timing(self, run_id: str) -> Row | None:
+        """Returns how long a run took, as measured by the command that finished it, or None."""
+        return _row_of(run_id, rows.merged_rows(rows.of_all_processes(self._timing_path)))
+
+    def write_timing(self, row: Mapping[str, Any]) -> None:
+        """Adds a row of times. They are kept apart because a result row must not depend on them."""
+        rows.write_row(rows.of_this_process(self._timing_path), row)
+
+    @property
+    def _rows_path(self) -> pathlib.Path:
+        return self.path / "rows.jsonl"
+
+    @property
+    def _timing_path(self) -> pathlib.Path:
+        return self.path / "timing.jsonl"
+
+
+def _row_of(run_id: str, found: list[Row]) -> Row | None:
+    """Returns the row of a run, or None."""
+    return next((row for row in found if row["run_id"] == run_id), None)

@@ -1,0 +1,245 @@
+"""Checks that runs begin from files of weights, and that `export.py` writes the networks of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from synflow_jax import models, storage, trees
+from synflow_jax.experiments import (
+    certificates,
+    checks,
+    engine,
+    exports,
+    initialization,
+    masks,
+    results,
+)
+from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
+from synflow_jax.experiments.identity import file_digest
+from synflow_jax.experiments.run import Run, resolve_one
+from synflow_jax.models import Network
+from synflow_jax.storage import Workdir, checkpoints, networks
+from synflow_jax.storage.networks import native
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _settings(**values: Any) -> Config:
+    prune = PruneConfig(pruner="magnitude", compression=4.0)
+    return Config(model="fc", dataset="digits", width_multiplier=0.1, prune=prune, **values)
+
+
+def _run(**values: Any) -> Run:
+    return resolve_one(_settings(**values))
+
+
+def _pretrained() -> Network:
+    """Returns a network that no seed draws."""
+    network = initialization.build(_run(seed=5))
+    return network._replace(params=jax.tree.map(lambda leaf: leaf + 1, network.params))
+
+
+def _assert_same(got: Any, wanted: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for new, old in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert new.dtype == old.dtype
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+def _logits(network: Network) -> np.ndarray:
+    shape = (3, *network.input_shape)
+    images = np.random.default_rng(9).normal(size=shape).astype(np.float32)
+    params = trees.apply_mask(network.params, network.mask)
+    return np.asarray(jax.jit(models.eval_fn(network.model, network.batch_stats))(params, images))
+
+
+def test_a_pretrained_network_is_pruned(tmp_path: pathlib.Path) -> None:
+    """A run is named by the content of the file that it begins from, and not by its path."""
+    network, workdir = _pretrained(), Workdir(tmp_path / "work")
+    np.savez(tmp_path / "a.npz", **networks.to_torch(network))
+    shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
+    networks.save(tmp_path / "ours.safetensors", network)
+    a, b, ours = (
+        _run(init=str(tmp_path / file)) for file in ("a.npz", "b.npz", "ours.safetensors")
+    )
+    for run in (a, ours):
+        _assert_same(initialization.build(run).params, network.params)
+    assert a.prune_id == b.prune_id
+    assert len({run.prune_id for run in (a, ours, _run())}) == 3
+    # Runs without a file keep their names.
+    assert "init" not in _run().prune_dict
+
+    mask, row = masks.prune(a, initialization.build(a), workdir)
+    assert row["config"]["init"] == file_digest(b.config.init)
+    assert masks.find_row(b, workdir)
+    stored = storage.load_mask(workdir.mask_path(row["run_id"]), network.params)
+    _assert_same(stored, mask)
+    kernels = jax.tree.leaves(trees.select(network.params, mask))
+    pairs = list(zip(kernels, jax.tree.leaves(mask), strict=True))
+    kept = jnp.concatenate([jnp.abs(w)[m] for w, m in pairs])
+    gone = jnp.concatenate([jnp.abs(w)[~m] for w, m in pairs])
+    assert kept.min() > gone.max()
+    with pytest.raises(
+        ValueError, match=r"not where they are: name the file, --config=CONFIG --config\.init=FILE"
+    ):
+        exports.read(row, workdir)
+    read = exports.read(row, workdir, str(tmp_path / "b.npz"))
+    _assert_same(read.params, trees.apply_mask(network.params, mask))
+    with pytest.raises(ValueError, match="is not the file that the run began from"):
+        exports.read(row, workdir, str(tmp_path / "ours.safetensors"))
+
+
+def test_a_certificate_of_a_pretrained_network(tmp_path: pathlib.Path) -> None:
+    file = str(tmp_path / "net.safetensors")
+    networks.save(file, _pretrained())
+    prune = PruneConfig(schedule="certified", compression=2.0)
+    run = resolve_one(dataclasses.replace(_settings(init=file), prune=prune))
+    _, row = masks.prune(run, initialization.build(run), Workdir(tmp_path))
+    path = tmp_path / row["certificate"]
+    assert certificates.verify(path, init=file).kept == row["kept"]
+    with pytest.raises(ValueError, match="not where they are"):
+        certificates.verify(path)
+    (tmp_path / "other").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not the file that the run began from"):
+        certificates.verify(path, init=str(tmp_path / "other"))
+
+
+def test_files_that_no_network_can_begin_from(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"init='none\.npz' cannot be read: No such file.*leave it out"
+    ):
+        checks.check(_settings(init="none.npz"))
+    conv = resolve_one(Config(model="conv", dataset="digits", width_multiplier=0.2))
+    wide = resolve_one(Config(model="fc", dataset="digits", width_multiplier=0.2))
+    np.savez(tmp_path / "net.npz", **networks.to_torch(initialization.build(conv)))
+    networks.save(tmp_path / "net.safetensors", initialization.build(wide))
+    for name, message in (
+        ("net.npz", r"init='.*net\.npz' cannot be used: .*missing: 1\.bias"),
+        (
+            "net.safetensors",
+            r"init=.* cannot be used: the variables of .* 'params/fc1/bias' is .20., and of",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            initialization.build(_run(init=str(tmp_path / name)))
+
+
+def test_a_trained_network_is_read_from_its_checkpoint(tmp_path: pathlib.Path) -> None:
+    train = TrainConfig(num_epochs=1, drops=(), batch_size=512)
+    run, workdir = _run(train=train), Workdir(tmp_path)
+    network = initialization.build(run)
+    mask, _ = masks.prune(run, network, workdir)
+    row = engine.train(run, network, mask, workdir)
+    assert exports.find_row(workdir, run, None)["run_id"] == row["run_id"]
+    prune_id = row["prune_run_id"]
+    assert exports.find_row(workdir, None, prune_id)["run_id"] == prune_id
+    read = exports.read(row, workdir)
+    assert results.digest(read.params) == row["params_sha256"]
+    _assert_same(read.mask, mask)
+    assert read.model == network.model
+
+    # A network that was trained in its compact form is known by the shapes of its checkpoint.
+    small = exports.compact(read._replace(mask=_third_gone(read.mask)), trained=False)
+    folder = workdir.checkpoint_path(row["run_id"])
+    checkpoints.delete(folder)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        exports.read(row, workdir)
+    with checkpoints.open_folder(folder, {}, 1) as opened:
+        state = {"params": small.params, "batch_stats": small.batch_stats, "mask": small.mask}
+        checkpoints.save(opened, 1, (state, {"step": jnp.zeros(3)}))
+    again = exports.read(row, workdir)
+    assert again.model == small.model
+    _assert_same(again.params, trees.apply_mask(small.params, small.mask))
+    _assert_same((again.batch_stats, again.mask), (small.batch_stats, small.mask))
+
+
+def _third_gone(mask: Any) -> Any:
+    """Returns the mask without the weights that read every third unit of the first layer."""
+    kernel = mask["fc2"]["kernel"].at[::3].set(jnp.array(False))
+    return mask | {"fc2": mask["fc2"] | {"kernel": kernel}}
+
+
+def _export(*flags: str) -> subprocess.CompletedProcess[str]:
+    # The interpreter of the tests, with the packages that it has.
+    path = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, "export.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command(tmp_path: pathlib.Path) -> None:
+    """Exports a pruned run by its config in all formats, and a run of another process by its id."""
+    run, workdir = _run(), Workdir(tmp_path)
+    _, row = masks.prune(run, initialization.build(run), workdir)
+    flags = [
+        "--config=configs/digits.py",
+        "--config.model=fc",
+        "--config.width_multiplier=0.1",
+        "--config.prune.pruner=magnitude",
+        "--config.prune.compression=4",
+        f"--workdir={tmp_path}",
+    ]
+    done = _export(*flags, f"--out={tmp_path / 'out'}", "--compact")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    name = f"{row['run_id']}-compact"
+    assert f"{name}: " in done.stdout and "of jax.export" in done.stdout
+    network = networks.load(tmp_path / "out" / f"{name}.safetensors")
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    logits, wanted = _logits(network), _logits(exports.read(row, workdir))
+    np.testing.assert_allclose(logits, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+    read = networks.from_torch(tmp_path / "out" / f"{name}.torch.safetensors", "fc")
+    _assert_same(read.params, trees.apply_mask(network.params, network.mask))
+    header = native.read_safetensors(tmp_path / "out" / f"{name}.torch.safetensors")[1]
+    assert json.loads(header["run"])["run_id"] == row["run_id"]
+
+    done = _export(f"--workdir={tmp_path}", "--run=r1")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "has no run 'r1'; its runs are fc-digits" in done.stderr
+
+
+def test_runs_of_all_processes_are_found(tmp_path: pathlib.Path) -> None:
+    """A sweep of several processes writes one row file per process."""
+    workdir = Workdir(tmp_path)
+    first, second = _run(seed=1), _run(seed=2)
+    for run, rows in ((second, "rows-0001.jsonl"), (first, "rows.jsonl")):
+        masks.prune(run, initialization.build(run), workdir)
+        if rows != "rows.jsonl":
+            (tmp_path / "rows.jsonl").rename(tmp_path / rows)
+    for run in (first, second):
+        assert exports.find_row(workdir, run, None)["seed"] == run.config.seed
+    flags = [f"--workdir={tmp_path}", f"--run={second.prune_id}", "--format=safetensors"]
+    done = _export(*flags)
+    assert done.returncode == 0, done.stderr
+    written = networks.load(workdir.exported_path / f"{second.prune_id}.safetensors")
+    row = exports.find_row(workdir, second, None)
+    _assert_same(written.params, exports.read(row, workdir).params)
+
+
+def test_bad_arguments(tmp_path: pathlib.Path) -> None:
+    workdir = Workdir(tmp_path)
+    with pytest.raises(ValueError, match="--config and --run are missing"):
+        exports.find_row(workdir, None, None)
+    with pytest.raises(ValueError, match="its runs are none"):
+        exports.find_row(workdir, _run(), None)
+    with pytest.raises(
+        ValueError, match=r"format='onnx,jax' must be some of safetensors,jax,torch"
+    ):
+        exports.check_formats(["onnx", "jax"])
+    assert exports.check_formats(["jax", "torch", "jax"]) == ["jax", "torch"]

@@ -1,0 +1,72 @@
+"""Checks that a run's folder keeps its names, and that the rows of all processes are found."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import pytest
+
+from synflow_jax import storage
+from synflow_jax.storage import Workdir
+
+
+def test_names_on_the_disk() -> None:
+    workdir = Workdir(pathlib.Path("w"))
+    paths = {
+        "masks/r.safetensors": workdir.mask_path("r"),
+        "certificates/r.json": workdir.certificate_path("r"),
+        "units/r.json": workdir.units_path("r"),
+        "rewind/r.safetensors": workdir.rewind_path("r"),
+        "levels/r": workdir.levels_path("r"),
+        "levels/r/level-2.json": workdir.level_path("r", 2),
+        "levels/r/level-2.safetensors": workdir.level_mask_path("r", 2),
+        "curves/r-level-2.csv": workdir.level_curve_path("r", 2),
+        "checkpoints/r/level-2": workdir.level_checkpoint_path("r", 2),
+        "curves/r.csv": workdir.curve_path("r"),
+        "checkpoints/r": workdir.checkpoint_path("r"),
+        "config.json": workdir.config_path,
+        "failed.json": workdir.failed_path,
+        "sweep.json": workdir.sweep_path,
+        "layers.png": workdir.layers_picture_path,
+        "curve.png": workdir.curve_picture_path,
+        "exported": workdir.exported_path,
+    }
+    assert {name: workdir.relative(path) for name, path in paths.items()} == {n: n for n in paths}
+    assert str(workdir) == "w"
+
+
+def _be_process(monkeypatch: pytest.MonkeyPatch, index: int, count: int) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+
+
+def test_rows_of_all_processes_are_found(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep of several processes writes no rows.jsonl, and every reader must find its rows."""
+    workdir = Workdir(tmp_path)
+    assert workdir.rows() == [] and not workdir.has_rows()
+    for index in (0, 3):
+        _be_process(monkeypatch, index, 4)
+        workdir.write_row({"run_id": f"of-{index}", "kept": index})
+        workdir.write_timing({"run_id": f"of-{index}", "seconds": 1.0})
+        assert workdir.config_path.name == f"config-000{index}.json"
+        assert workdir.failed_path.name == f"failed-000{index}.json"
+        assert workdir.sweep_path.name == "sweep.json"
+    _be_process(monkeypatch, 0, 1)
+    names = {path.name for path in tmp_path.glob("*.jsonl")}
+    assert {"rows-0000.jsonl", "rows-0003.jsonl"} <= names and "rows.jsonl" not in names
+    assert workdir.has_rows() and [row["run_id"] for row in workdir.rows()] == ["of-0", "of-3"]
+    assert workdir.find_row("of-3") == {"run_id": "of-3", "kept": 3}
+    assert workdir.find_row("of-1") is None
+    assert workdir.timing("of-3") == {"run_id": "of-3", "seconds": 1.0}
+    assert workdir.timing("of-1") is None
+
+
+def test_writing_replaces_the_row_of_the_same_run(tmp_path: pathlib.Path) -> None:
+    workdir = Workdir(tmp_path)
+    for run_id, kept in (("a", 1), ("b", 2), ("a", 3)):
+        workdir.write_row({"run_id": run_id, "kept": kept})
+    assert [(row["run_id"], row["kept"]) for row in workdir.rows()] == [("b", 2), ("a", 3)]
+    assert storage.read_rows(tmp_path / "rows.jsonl") == workdir.rows()
