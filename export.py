@@ -14,9 +14,8 @@ from ml_collections import config_flags
 
 from synflow_jax.experiments import cli, commands
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string=cli.config_help("grid."), lock_config=True
-)
+_HELP = cli.config_help("grid.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string=_HELP, lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder that prune.py or train.py has written")
 _RUN = flags.DEFINE_string("run", None, "the run_id of a row; by default the run of --config")
 _FORMAT = flags.DEFINE_list("format", "safetensors,jax,torch", "the formats to write")

@@ -1,6 +1,6 @@
 """Prunes one network at initialization, or every network of a grid.
 
-    python prune.py --config=configs/vgg16_c100.py --workdir=runs/vgg16 --config.prune.compression=1000
+    python prune.py --config=configs/vgg16_c100.py --workdir=runs/vgg16 --config.seed=1
     python prune.py --config=configs/digits.py --workdir=runs/grid --config.grid.seed=0,1,2
     python prune.py --verify=runs/vgg16/certificates/RUN_ID.json
 

@@ -48,16 +48,21 @@ class Transformer(nn.Module):
         x = patches.reshape(images.shape[0], -1, self.width)
         activation = nn.relu if self.linear else nn.gelu
         for i in range(1, self.num_blocks + 1):
-            x = x + self.attention(self.norm(x, f"block{i}_norm1"), f"block{i}")
-            y = self.norm(x, f"block{i}_norm2")
-            y = activation(nn.Dense(2 * self.width, name=f"block{i}_fc1")(y))
-            x = x + nn.Dense(self.width, name=f"block{i}_fc2")(y)
-        x = jnp.mean(self.norm(x, "norm"), axis=1)
+            name = f"block{i}"
+            y = self.norm(x, f"{name}_norm1")
+            x = x + self.attention(y, name)
+            y = self.norm(x, f"{name}_norm2")
+            y = nn.Dense(2 * self.width, name=f"{name}_fc1")(y)
+            y = activation(y)
+            x = x + nn.Dense(self.width, name=f"{name}_fc2")(y)
+        x = self.norm(x, "norm")
+        x = jnp.mean(x, axis=1)
         return nn.Dense(10, name="head")(x)
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
         """Applies layer norm, or its scale and bias alone."""
         shape = (x.shape[-1],)
+        # Two more axes, so that both have the rank of x: JAX may be set to refuse mixed ranks.
         scale = self.param(f"{name}_scale", nn.initializers.ones, shape)[None, None]
         bias = self.param(f"{name}_bias", nn.initializers.zeros, shape)[None, None]
         if self.linear:
@@ -68,8 +73,9 @@ class Transformer(nn.Module):
 
     def attention(self, x: jax.Array, name: str) -> jax.Array:
         """Applies self-attention, or averages the values of all tokens."""
-        num_tokens, channels = x.shape[1], self.width // self.num_heads
-        heads = (*x.shape[:2], self.num_heads, channels)
+        batch, num_tokens, _ = x.shape
+        channels = self.width // self.num_heads
+        heads = (batch, num_tokens, self.num_heads, channels)
         query = nn.Dense(self.width, name=f"{name}_query")(x).reshape(heads)
         key = nn.Dense(self.width, name=f"{name}_key")(x).reshape(heads)
         value = nn.Dense(self.width, name=f"{name}_value")(x).reshape(heads)
@@ -78,8 +84,8 @@ class Transformer(nn.Module):
             weights = jnp.full_like(logits, 1 / num_tokens)
         else:
             weights = jax.nn.softmax(logits)
-        mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, value).reshape(x.shape)
-        return nn.Dense(self.width, name=f"{name}_out")(mixed)
+        mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, value)
+        return nn.Dense(self.width, name=f"{name}_out")(mixed.reshape(x.shape))
 
 
 def apply(linear: bool, params: trees.Params, images: jax.Array) -> jax.Array:

@@ -1,1 +1,1 @@
-"""The figures of the paper: their configs, their drawing, the published numbers and our results."""
+"""Reproduces the figures of the paper: their configs, their drawing, published numbers, results."""

@@ -3,9 +3,9 @@
     python -m paper fig2 --rows=runs/fig2
     python -m paper fig6 --rows=runs/vgg,runs/resnet --published=paper/published/fig6.json
 
-NAME is one of fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7 and schedule. The rows are made by
-paper/configs/NAME.py, and the figure is written as NAME.png and NAME.pdf. `ablations` is a table,
-written as ablations.md, of the rows of paper/configs/ablations.py.
+The first word names the figure: fig1, fig2, fig3, fig4, fig5a, fig5b, fig6, fig7 or schedule. Its
+rows are made by the config of the same name in paper/configs. It is written as a PNG and a PDF of
+that name. `ablations` is a table, written as ablations.md.
 """
 
 from __future__ import annotations

@@ -383,19 +383,3 @@ def from_key(key: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
     sign = np.array(1 << (jnp.finfo(dtype).bits - 1), key.dtype)
     bits = jnp.where(key >= sign, key ^ sign, ~key)
     return jax.lax.bitcast_convert_type(bits, dtype)
-
-
-def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
-    """Packs the bits of a bool array, eight to a byte: uint8 [ceil(size / 8)]."""
-    return np.packbits(np.asarray(mask, bool).reshape(-1))
-
-
-def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the bool array that `pack` packed."""
-    size = math.prod(shape)
-    if packed.shape != (math.ceil(size / 8),):
-        raise ValueError(
-            f"packed has shape {packed.shape}, but a mask of shape {shape} takes "
-            f"({math.ceil(size / 8)},)."
-        )
-    return np.unpackbits(packed, count=size).astype(bool).reshape(shape)

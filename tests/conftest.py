@@ -60,8 +60,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         files = sorted(folder.glob("*.npz"))
         if not files:
             raise pytest.UsageError(f"--golden-dir={folder} holds no .npz file")
-        # The masks of a large network take a minute or more, its scores do not.
-        makes_masks = metafunc.function.__name__ == "test_masks"
-        fast = [file for file in files if _is_small(file) or not makes_masks]
-        cases = slow_except(fast, files)
+        cases = slow_except([file for file in files if _is_small(file)], files)
         metafunc.parametrize("golden_file", cases, ids=[file.stem for file in files])

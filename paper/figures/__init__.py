@@ -1,1 +1,1 @@
-"""The drawing of each figure, from rows alone."""
+"""Draws the figures. Each figure has one file, and is drawn from rows alone."""

@@ -129,33 +129,26 @@ def unpruned_by_seed(rows: Iterable[Row]) -> dict[int, Row]:
 def _panel(
     rows: Sequence[Row], key: Callable[[Row], Any], label: Callable[[Any], str], epoch: str
 ) -> Panel:
-    # Group the runs by curve, and note what each curve lacks before the unpruned runs are shared.
     runs = _runs_by_key(rows, key, label)
-    missing = {name: _missing(own, rows) for name, own in runs.items()}
-    unpruned = unpruned_by_seed(rows)
-    for own in runs.values():
-        for seed, row in unpruned.items():
-            own.setdefault((1.0, seed), row)
-
-    # The rows of several widths or seeds agree on the maximum but for rounding.
-    maxima = [row["pruning"]["max_compression"] for row in rows if row["pruning"] is not None]
-    max_compression = min(maxima, default=None)
+    max_compression = _max_compression(rows)
     chance = 100 / data.spec(rows[0]["dataset"]).num_classes
-
+    unpruned = {(1.0, seed): row for seed, row in unpruned_by_seed(rows).items()}
     curves = {}
     for name, own in runs.items():
-        accuracy = {place: 100 * row[epoch]["test_top1"] for place, row in own.items()}
-        compression, mean, low, high = _over_seeds(accuracy)
+        # A curve without an unpruned run shows that of another curve, so it is not missing.
+        shown = own | {place: row for place, row in unpruned.items() if place not in own}
+        missing = [place for place in _missing(own, rows) if place not in shown]
+        compression, mean, low, high = _over_seeds(shown, epoch)
         curves[name] = Curve(
             label=label(name),
             compression=compression,
             mean=mean,
             low=low,
             high=high,
-            critical=_critical_compression(own, max_compression),
+            critical=_critical_compression(shown, max_compression),
             chance=_at_chance_from(compression, mean, _NEAR_CHANCE * chance),
-            unknown=sum(row["pruning"] is None for row in own.values()),
-            missing=[place for place in missing[name] if place not in own],
+            unknown=sum(row["pruning"] is None for row in shown.values()),
+            missing=missing,
         )
     return Panel(
         model=rows[0]["model"],
@@ -166,6 +159,12 @@ def _panel(
         max_compression=max_compression,
         chance=chance,
     )
+
+
+def _max_compression(rows: Sequence[Row]) -> float | None:
+    """Returns the lowest maximal compression that a pruning row has, or None without such rows."""
+    prunings = [row["pruning"] for row in rows if row["pruning"] is not None]
+    return min((pruning["max_compression"] for pruning in prunings), default=None)
 
 
 def _runs_by_key(
@@ -199,18 +198,20 @@ def _missing(own: Mapping[Place, Row], rows: Sequence[Row]) -> list[Place]:
 
 
 def _over_seeds(
-    accuracy: Mapping[Place, float],
+    runs: Mapping[Place, Row], epoch: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the compressions, and the mean, lowest and highest accuracy at each."""
-    by_compression: dict[float, list[float]] = {}
-    for (compression, _), value in accuracy.items():
-        by_compression.setdefault(compression, []).append(value)
-    in_order = sorted(by_compression.items())
+    accuracies: dict[float, list[float]] = {}
+    for (compression, _), row in runs.items():
+        top1 = 100 * row[epoch]["test_top1"]
+        accuracies.setdefault(compression, []).append(top1)
+    compressions = sorted(accuracies)
+    in_order = [accuracies[compression] for compression in compressions]
     return (
-        np.array([compression for compression, _ in in_order]),
-        np.array([np.mean(values) for _, values in in_order]),
-        np.array([min(values) for _, values in in_order]),
-        np.array([max(values) for _, values in in_order]),
+        np.array(compressions),
+        np.array([np.mean(values) for values in in_order]),
+        np.array([min(values) for values in in_order]),
+        np.array([max(values) for values in in_order]),
     )
 
 

@@ -9,6 +9,7 @@ program of the model (see `flows`), and compares them by units (Theorem 1) and b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,8 +105,9 @@ class Conservation(NamedTuple):
                 cut = cuts[name]
                 line += f" {cut.flow:12.5g} {cut.residual:10.1e}"
             lines.append(line)
-        num_units = sum(layer.incoming.size for layer in self.units.values())
-        worst = max((layer.residual for layer in self.units.values()), default=0.0)
+        layers = self.units.values()
+        num_units = sum(layer.incoming.size for layer in layers)
+        worst = max((layer.residual for layer in layers), default=0.0)
         lines.append(f"units: {num_units}, largest residual {worst:.1e}")
         for primitive, residual in self.broken.items():
             lines.append(f"not homogeneous of degree one: {primitive} (residual {residual:.1e})")
@@ -175,30 +177,24 @@ def conservation(
 
     program = Program(apply_fn, params, inputs)
     flows = _flows(program, params, inputs, loss)
-    layers = _sums(flows.scores)
     if not flows.are_finite:
-        plain = ", ".join(scaling.unscaled(apply_fn, params, inputs)) or "none"
+        primitives = scaling.unscaled(apply_fn, params, inputs)
+        plain = ", ".join(primitives) or "none"
         raise ValueError(
             "the flow is not finite: the outputs or derivatives of the model overflow. Steps that "
             f"are evaluated at plain values, and so may overflow: {plain}."
         )
 
-    total = sum(float(flow) for edge, flow in flows.by_edge if edge.is_output)
-    largest = [_largest(flow) for _, flow in flows.by_edge]
-    # The smallest float32 is there for the case that nothing flows.
-    smallest = float(np.finfo(np.float32).tiny)
-    scale = max([smallest, abs(total), *largest])
-
     from synflow_jax import units  # here, because `import synflow_jax` must not load it
 
     groups = units.groups(apply_fn, params, inputs.shape[1:], inputs.dtype)
     return Conservation(
-        total=float(total),
+        total=flows.total,
         exponent=flows.exponent,
-        layers=layers,
+        layers=flows.layers,
         units=_by_unit(groups, flows.scores),
-        cuts=_cuts(program, flows, total, scale),
-        broken=_broken(program, flows, scale),
+        cuts=_cuts(program, flows),
+        broken=_broken(program, flows),
     )
 
 
@@ -209,22 +205,41 @@ class _Flows(NamedTuple):
     """Holds the scores and flows of a model, all to be multiplied by 2^exponent.
 
     scores: float64, beside all parameters.
+    layers: the sum of the scores of each leaf.
     by_edge: each edge of the program with its flow, float64 of the shape `edge.lengths`.
     """
 
     scores: Scores
+    layers: dict[str, float]
     by_edge: list[tuple[Edge, np.ndarray]]
     exponent: int
 
     @property
     def are_finite(self) -> bool:
-        """Returns whether the scores of each leaf have a finite sum, and all flows are finite."""
-        sums = list(_sums(self.scores).values())
-        found = [np.asarray(sums), *(flow for _, flow in self.by_edge)]
-        return all(np.isfinite(array).all() for array in found)
+        """Returns whether the flows, and the sum of the scores of each leaf, are finite."""
+        flows_are = all(np.isfinite(flow).all() for _, flow in self.by_edge)
+        return flows_are and all(map(math.isfinite, self.layers.values()))
+
+    @property
+    def total(self) -> float:
+        """Returns the flow of all outputs."""
+        return sum((float(flow) for edge, flow in self.by_edge if edge.is_output), 0.0)
+
+    @property
+    def scale(self) -> float:
+        """Returns the largest flow, by which residuals are divided."""
+        largest = [_largest(flow) for _, flow in self.by_edge]
+        # The smallest float32 is there for the case that nothing flows.
+        smallest = float(np.finfo(np.float32).tiny)
+        return max([smallest, abs(self.total), *largest])
 
 
-def _flows(program: Program, params: Params, inputs: jax.Array, loss: Loss | None) -> _Flows:
+def _flows(
+    program: Program,
+    params: Params,
+    inputs: jax.Array,
+    loss: Loss | None,
+) -> _Flows:
     """Differentiates R with respect to the parameters and to the 1 of every edge.
 
     loss: of the outputs, to get R. None for SynFlow.
@@ -235,37 +250,37 @@ def _flows(program: Program, params: Params, inputs: jax.Array, loss: Loss | Non
         return _sum_of_outputs(outputs) if loss is None else loss(outputs)
 
     def mantissa(params: Params, ones: list[jax.Array], inputs: jax.Array) -> Any:
-        # Only SynFlow's R is a sum of products, which may be very large.
-        evaluate = scaling.evaluate if loss is None else _plain
-        scaled = evaluate(objective, params, inputs, ones)
-        return scaled.value, scaled.exponent
+        # Only SynFlow's R is a sum of products, which may be beyond every float.
+        if loss is None:
+            scaled = scaling.evaluate(objective, params, inputs, ones)
+            return scaled.value, scaled.exponent
+        return objective(params, inputs, ones), jnp.int32(0)
 
     # The program runs once: the compiler's effort would take longer than what it saves.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     differentiate = jax.grad(mantissa, argnums=(0, 1), has_aux=True)
     differentiate = jax.jit(differentiate, compiler_options=options)
-    ones = [jnp.ones(edge.lengths, _dtype(params)) for edge in program.edges]
-    (gradient, found), exponent = differentiate(params, ones, inputs)
+    dtype = _dtype(params)
+    ones = [jnp.ones(edge.lengths, dtype) for edge in program.edges]
+    (gradient, found), log2_unit = differentiate(params, ones, inputs)
 
-    # Where float64 does not hold the flows, they keep the power of two beside them.
-    is_beyond = abs(int(exponent)) > _IN_FLOAT64
-    unit = 1.0 if is_beyond else 2.0 ** int(exponent)
+    # Flows that float64 does not hold keep the power of two beside them.
+    exponent = int(log2_unit)
+    is_beyond = abs(exponent) > _IN_FLOAT64
+    unit = 1.0 if is_beyond else 2.0**exponent
 
     def score(gradient: jax.Array, weight: jax.Array) -> np.ndarray:
         return unit * _widened(gradient) * _widened(weight)
 
+    scores = jax.tree.map(score, gradient, params)
     flows = [unit * _widened(flow) for flow in found]
     return _Flows(
-        scores=jax.tree.map(score, gradient, params),
+        scores=scores,
+        layers=_sums(scores),
         by_edge=list(zip(program.edges, flows, strict=True)),
-        exponent=int(exponent) if is_beyond else 0,
+        exponent=exponent if is_beyond else 0,
     )
-
-
-def _plain(objective: Callable[..., jax.Array], *args: Any) -> scaling.Scaled:
-    """Evaluates R as JAX does."""
-    return scaling.Scaled(objective(*args), jnp.int32(0))
 
 
 def _sum_of_outputs(outputs: Any) -> jax.Array:
@@ -293,7 +308,7 @@ def _dtype(params: Params) -> Any:
 # ------------------------------------------------------------------------------------------- Laws
 
 
-def _cuts(program: Program, flows: _Flows, total: float, scale: float) -> tuple[Cut, ...]:
+def _cuts(program: Program, flows: _Flows) -> tuple[Cut, ...]:
     """Computes the flow just before each step that multiplies by a parameter (Theorem 2)."""
     num_steps = len(program.steps)
     added = np.zeros(num_steps)
@@ -313,16 +328,17 @@ def _cuts(program: Program, flows: _Flows, total: float, scale: float) -> tuple[
     # The flow that passes a cut is smaller than R by the flow that is only added later.
     passes = np.cumsum(passing)[:num_steps]
     added_later = np.flip(np.cumsum(np.flip(added)))
-    through = passes + added_later
+    by_step = (passes + added_later).tolist()
+    total, scale = flows.total, flows.scale
     cuts = []
-    for step, total_flow in zip(program.steps, through.tolist(), strict=True):
+    for step, flow in zip(program.steps, by_step, strict=True):
         if step.multiplies and step.scan == NO_SCAN:
-            residual = abs(total_flow - total) / scale
-            cuts.append(Cut(step.multiplies, total_flow, residual))
+            residual = abs(flow - total) / scale
+            cuts.append(Cut(step.multiplies, flow, residual))
     return tuple(cuts)
 
 
-def _broken(program: Program, flows: _Flows, scale: float) -> dict[str, float]:
+def _broken(program: Program, flows: _Flows) -> dict[str, float]:
     """Finds the steps that do not put out the flow that they take in."""
     # For each step a number, or an array with one number per iteration of the scans around it.
     surplus: list[Any] = [0.0] * len(program.steps)  # flow out - flow in
@@ -335,12 +351,14 @@ def _broken(program: Program, flows: _Flows, scale: float) -> dict[str, float]:
             if not (edge.is_data or edge.is_parameter):
                 constants[edge.step] = constants[edge.step] + flow
 
+    scale = flows.scale
     broken: dict[str, float] = {}
     for step, *wrong in zip(program.steps, surplus, constants, strict=True):
         residual = max(map(_largest, wrong)) / scale
         # The steps of a scan's body tell where it breaks.
         if residual > _TOLERANCE and not step.is_scan:
-            broken[step.name] = max(broken.get(step.name, 0.0), residual)
+            before = broken.get(step.name, 0.0)
+            broken[step.name] = max(before, residual)
     return broken
 
 

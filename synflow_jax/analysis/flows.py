@@ -85,7 +85,8 @@ class Program:
         self._output_structure = jax.tree.structure(shapes)
         self._names = trees.names(params)
         steps: list[Step] = []
-        self.edges = _recorded(lambda one: self._outputs(_Pass(one, steps), params, inputs))
+        record = lambda one: self._outputs(_Pass(one, steps), params, inputs)
+        self.edges = _recorded(record)
         self.steps = tuple(steps)
 
     def run(self, params: Params, inputs: jax.Array, ones: Sequence[jax.Array]) -> Any:
@@ -95,7 +96,8 @@ class Program:
           params, inputs: as the model takes them.
           ones: an array of ones per edge, of the shape `edge.lengths`.
         """
-        outputs = self._outputs(_Pass(_in_turn(ones), []), params, inputs)
+        state = _Pass(_in_turn(ones), [])
+        outputs = self._outputs(state, params, inputs)
         return jax.tree.unflatten(self._output_structure, outputs)
 
     def _outputs(self, state: _Pass, params: Params, inputs: jax.Array) -> list[Any]:
@@ -103,7 +105,8 @@ class Program:
         leaves = zip(jax.tree.leaves(params), self._names, strict=True)
         values = [_Value(leaf, None, (name,)) for leaf, name in leaves]
         values.append(_Value(inputs, BEGIN))
-        return state.end(walk(_TABLE, state, self._closed, values))
+        outputs = walk(_TABLE, state, self._closed, values)
+        return state.end(outputs)
 
 
 # ----------------------------------------------------------------------------------------- Passes
@@ -130,6 +133,7 @@ class _Value(NamedTuple):
         return self.producer is not None and self.is_float
 
 
+_Values = list[_Value]
 _One = Callable[[Edge], Any]  # returns the 1 that the edge's value is multiplied by
 
 
@@ -153,7 +157,8 @@ class _Pass(NamedTuple):
         producer = BEGIN if value.producer is None else value.producer
         edge = Edge(step, producer, is_data, is_parameter=bool(value.leaves))
         array = jnp.asarray(value.array)
-        return _tapped(array, self.one(edge).astype(array.dtype))
+        one = self.one(edge).astype(array.dtype)
+        return _tapped(array, one)
 
     def end(self, outputs: Sequence[_Value]) -> list[Any]:
         """Takes the flow of outputs. Returns their arrays."""
@@ -220,13 +225,16 @@ def _is_neutral(array: Any) -> bool:
 
 def _leaves(operands: Sequence[_Value]) -> tuple[str, ...]:
     """Returns the parameters that operands depend on, each once."""
-    return tuple(dict.fromkeys(leaf for x in operands for leaf in x.leaves))
+    names: dict[str, None] = {}
+    for x in operands:
+        names.update(dict.fromkeys(x.leaves))
+    return tuple(names)
 
 
 # ------------------------------------------------------------------------------------------ Rules
 
 
-def _step(state: _Pass, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
+def _step(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values:
     """Computes an equation as one step, and takes the flow of its operands if there is any."""
     leaves = _leaves(operands)
     from_data = any(x.is_data for x in operands)
@@ -243,31 +251,35 @@ def _step(state: _Pass, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
 def _flow_step(
     state: _Pass,
     eqn: JaxprEqn,
-    operands: list[_Value],
+    operands: _Values,
     looks_up: bool,
-) -> list[_Value]:
+) -> _Values:
     """Computes an equation, and takes the flow of its operands.
 
     looks_up: whether the data are integers that look up entries of a parameter.
     """
     number = len(state.steps)
-    is_additive = eqn.primitive.name in _ADDITIVE
+    is_sum = eqn.primitive.name in _ADDITIVE
+    # Every operand of a sum brings flow. In a product the flow of the data is that of the result.
+    all_bring_flow = is_sum or looks_up
     arrays = []
     for x in operands:
-        is_source = looks_up or is_additive
-        has_flow = x.is_float and (is_source or x.producer is not None)
-        arrays.append(state.take(number, x) if has_flow else x.array)
+        has_flow = x.is_float and (all_bring_flow or x.producer is not None)
+        array = state.take(number, x) if has_flow else x.array
+        arrays.append(array)
 
-    leaves = [leaf for x in operands if x.producer is None for leaf in x.leaves]
-    is_product = looks_up or not is_additive
-    multiplies = leaves[0] if leaves and is_product else ""
+    # The cut before a product has the name of its parameter. What is added cuts nothing.
+    constants = [x for x in operands if x.producer is None]
+    factors = _leaves(constants) if looks_up or not is_sum else ()
+    multiplies = factors[0] if factors else ""
     state.steps.append(Step(_name(eqn), multiplies, state.scan))
 
     results = []
     for array in bind(eqn, arrays):
         # What is computed from data but is no float (an index, a comparison) has no flow.
         constant = _Value(array, None, _leaves(operands))
-        results.append(_Value(array, number) if _is_float(array) else constant)
+        result = _Value(array, number) if _is_float(array) else constant
+        results.append(result)
     return results
 
 
@@ -288,7 +300,7 @@ _TABLE = Table(
 
 
 @_TABLE.rule("scan")
-def _scan(state: _Pass, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value] | None:
+def _scan(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values | None:
     """Computes a scan whose edges have a 1, and so a flow, for every iteration."""
     if all(x.producer is None for x in operands):
         return None
@@ -300,8 +312,10 @@ def _scan(state: _Pass, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value] |
     ones = []
     for edge in edges:
         lengths = (loop.scan.length, *edge.lengths)
-        ones.append(state.one(edge._replace(lengths=lengths)))
-    return loop.results(loop.compute(arrays, ones))
+        outer = edge._replace(lengths=lengths)
+        ones.append(state.one(outer))
+    outputs = loop.compute(arrays, ones)
+    return loop.results(outputs)
 
 
 class _Loop:
@@ -314,7 +328,7 @@ class _Loop:
       output_is_data: for each output, the same. Known after the first call of `iteration`.
     """
 
-    def __init__(self, state: _Pass, eqn: JaxprEqn, operands: list[_Value]) -> None:
+    def __init__(self, state: _Pass, eqn: JaxprEqn, operands: _Values) -> None:
         self.state = state
         self.operands = operands
         self.scan = Scan.of(eqn, operands)
@@ -388,7 +402,7 @@ class _Loop:
         carry, ys = self.scan.run(body, start, (xs, ones))
         return [*carry, *ys]
 
-    def results(self, arrays: list[Any]) -> list[_Value]:
+    def results(self, arrays: list[Any]) -> _Values:
         """Returns the scan's outputs as values, and completes its step."""
         for step in self.state.steps[self.number :]:
             if step.multiplies:

@@ -20,6 +20,7 @@ def augment(key: chex.PRNGKey, images: jax.Array, dataset: DataSpec) -> jax.Arra
     Returns:
       float32 [batch, height, width, channels].
     """
+    # Both keys are drawn in any case: a data set without crops flips as one with them.
     crop_key, flip_key = jax.random.split(key)
     if dataset.padding:
         images = _random_crop(crop_key, images, dataset.padding)

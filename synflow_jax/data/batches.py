@@ -78,4 +78,5 @@ def _choose_balanced(
                 f"examples of class {label}: choose a smaller number."
             )
         chosen.append(rng.choice(places, examples_per_class, replace=False))
+    # Batches must not hold one class each.
     return rng.permutation(np.concatenate(chosen))

@@ -31,6 +31,7 @@ def find(dataset: str, directory: str | None) -> Any:
         ) from error
     name = _NAMES.get(dataset, dataset)
     try:
+        # Only this format is read without TensorFlow.
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         splits = set(builder.info.splits)
     except Exception as error:

@@ -60,6 +60,7 @@ def _read(dataset: str, image_shape: ImageShape, directory: str | None) -> Array
         return digits.read(image_shape)
     if dataset == "tiny_imagenet":
         return tiny_imagenet.read(tiny_imagenet.find(directory))
+    # IDX files, where there are some, need no preparation.
     folder = idx.find(dataset, directory)
     if folder is not None:
         return idx.read(folder)
@@ -83,6 +84,7 @@ def _check_split(
             "download them again."
         )
     num_classes = spec(dataset).num_classes
+    # On the device nothing checks labels any more.
     out_of_range = (labels < 0) | (labels >= num_classes)
     if out_of_range.any():
         place = int(np.argmax(out_of_range))

@@ -57,8 +57,11 @@ def train_batches(
     def example(record: Any, rng: np.random.Generator) -> Example:
         return _train_example(record, image_shape, rng)
 
+    # Every step below is indexed by position, so that a stream can start at any batch.
     examples = grain.MapDataset.source(records).seed(seed).shuffle().random_map(example)
-    epochs = examples.batch(batch_size, drop_remainder=True).repeat(reseed_each_epoch=True)
+    batches = examples.batch(batch_size, drop_remainder=True)
+    # Another seed per epoch gives another order and other crops.
+    epochs = batches.repeat(reseed_each_epoch=True)
     yield from epochs[first_step:].to_iter_dataset()
 
 
@@ -149,6 +152,7 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
         aspect = np.exp(rng.uniform(narrowest, widest))
         box_width = round(np.sqrt(area * aspect))
         box_height = round(np.sqrt(area / aspect))
+        # A long box of a large area does not fit: it is drawn again.
         if 0 < box_width <= width and 0 < box_height <= height:
             left = rng.integers(width - box_width + 1)
             top = rng.integers(height - box_height + 1)

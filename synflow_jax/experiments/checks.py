@@ -1,24 +1,22 @@
 """Checks the values of a config before any work is done.
 
-The tables at the end list small rules. Each rule takes the config of one run and returns a message
-that names the argument, its value and the cure, or None. A rule may also call a function of another
-wing that raises ValueError with such a message.
+The tables at the end list small checks. Each check takes a run, and returns None or a message that
+names the argument, its value and the cure. A check may also call a function of another wing that
+raises ValueError with such a message.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from synflow_jax import data, models
 from synflow_jax.experiments import identity, rules
 from synflow_jax.experiments.config import Config
-from synflow_jax.experiments.run import Run, combinations, grid_values
+from synflow_jax.experiments.run import Run, combinations, grid_values, resolve_one
 
-Rule = Callable[[Config], str | None]
+Check = Callable[[Run], str | None]
 
 
 # What a config is checked for
@@ -34,7 +32,7 @@ def check(config: Config, *, reads_data: bool = True) -> None:
     Raises:
       ValueError: a value is out of its range, or does not go with another one.
     """
-    _check_runs(config, (*PRUNE_RULES, _scored_data_is_readable) if reads_data else PRUNE_RULES)
+    _check_runs(config, (*PRUNE_CHECKS, _scored_data_is_readable) if reads_data else PRUNE_CHECKS)
 
 
 def check_prune(config: Config) -> None:
@@ -52,94 +50,92 @@ def check_train(config: Config) -> None:
     Raises:
       ValueError: a value is out of its range, or the data is not on the disk.
     """
-    _check_runs(config, TRAIN_RULES)
+    _check_runs(config, TRAIN_CHECKS)
 
 
-def _check_runs(config: Config, table: Sequence[Rule]) -> None:
-    """Applies the rules to every combination of the grid, and names the one that fails."""
+def _check_runs(config: Config, table: Sequence[Check]) -> None:
+    """Applies the checks to every combination of the grid, and names the one that fails."""
     keys = grid_values(config)
     for single in combinations(config):
-        message = _first_message(table, single)
+        message = _first_message(single, table)
         if message is None:
             continue
         if keys:
-            values = ", ".join(f"{key}={_get(single, key)!r}" for key in keys)
+            run = Run(single)
+            values = ", ".join(f"{key}={run.value(key)!r}" for key in keys)
             message = f"{message} This is the grid's run of {values}."
         raise ValueError(message)
 
 
-def _first_message(table: Sequence[Rule], config: Config) -> str | None:
-    """Returns the message of the first rule that the config breaks, if it breaks one."""
-    for rule in table:
-        try:
-            message = rule(config)
-        except ValueError as error:
-            message = str(error)
-        if message is not None:
-            return message
-    return None
+def _first_message(single: Config, table: Sequence[Check]) -> str | None:
+    """Returns the message of the first check that fails, if one does."""
+    try:
+        # The words come first, because the defaults depend on them.
+        return _apply(WORD_CHECKS, Run(single)) or _apply(table, resolve_one(single))
+    except ValueError as error:
+        return str(error)
 
 
-def _get(config: Config, key: str) -> Any:
-    """Returns the value of a key, e.g. "prune.compression"."""
-    return functools.reduce(getattr, key.split("."), config)
+def _apply(table: Sequence[Check], run: Run) -> str | None:
+    """Returns the first message of a table of checks, if there is one."""
+    return next(filter(None, (check_run(run) for check_run in table)), None)
 
 
-# Rules for one value
+# Checks of one value
 
 
-def _one_of(key: str, choices: Sequence[str | None]) -> Rule:
-    """Makes a rule: the value is one of the choices."""
+def _one_of(key: str, choices: Sequence[str | None]) -> Check:
+    """Makes a check: the value is one of the choices."""
     words = ", ".join(str(choice) for choice in choices)
 
-    def rule(config: Config) -> str | None:
-        value = _get(config, key)
+    def check_value(run: Run) -> str | None:
+        value = run.value(key)
         if value in choices:
             return None
         return f"{key}={value!r} is unknown. Choose one of {words}."
 
-    return rule
+    return check_value
 
 
-def _at_least(key: str, low: int) -> Rule:
-    """Makes a rule: the value is None or a whole number of at least `low`."""
+def _at_least(key: str, low: int) -> Check:
+    """Makes a check: the value is None or a whole number of at least `low`."""
 
-    def rule(config: Config) -> str | None:
-        value = _get(config, key)
+    def check_value(run: Run) -> str | None:
+        value = run.value(key)
         is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if value is None or (is_whole and value >= low):
             return None
         return f"{key}={value!r} must be a whole number of at least {low}."
 
-    return rule
+    return check_value
 
 
-def _from_to(key: str, low: float, high: float = math.inf) -> Rule:
-    """Makes a rule: low <= value < high."""
+def _from_to(key: str, low: float, high: float = math.inf) -> Check:
+    """Makes a check: low <= value < high."""
 
-    def rule(config: Config) -> str | None:
-        value = _get(config, key)
+    def check_value(run: Run) -> str | None:
+        value = run.value(key)
         if low <= value < high:
             return None
         return f"{key}={value} must be at least {low} and below {high}."
 
-    return rule
+    return check_value
 
 
-def _positive(key: str) -> Rule:
-    """Makes a rule: the value is None, or positive and finite."""
+def _positive(key: str) -> Check:
+    """Makes a check: the value is None, or positive and finite."""
 
-    def rule(config: Config) -> str | None:
-        value = _get(config, key)
+    def check_value(run: Run) -> str | None:
+        value = run.value(key)
         if value is None or 0 < value < math.inf:
             return None
         return f"{key}={value} must be positive and finite."
 
-    return rule
+    return check_value
 
 
-def _compression_is_finite(config: Config) -> str | None:
-    compression = config.prune.compression
+def _compression_is_finite(run: Run) -> str | None:
+    compression = run.config.prune.compression
     if 1 <= compression < math.inf:
         return None
     return (
@@ -148,28 +144,28 @@ def _compression_is_finite(config: Config) -> str | None:
     )
 
 
-def _init_is_readable(config: Config) -> str | None:
-    identity.file_digest(config.init)
+def _init_is_readable(run: Run) -> str | None:
+    identity.file_digest(run.config.init)
     return None
 
 
-# Rules for combinations: pruning
+# Checks of combinations: pruning
 
 
-def _model_fits_dataset(config: Config) -> str | None:
-    num_classes = data.spec(config.dataset).num_classes
-    models.create(config.model, num_classes, width_multiplier=config.width_multiplier)
+def _model_fits_dataset(run: Run) -> str | None:
+    num_classes = data.spec(run.config.dataset).num_classes
+    models.create(run.config.model, num_classes, width_multiplier=run.config.width_multiplier)
     return None
 
 
-def _one_device_prunes(config: Config) -> str | None:
+def _one_device_prunes(run: Run) -> str | None:
     """Refuses over_devices for what one device prunes."""
-    prune = config.prune
+    prune = run.config.prune
     if not prune.over_devices:
         return None
-    if rules.is_certified(prune.schedule):
+    if run.is_certified:
         word = f"schedule={prune.schedule!r}"
-    elif not rules.PRUNERS[prune.pruner].over_devices:
+    elif not run.pruner.over_devices:
         word = f"pruner={prune.pruner!r}"
     else:
         return None
@@ -190,11 +186,11 @@ _CERTIFIED_NEEDS = {
 }
 
 
-def _certified_bound_holds(config: Config) -> str | None:
-    if not rules.is_certified(config.prune.schedule):
+def _certified_bound_holds(run: Run) -> str | None:
+    if not run.is_certified:
         return None
     for name, needed in _CERTIFIED_NEEDS.items():
-        value = getattr(config.prune, name)
+        value = getattr(run.config.prune, name)
         if value != needed:
             return (
                 f"prune.{name}={value!r} does not go with schedule='certified', which compares "
@@ -204,9 +200,9 @@ def _certified_bound_holds(config: Config) -> str | None:
     return None
 
 
-def _cut_fraction_is_a_fraction(config: Config) -> str | None:
-    fraction = config.prune.cut_fraction
-    if not rules.is_certified(config.prune.schedule) or 0 < fraction < 1:
+def _cut_fraction_is_a_fraction(run: Run) -> str | None:
+    fraction = run.config.prune.cut_fraction
+    if not run.is_certified or 0 < fraction < 1:
         return None
     return (
         f"prune.cut_fraction={fraction} must be above 0 and below 1: it is the fraction of a cut "
@@ -214,11 +210,10 @@ def _cut_fraction_is_a_fraction(config: Config) -> str | None:
     )
 
 
-def _certified_mask_is_kept(config: Config) -> str | None:
-    prune = config.prune
-    ablation = rules.ABLATIONS[prune.ablation]
-    changes_mask = ablation.shuffles or ablation.inverts
-    if not rules.is_certified(prune.schedule) or not changes_mask:
+def _certified_mask_is_kept(run: Run) -> str | None:
+    prune = run.config.prune
+    changes_mask = run.ablation.shuffles or run.ablation.inverts
+    if not run.is_certified or not changes_mask:
         return None
     return (
         f"prune.ablation={prune.ablation!r} does not go with schedule='certified': the certificate "
@@ -226,9 +221,9 @@ def _certified_mask_is_kept(config: Config) -> str | None:
     )
 
 
-def _layerwise_is_drawn_at_once(config: Config) -> str | None:
-    prune = config.prune
-    if not rules.PRUNERS[prune.pruner].layerwise or prune.num_iterations in (None, 1):
+def _layerwise_is_drawn_at_once(run: Run) -> str | None:
+    prune = run.config.prune
+    if not run.pruner.layerwise or prune.num_iterations == 1:
         return None
     return (
         f"prune.num_iterations={prune.num_iterations} does not go with {prune.pruner!r}, which "
@@ -236,9 +231,9 @@ def _layerwise_is_drawn_at_once(config: Config) -> str | None:
     )
 
 
-def _only_imp_rewinds(config: Config) -> str | None:
-    step = config.prune.rewind_step
-    is_allowed = step == 0 or rules.PRUNERS[config.prune.pruner].trains
+def _only_imp_rewinds(run: Run) -> str | None:
+    step = run.config.prune.rewind_step
+    is_allowed = step == 0 or run.pruner.trains
     if step >= 0 and is_allowed:
         return None
     return (
@@ -247,15 +242,15 @@ def _only_imp_rewinds(config: Config) -> str | None:
     )
 
 
-def _imp_is_nested(config: Config) -> str | None:
-    if not rules.PRUNERS[config.prune.pruner].trains or config.prune.nested:
+def _imp_is_nested(run: Run) -> str | None:
+    if not run.pruner.trains or run.config.prune.nested:
         return None
     return "prune.nested=False does not go with 'imp', which trains no pruned weight: leave it out."
 
 
-def _redrawn_weights_have_no_past(config: Config) -> str | None:
-    prune = config.prune
-    if not prune.rewind_step or not rules.ABLATIONS[prune.ablation].redraws:
+def _redrawn_weights_start_at_0(run: Run) -> str | None:
+    prune = run.config.prune
+    if not prune.rewind_step or not run.ablation.redraws:
         return None
     return (
         f"prune.rewind_step={prune.rewind_step} does not go with ablation='reinitialize': weights "
@@ -263,42 +258,41 @@ def _redrawn_weights_have_no_past(config: Config) -> str | None:
     )
 
 
-def _scored_data_fits_network(config: Config) -> str | None:
-    run = Run(config)
+def _scored_data_fits_network(run: Run) -> str | None:
     if run.scored_dataset is None:
         return None
-    scored, network = data.spec(run.scored_dataset), data.spec(config.dataset)
+    scored, network = data.spec(run.scored_dataset), data.spec(run.config.dataset)
     shape_fits = scored.image_shape in (None, network.image_shape)
     if shape_fits and scored.num_classes <= network.num_classes:
         return None
     return (
-        f"prune.dataset={config.prune.dataset!r} does not fit a network for "
-        f"dataset={config.dataset!r}: it must not have more classes, and its images must have the "
-        "same shape, or one that is resized. Choose 'digits'."
+        f"prune.dataset={run.config.prune.dataset!r} does not fit a network for "
+        f"dataset={run.config.dataset!r}: it must not have more classes, and its images must have "
+        "the same shape, or one that is resized. Choose 'digits'."
     )
 
 
-def _scored_data_is_readable(config: Config) -> str | None:
-    dataset = Run(config).scored_dataset
+def _scored_data_is_readable(run: Run) -> str | None:
+    dataset = run.scored_dataset
     if dataset is not None:
-        data.check_readable(dataset, config.data.dir)
+        data.check_readable(dataset, run.config.data.dir)
     return None
 
 
-def _prunes_without_training(config: Config) -> str | None:
-    if not rules.PRUNERS[config.prune.pruner].trains:
+def _prunes_without_training(run: Run) -> str | None:
+    if not run.pruner.trains:
         return None
     return (
-        f"prune.pruner={config.prune.pruner!r} prunes by training: python train.py runs it, with "
-        "the same flags. Choose another rule for prune.py."
+        f"prune.pruner={run.config.prune.pruner!r} prunes by training: python train.py runs it, "
+        "with the same flags. Choose another rule for prune.py."
     )
 
 
-# Rules for combinations: training
+# Checks of combinations: training
 
 
-def _rewound_network_is_masked(config: Config) -> str | None:
-    if not config.train.compact or not config.prune.rewind_step:
+def _rewound_network_is_masked(run: Run) -> str | None:
+    if not run.config.train.compact or not run.config.prune.rewind_step:
         return None
     return (
         "train.compact=True does not go with prune.rewind_step: a rewound network is trained "
@@ -306,15 +300,15 @@ def _rewound_network_is_masked(config: Config) -> str | None:
     )
 
 
-def _drops_rise(config: Config) -> str | None:
-    drops = list(config.train.drops)
+def _drops_rise(run: Run) -> str | None:
+    drops = list(run.config.train.drops)
     if drops == sorted(set(drops)) and all(epoch >= 1 for epoch in drops):
         return None
-    return f"train.drops={config.train.drops} must be epochs from 1 on, in rising order."
+    return f"train.drops={run.config.train.drops} must be epochs from 1 on, in rising order."
 
 
-def _optimizer_is_a_function(config: Config) -> str | None:
-    optimizer = config.train.make_optimizer
+def _optimizer_is_a_function(run: Run) -> str | None:
+    optimizer = run.config.train.make_optimizer
     if optimizer is None or callable(optimizer):
         return None
     return (
@@ -323,19 +317,22 @@ def _optimizer_is_a_function(config: Config) -> str | None:
     )
 
 
-def _training_data_is_readable(config: Config) -> str | None:
-    data.check_readable(config.dataset, config.data.dir)
+def _training_data_is_readable(run: Run) -> str | None:
+    data.check_readable(run.config.dataset, run.config.data.dir)
     return None
 
 
-# The tables. The words come first: the rules after them look them up.
+# The tables
 
-PRUNE_RULES: tuple[Rule, ...] = (
+WORD_CHECKS: tuple[Check, ...] = (
     _one_of("prune.pruner", tuple(rules.PRUNERS)),
     _one_of("prune.schedule", tuple(rules.SCHEDULES)),
     _one_of("prune.scope", rules.SCOPES),
     _one_of("prune.mode", rules.MODES),
     _one_of("prune.ablation", tuple(rules.ABLATIONS)),
+)
+
+PRUNE_CHECKS: tuple[Check, ...] = (
     _one_of("prune.score_dtype", (None, "float32", "float64")),
     _model_fits_dataset,
     _one_device_prunes,
@@ -347,7 +344,7 @@ PRUNE_RULES: tuple[Rule, ...] = (
     _layerwise_is_drawn_at_once,
     _only_imp_rewinds,
     _imp_is_nested,
-    _redrawn_weights_have_no_past,
+    _redrawn_weights_start_at_0,
     _at_least("prune.examples_per_class", 1),
     _at_least("prune.batch_size", 1),
     _init_is_readable,
@@ -356,7 +353,7 @@ PRUNE_RULES: tuple[Rule, ...] = (
     _scored_data_fits_network,
 )
 
-TRAIN_RULES: tuple[Rule, ...] = (
+TRAIN_CHECKS: tuple[Check, ...] = (
     _rewound_network_is_masked,
     _at_least("train.num_epochs", 1),
     _at_least("train.batch_size", 1),

@@ -62,7 +62,7 @@ _EXPECTED = (ValueError, FloatingPointError, OSError)
 
 
 def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
-    """Runs a script by `absl.app.run`; prints errors of the user's input as one message.
+    """Starts a script by `absl.app.run`, and prints errors of the user's input as one message.
 
     The message goes to stderr, and the exit status is not 0.
 

@@ -75,8 +75,8 @@ class PruneConfig:
     # "global" ranks the weights of all layers together, "local" those of each layer.
     scope: str = setting("global")
 
-    # "float32", as in the published runs; "float64" takes twice as long and has no rounding to
-    # speak of. None: the dtype of the parameters.
+    # "float32", as in the published runs, or "float64", which takes twice as long.
+    # None: the dtype of the parameters.
     score_dtype: str | None = setting("float32")
 
     # For synflow: carries a power of two with every value, so that float32 is enough at any depth.

@@ -179,6 +179,9 @@ class _Engine:
             if self.overwrite:
                 checkpoints.delete(self.workdir.checkpoint_path(run.train_id))
             try:
+                if self.split:
+                    # The network of a single run is shown first, even if the folder has its mask.
+                    self._builder(run)
                 self.recipe(run)
             except ValueError as error:
                 yield Failed(run, error)

@@ -1,12 +1,17 @@
 """Defines what happens during runs, as values. The engine emits them, and a reporter prints them.
 
-The events of one run come in this order; those in brackets are left out where they do not apply:
+The events of one run come in this order; those in brackets may be missing:
 
-    Built, [Pruning ...] or [Level ...], Pruned, Started, [Resumed],
-    then Progress and, at the end of each epoch, EpochEnded, and at last Finished or Failed.
+    [Built]                            the network; runs that share it emit one event
+    [Pruning, ...] or [Level, ...]     unless the folder has the mask
+    Pruned
+    Started
+    [Resumed]                          if there is a checkpoint
+    [EpochEnded,] Progress, ...
+    Finished or Failed
 
-Events of runs that train side by side are interleaved, and may come from several threads. A run
-that an earlier command finished emits Finished alone, with `found`.
+A run that an earlier command finished emits Finished alone, with `found`. Events of runs that train
+at the same time are interleaved, and may come from several threads.
 """
 
 from __future__ import annotations

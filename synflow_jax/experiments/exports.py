@@ -1,4 +1,7 @@
-"""Reads the network of a run, pruned or trained, from its folder and writes it as files for others."""
+"""Reads the network of a run from its folder, and writes it as files for others.
+
+The run may be one of pruning or of training. Its row may be that of any process of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def read(row: Mapping[str, Any], workdir: Workdir, init: str | None = None) -> N
 
 def _read_pruned(run: Run, path: pathlib.Path) -> Network:
     """Draws the network of a pruning run again, and reads its mask."""
-    # It was pruned, so its compression was accepted.
+    # The run has pruned it, so its compression was accepted.
     network = initialization.build(run, bounded=False)
     mask = storage.load_mask(path, network.params)
     return initialization.for_training(run, network)._replace(mask=mask)

@@ -71,11 +71,13 @@ def named_values(settings: Any, config: Any) -> dict[str, Any]:
       settings: the config, or one of its parts.
       config: the config; whether a setting counts may depend on another one.
     """
-    return {
-        field.name: _named(field, getattr(settings, field.name), config)
-        for field in dataclasses.fields(settings)
-        if field.metadata["identity"](getattr(settings, field.name), field.default, config)
-    }
+    found = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        is_named: Identity = field.metadata["identity"]
+        if is_named(value, field.default, config):
+            found[field.name] = _named(field, value, config)
+    return found
 
 
 def deciding_values(config: Any) -> dict[str, Any]:

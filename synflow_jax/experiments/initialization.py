@@ -1,4 +1,4 @@
-"""Builds the network that a run starts from: drawn from its seed, or read from a file of weights."""
+"""Builds the network that a run starts from, from its seed or from a file of weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def build(run: Run, *, bounded: bool = True) -> Network:
     checks.check(run.config)
     model, input_shape = architecture(run)
     # Shapes are enough to find a bad choice of what can be pruned, and take no time.
-    _check_exclude(run, _prunable(run, _shapes(run, model, input_shape)))
+    shapes = _shapes(run, model, input_shape)
+    _prunable(run, shapes)
+    _check_exclude(run, shapes)
     if run.config.init is None:
         params, batch_stats = models.init(model, input_shape, run.init_key)
     else:
@@ -84,7 +86,7 @@ def architecture(run: Run) -> tuple[nn.Module, tuple[int, int, int]]:
 def for_training(run: Run, network: Network) -> Network:
     """Returns the network that training begins from.
 
-    It is the one that was pruned, except for ablation="reinitialize", which draws the weights again.
+    It is the one that was pruned, unless ablation="reinitialize" draws the weights again.
 
     Args:
       run: of the network.

@@ -58,7 +58,7 @@ def prune(
       run: the one to prune.
       network: from `initialization.build`.
       workdir: the folder.
-      scoring: from `make_scoring`, if several runs share it. The row has only the time of this call.
+      scoring: from `make_scoring`, if several runs share it. The row's time leaves it out.
       maximum: from `initialization.max_compression`, if it is known.
       on_progress: called as `pruning.prune` does.
 
@@ -141,7 +141,7 @@ def _make_mask(
 
 
 def _first_scores(run: Run, network: Network, rule: scores.Rule) -> Scores:
-    """Scores the network before anything is pruned."""
+    """Computes the scores before anything is pruned."""
     first_scores: Callable[..., Scores] = pruning.first_scores
     if run.config.prune.over_devices:
         first_scores = functools.partial(sharded.first_scores, devices=jax.local_devices())

@@ -63,8 +63,11 @@ def write_curve(path: pathlib.Path, info: TrainInfo) -> None:
 
 def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
     """Reads the curve of a run: per epoch, its values by the names of `training.CURVE`."""
+    epochs = []
     with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        for row in csv.DictReader(file):
+            epochs.append({name: float(value) for name, value in row.items()})
+    return epochs
 
 
 def write(run: Run, mask: Mask, form: Form, trained: Trained, workdir: Workdir) -> dict[str, Any]:
@@ -82,6 +85,7 @@ def write(run: Run, mask: Mask, form: Form, trained: Trained, workdir: Workdir) 
     """
     row = _row(run, mask, form, trained)
     timing = trained.timing
+    num_images = timing.num_steps * run.config.train.batch_size
     storage.write_json(workdir.config_path, row["config"])
     workdir.write_timing(
         {
@@ -89,7 +93,7 @@ def write(run: Run, mask: Mask, form: Form, trained: Trained, workdir: Workdir) 
             "seconds": timing.seconds,
             "steps": timing.num_steps,
             "step_seconds": timing.step_seconds,
-            "images_per_second": timing.num_steps * run.config.train.batch_size / timing.seconds,
+            "images_per_second": num_images / timing.seconds,
             "together": timing.num_runs,
         }
     )
@@ -108,6 +112,9 @@ def _row(run: Run, mask: Mask, form: Form, trained: Trained) -> dict[str, Any]:
         values = {name: float(values[epoch]) for name, values in curve.items()}
         return {"epoch": epoch + 1, **values}
 
+    last = config.train.num_epochs - 1
+    best = int(np.nanargmax(curve["test_top1"]))
+    kept = [np.count_nonzero(np.asarray(leaf)) for leaf in jax.tree.leaves(mask)]
     return {
         "run_id": run.train_id,
         "prune_run_id": run.prune_id,
@@ -118,13 +125,13 @@ def _row(run: Run, mask: Mask, form: Form, trained: Trained) -> dict[str, Any]:
         "seed": config.seed,
         "width_multiplier": config.width_multiplier,
         "total": sum(trees.sizes(mask)),
-        "kept": sum(int(np.count_nonzero(np.asarray(leaf))) for leaf in jax.tree.leaves(mask)),
+        "kept": int(sum(kept)),
         "compact": form.compact,
         "size": form.size,
         "num_epochs": config.train.num_epochs,
         "num_steps": int(state.step),
-        "last": at(config.train.num_epochs - 1),
-        "best": at(int(np.nanargmax(curve["test_top1"]))),
+        "last": at(last),
+        "best": at(best),
         "mean_squares": _mean_squares(form, state.params),
         "curve": f"curves/{run.train_id}.csv",
         "params_sha256": digest(state.params),

@@ -39,6 +39,7 @@ def prune_row(
     """
     config, prune = run.config, run.config.prune
     apply_fn = models.synflow_fn(network.model, network.batch_stats)
+    masked = (apply_fn, network.params, mask, network.input_shape)
     positions = models.output_positions(network.model, network.input_shape)
     multiply_adds_kept, multiply_adds = analysis.multiply_adds(mask, positions)
     total = sum(trees.sizes(mask))
@@ -63,10 +64,8 @@ def prune_row(
         "layers": _layers(mask, info, _initial_magnitudes(run, info, initial), positions),
         "multiply_adds": multiply_adds,
         "multiply_adds_kept": multiply_adds_kept,
-        "collapsed": analysis.collapsed(apply_fn, network.params, mask, network.input_shape),
-        "log10_objective": analysis.log10_path_norm(
-            apply_fn, network.params, mask, network.input_shape
-        ),
+        "collapsed": analysis.collapsed(*masked),
+        "log10_objective": analysis.log10_path_norm(*masked),
         "max_compression": maximum,
         "largest_cut_fraction": _largest(cut_fractions(info)),
         "iterations": _iterations(info),
@@ -138,14 +137,14 @@ def _log10_cut(info: PruneInfo) -> list[float]:
 
 def _initial_magnitudes(run: Run, info: PruneInfo, initial: Scores | None) -> list[float | None]:
     """Returns, for each layer, the sum of |score| before pruning; None if it is not known."""
-    # In train mode the mean that is subtracted makes scores negative.
+    # In train mode, batch norm subtracts the mean of the batch, and scores can be negative.
     if run.pruner.non_negative and not run.trains_batch_norm:
         # All scores have one sign (a negative one, if they are inverted).
         return [abs(float(total)) for total in info.score_total[0]]
     if initial is None:
         return [None] * info.score_total.shape[1]
-    leaves = map(np.asarray, jax.tree.leaves(initial))
-    return [float(np.sum(np.abs(leaf), dtype=np.float64)) for leaf in leaves]
+    magnitudes = [np.abs(np.asarray(leaf)) for leaf in jax.tree.leaves(initial)]
+    return [float(np.sum(leaf, dtype=np.float64)) for leaf in magnitudes]
 
 
 def unit_scores(network: Network, initial: Scores) -> dict[str, dict[str, list[float]]]:
@@ -162,10 +161,10 @@ def unit_scores(network: Network, initial: Scores) -> dict[str, dict[str, list[f
     apply_fn = models.synflow_fn(network.model, network.batch_stats)
     groups = units.groups(apply_fn, network.params, network.input_shape)
     hidden = [group for group in groups if not (group.is_input or group.is_output)]
-    return {
-        name: {"incoming": _rounded(incoming), "outgoing": _rounded(outgoing)}
-        for name, (incoming, outgoing) in units.unit_scores(hidden, initial).items()
-    }
+    found = {}
+    for name, (incoming, outgoing) in units.unit_scores(hidden, initial).items():
+        found[name] = {"incoming": _rounded(incoming), "outgoing": _rounded(outgoing)}
+    return found
 
 
 def _rounded(values: Any) -> list[float]:

@@ -141,7 +141,9 @@ class Run:
 
 def _name(config: Config, values: dict[str, Any]) -> str:
     """Returns a name: the settings that a reader looks for, and a hash of all `values`."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    # Sorted, so that the order of the fields does not matter.
+    content = json.dumps(values, sort_keys=True).encode()
+    digest = hashlib.sha256(content).hexdigest()[:8]
     shown = (
         config.model,
         config.dataset,
@@ -179,6 +181,7 @@ def resolve(config: Config) -> list[Run]:
     runs: list[Run] = []
     for combination in combinations(config):
         run = Run(_filled(combination))
+        # Two combinations may be one run, e.g. if they differ in a mode that the rule does not use.
         if run not in runs:
             runs.append(run)
     return runs
@@ -246,11 +249,13 @@ def combinations(config: Config) -> Iterator[Config]:
     for grid in config.grids or (config.grid,):
         values = _values(config, grid)
         for combination in itertools.product(*values.values()):
+            # A deep copy, since the parts of a config can be changed.
             single = copy.deepcopy(config)
             single.grid, single.grids = Grid(), ()
             for key, value in zip(values, combination, strict=True):
-                owner, _, name = key.rpartition(".")
-                setattr(getattr(single, owner) if owner else single, name, value)
+                part, _, name = key.rpartition(".")
+                owner = getattr(single, part) if part else single
+                setattr(owner, name, value)
             yield single
 
 
@@ -279,10 +284,11 @@ def _filled(config: Config) -> Config:
 def grid_fields() -> dict[str, dataclasses.Field[Any]]:
     """Returns the fields of `Grid` by the key of the config that each of them sets."""
     own = {field.name for field in dataclasses.fields(Config)}
-    return {
-        field.name if field.name in own else f"prune.{field.name}": field
-        for field in dataclasses.fields(Grid)
-    }
+    found = {}
+    for field in dataclasses.fields(Grid):
+        key = field.name if field.name in own else f"prune.{field.name}"
+        found[key] = field
+    return found
 
 
 def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
@@ -309,7 +315,7 @@ def _values(config: Config, grid: Grid) -> dict[str, tuple[Any, ...]]:
     for key, field in grid_fields().items():
         values = getattr(grid, field.name) or getattr(config.grid, field.name)
         if values:
-            kind = typing.get_args(field.type)[0]
+            kind, _ = typing.get_args(field.type)  # of tuple[kind, ...]
             found[key] = tuple(_typed(field.name, value, kind) for value in values)
     return found
 

@@ -208,7 +208,7 @@ def _cond(eqn: JaxprEqn, exponents: Exponents) -> Plan | None:
 
 @_rule("scan")
 def _scan(eqn: JaxprEqn, exponents: Exponents) -> None:
-    """Has no plan: a scan's products may need a power of two though no operand has one."""
+    """Lets every scan be entered: its products may need a power of two that no operand has."""
 
 
 # These rules may give an exponent to outputs though no operand has one.

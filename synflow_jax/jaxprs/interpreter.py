@@ -136,9 +136,10 @@ def _step(
 ) -> Sequence[Value]:
     """Returns one value per output of an equation."""
     rule = table.rules.get(eqn.primitive.name)
-    outputs = None if rule is None else rule(state, eqn, operands)
-    if outputs is not None:
-        return outputs
+    if rule is not None:
+        outputs = rule(state, eqn, operands)
+        if outputs is not None:
+            return outputs
     program = called(eqn)
     if program is not None:
         return walk(table, state, program, operands)
@@ -179,7 +180,8 @@ class Cond(Generic[Value]):
     @classmethod
     def of(cls, eqn: JaxprEqn, operands: list[Value]) -> Cond[Value]:
         """Reads the parts of an equation."""
-        return cls(eqn.params["branches"], operands[0], operands[1:])
+        index, *rest = operands
+        return cls(eqn.params["branches"], index, rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,18 +268,20 @@ def fixed_point(
     Returns:
       The carried values that hold for every iteration, and the body's further values.
     """
+    num_carry = len(carry)
     while True:
         undo = checkpoint()
         results = list(body(carry))
-        joined = [join(a, b) for a, b in zip(carry, results, strict=False)]
-        if all(same(a, b) for a, b in zip(joined, carry, strict=True)):
-            return joined, results[len(carry) :]
+        after, further = results[:num_carry], results[num_carry:]
+        joined = list(map(join, carry, after))
+        if all(map(same, joined, carry)):
+            return joined, further
         undo()
         # Joins happen once more, because what they have recorded must outlive the round.
-        carry = [join(a, b) for a, b in zip(carry, results, strict=False)]
+        carry = list(map(join, carry, after))
 
 
 def _num_same_shape(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     """Counts the variables that have one shape outside of a scan's body and inside."""
-    pairs = zip(outside, inside, strict=True)
-    return sum(a.aval.shape == b.aval.shape for a, b in pairs)
+    same = [a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True)]
+    return sum(same)

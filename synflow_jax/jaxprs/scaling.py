@@ -193,6 +193,72 @@ class _Evaluation:
         yield
         del self.atoms[num_atoms:]
 
+    def compute(
+        self,
+        eqn: JaxprEqn,
+        operands: _Values,
+        plan: Plan,
+    ) -> _Values:
+        """Computes an equation according to its plan."""
+        arrays = [x.array for x in operands]
+        outputs = plan.exponents
+        if plan.plain:
+            self.plain_primitives.append(eqn.primitive.name)
+            arrays = [self.plain(x) for x in operands]
+        if plan.align:
+            arrays, common = self.aligned(operands, plan.align)
+            outputs = [common if is_float(v) else PLAIN for v in eqn.outvars]
+
+        arrays = bind(eqn, arrays)
+        results = []
+        for array, exponent, variable in zip(arrays, outputs, eqn.outvars, strict=True):
+            result = _Value(array, exponent)
+            # Only a product makes a value much larger than its operands.
+            if plan.num_products and is_float(variable):
+                result = self.rescaled(result)
+            results.append(result)
+        return results
+
+    def plain(self, x: _Value) -> Any:
+        """Returns the array that a value stands for, which may overflow."""
+        if not x.exponent:
+            return x.array
+        return _multiplied(x.array, self.number(x.exponent))
+
+    def aligned(
+        self,
+        operands: _Values,
+        indices: Sequence[int],
+    ) -> tuple[list[Any], Exponent]:
+        """Brings operands to the largest of their exponents.
+
+        indices: which operands; the others stay as they are. Returns all arrays, and the exponent.
+        """
+        # An operand without exponent counts by its size: one that is 0 throughout (a new bias) must
+        # not hold back the others.
+        sizes = []
+        for i in indices:
+            array, exponent = operands[i]
+            size = self.number(exponent) if exponent else _size(array)
+            sizes.append(size)
+        common = functools.reduce(jnp.maximum, sizes)
+
+        arrays = [x.array for x in operands]
+        for i in indices:
+            array, exponent = operands[i]
+            difference = common - self.number(exponent)
+            arrays[i] = _divided(array, difference)
+        return arrays, self.new_atom(common)
+
+    def rescaled(self, x: _Value) -> _Value:
+        """Divides a value by the power of two that brings its largest entry to between 1 and 2."""
+        size = _size(x.array)
+        # Nothing brings an array of zeros there.
+        shift = jnp.where(size > _LOW, size, 0)
+        array = _divided(x.array, shift)
+        atom = self.new_atom(size)
+        return _Value(array, exponents.add(x.exponent, atom))
+
 
 def _evaluate(
     evaluation: _Evaluation,
@@ -209,73 +275,6 @@ def _evaluate(
     return Scaled(output.array, evaluation.number(output.exponent))
 
 
-def _compute(
-    evaluation: _Evaluation,
-    eqn: JaxprEqn,
-    operands: _Values,
-    plan: Plan,
-) -> _Values:
-    """Computes an equation according to its plan."""
-    arrays = [x.array for x in operands]
-    outputs = plan.exponents
-    if plan.plain:
-        evaluation.plain_primitives.append(eqn.primitive.name)
-        arrays = [_plain(evaluation, x) for x in operands]
-    if plan.align:
-        arrays, common = _aligned(evaluation, operands, plan.align)
-        outputs = [common if is_float(v) else PLAIN for v in eqn.outvars]
-
-    arrays = bind(eqn, arrays)
-    results = []
-    for array, exponent, variable in zip(arrays, outputs, eqn.outvars, strict=True):
-        result = _Value(array, exponent)
-        # Only a product makes a value much larger than its operands.
-        if plan.num_products and is_float(variable):
-            result = _rescaled(evaluation, result)
-        results.append(result)
-    return results
-
-
-def _plain(evaluation: _Evaluation, x: _Value) -> Any:
-    """Returns the array that a value stands for, which may overflow."""
-    if not x.exponent:
-        return x.array
-    return _multiplied(x.array, evaluation.number(x.exponent))
-
-
-def _aligned(
-    evaluation: _Evaluation,
-    operands: _Values,
-    indices: Sequence[int],
-) -> tuple[list[Any], Exponent]:
-    """Brings operands to the largest of their exponents. Returns all arrays, and that exponent."""
-    # An operand without exponent counts by its size: one that is 0 throughout (a new bias) must
-    # not hold back the others.
-    sizes = []
-    for i in indices:
-        array, exponent = operands[i]
-        size = evaluation.number(exponent) if exponent else _size(array)
-        sizes.append(size)
-    common = functools.reduce(jnp.maximum, sizes)
-
-    arrays = [x.array for x in operands]
-    for i in indices:
-        array, exponent = operands[i]
-        difference = common - evaluation.number(exponent)
-        arrays[i] = _divided(array, difference)
-    return arrays, evaluation.new_atom(common)
-
-
-def _rescaled(evaluation: _Evaluation, x: _Value) -> _Value:
-    """Divides a value by the power of two that brings its largest entry to between 1 and 2."""
-    size = _size(x.array)
-    # Nothing brings an array of zeros there.
-    shift = jnp.where(size > _LOW, size, 0)
-    array = _divided(x.array, shift)
-    atom = evaluation.new_atom(size)
-    return _Value(array, exponents.add(x.exponent, atom))
-
-
 # ------------------------------------------------------------------------------------------ Rules
 
 
@@ -284,7 +283,7 @@ def _planned(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Valu
     plan = exponents.plan(eqn, [x.exponent for x in operands])
     if plan is None:
         return None
-    return _compute(evaluation, eqn, operands, plan)
+    return evaluation.compute(eqn, operands, plan)
 
 
 def _default(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
@@ -310,6 +309,7 @@ def _cond(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
         return planned
     cond = Cond.of(eqn, operands)
 
+    # Only arrays can leave a branch, so it returns the numbers that its exponents stand for.
     def evaluated(branch: ClosedJaxpr, *arrays: Any) -> Any:
         inputs = _replaced(cond.operands, arrays)
         with evaluation.inner_program():
@@ -330,6 +330,7 @@ def _scan(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
     carry_variables = eqn.outvars[:num_carry]
     stacked_variables = eqn.outvars[num_carry:]
 
+    # What is carried takes a new exponent in every iteration, so its number is carried too.
     def body(carry: Any, slices: Any) -> Any:
         with evaluation.inner_program():
             arrays, numbers = carry
@@ -347,6 +348,7 @@ def _scan(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
     (arrays, numbers), stacked = scan.run(body, start, xs)
 
     results = evaluation.joined(arrays, numbers, carry_variables)
+    # Each slice of what is stacked has its own number. One array needs one for all.
     for array, slice_numbers, variable in zip(*stacked, stacked_variables, strict=True):
         result = _Value(array, PLAIN)
         if is_float(variable):

@@ -63,6 +63,7 @@ def _train_apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Ar
     """Returns `apply(batch_stats, params, x)` in training mode."""
 
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
+        # The updated statistics are dropped: scoring does not train.
         logits, _ = model.apply(
             variables(params, batch_stats),
             x,

@@ -82,6 +82,7 @@ def compact(network: Network, *, fold: bool = False, tolerance: float = 0.0) -> 
         fold=fold,
         tolerance=tolerance,
     )
+    # The shapes of the parameters tell the model how wide it is now.
     params = small["params"]
     smaller = Network(
         model=model.resized(params),

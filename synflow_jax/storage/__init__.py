@@ -15,8 +15,6 @@ from synflow_jax.storage.files import write_json as write_json
 from synflow_jax.storage.masks import load_mask as load_mask
 from synflow_jax.storage.masks import mask_digest as mask_digest
 from synflow_jax.storage.masks import save_mask as save_mask
-from synflow_jax.storage.rows import own as own
-from synflow_jax.storage.rows import read_all_rows as read_all_rows
 from synflow_jax.storage.rows import read_rows as read_rows
 from synflow_jax.storage.rows import write_row as write_row
 from synflow_jax.storage.workdir import Stopped as Stopped

@@ -67,11 +67,6 @@ def merged_rows(paths: Iterable[pathlib.Path]) -> list[Row]:
     return list(found.values())
 
 
-def read_all_rows(workdir: AnyPath) -> list[Row]:
-    """Reads the rows of a folder; `Workdir.rows` replaces this function."""
-    return merged_rows(of_all_processes(pathlib.Path(workdir) / "rows.jsonl"))
-
-
 def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Adds a row to a file. An older row of the same `run_id` is removed."""
     with _locked(path):
@@ -96,9 +91,6 @@ def of_all_processes(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns every file that `of_this_process` may have named, by process. Some may not exist."""
     of_jobs = path.parent.glob(f"{path.stem}-*{path.suffix}")
     return [path, *sorted(of_jobs)]
-
-
-own = of_this_process  # until every caller asks Workdir
 
 
 @contextlib.contextmanager

@@ -141,6 +141,7 @@ def compact_tree(
         plan = make_plan(groups, variables, mask)
         return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan, {})
 
+    # Constants are evaluated for inputs of 0, on which they do not depend.
     network = MaskedLeaves.of(variables, mask)
     connections = Connections(groups, network)
     structure = jax.tree.structure(variables)
@@ -185,21 +186,21 @@ def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndar
     if set(kept) != {group.name for group in groups}:
         names = sorted(group.name for group in groups)
         raise ValueError(f"kept has the groups {sorted(kept)}. They must be {names}.")
-    shapes = {
-        name: jnp.shape(leaf)
-        for name, leaf in zip(trees.names(variables), jax.tree.leaves(variables), strict=True)
-    }
-    stay = {name: [np.ones(size, bool) for size in shape] for name, shape in shapes.items()}
+    leaves = jax.tree.leaves(variables)
+    shapes = dict(zip(trees.names(variables), map(jnp.shape, leaves), strict=True))
+    stay = {}
+    for name, shape in shapes.items():
+        stay[name] = [np.ones(size, bool) for size in shape]
+    # A position goes with its unit, in every parameter. Positions that are no unit stay.
     for group in groups:
         gone = np.ones(group.size, bool)
         gone[kept[group.name]] = False
         for name, axis, units in group.axes:
             stay[name][axis] &= (units < 0) | ~gone[units]
 
-    positions = {
-        name: tuple(None if rows.all() else np.flatnonzero(rows) for rows in axes)
-        for name, axes in stay.items()
-    }
+    positions = {}
+    for name, axes in stay.items():
+        positions[name] = tuple(None if rows.all() else np.flatnonzero(rows) for rows in axes)
     return Plan(
         kept={name: np.asarray(units) for name, units in kept.items()},
         sizes={group.name: group.size for group in groups},
@@ -220,9 +221,10 @@ def _plan_without(connections: Connections, needless: np.ndarray, variables: Tre
     stays = connections.useful(needless) | connections.must_stay
     kept = {}
     for group, first in zip(connections.groups, connections.firsts, strict=True):
-        units = np.flatnonzero(stays[first : first + group.size])
         # An empty group keeps its first unit, so that its layers still exist.
-        kept[group.name] = units if len(units) else np.arange(min(1, group.size))
+        if not stays[first : first + group.size].any():
+            stays[first : first + min(1, group.size)] = True
+        kept[group.name] = np.flatnonzero(stays[first : first + group.size])
     return plan_of(connections.groups, variables, kept)
 
 
@@ -303,6 +305,7 @@ def _structures(variables: Tree) -> dict[Any, tuple[str, ...]]:
     """Returns `Plan.structures` of variables."""
     names = tuple(trees.names(variables))
     found = {_structure(variables): names}
+    # Gradients and optimizer states are usually those of one collection, the parameters.
     start = 0
     for collection in jax.tree.leaves(variables, is_leaf=lambda node: node is not variables):
         stop = start + len(jax.tree.leaves(collection))

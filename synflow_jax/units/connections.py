@@ -14,7 +14,7 @@ import numpy as np
 
 from synflow_jax import trees
 from synflow_jax.trees import Mask, Tree
-from synflow_jax.units.grouping import Axis, Group
+from synflow_jax.units.grouping import Group
 
 
 class Collapsed(ValueError):
@@ -47,6 +47,7 @@ class MaskedLeaves(NamedTuple):
 
     @property
     def names(self) -> list[str]:
+        """Returns the names of the leaves, in order."""
         return list(self.leaves)
 
     def kept(self, name: str) -> np.ndarray:
@@ -105,29 +106,38 @@ class Connections:
         sizes = [group.size for group in groups]
         self.firsts = np.cumsum([0, *sizes])[:-1].tolist()
         self.num_units = sum(sizes)
-        self.units = {
-            name: [np.full(size, -1) for size in leaf.shape]
-            for name, leaf in network.leaves.items()
-        }
-        for group, first in zip(groups, self.firsts, strict=True):
-            for name, axis, units in group.axes:
-                is_unit = units >= 0
-                self.units[name][axis][is_unit] = first + units[is_unit]
-
+        self.units = self._number_positions()
         self._inputs = self._per_unit([group.is_input for group in groups])
         self._outputs = self._per_unit([group.is_output for group in groups])
         is_fixed = self._per_unit([bool(group.fixed) for group in groups])
         self.must_stay = self._inputs | self._outputs | is_fixed
 
         self._kernels: list[_Kernel] = []
-        # Units that a kernel writes whose input axis holds no units, and reads whose output does.
+        # Units that receive from a kernel whose input axis holds no units, and units that lead to
+        # a kernel whose output axis holds none.
         self._fed = np.zeros(self.num_units, bool)
         self._led = np.zeros(self.num_units, bool)
-        readers = _axes_by_leaf([axis for group in groups for axis in group.readers])
-        writers = _axes_by_leaf([axis for group in groups for axis in group.writers])
+        readers: dict[str, set[int]] = {name: set() for name in network.leaves}
+        writers: dict[str, set[int]] = {name: set() for name in network.leaves}
+        for group in groups:
+            for axis in group.readers:
+                readers[axis.name].add(axis.axis)
+            for axis in group.writers:
+                writers[axis.name].add(axis.axis)
         for name in network.leaves:
-            self._connect(name, readers.get(name, set()), writers.get(name, set()))
+            self._connect(name, readers[name], writers[name])
         self._check_paths()
+
+    def _number_positions(self) -> dict[str, list[np.ndarray]]:
+        """Returns the unit of each position of each axis of each leaf."""
+        numbers = {}
+        for name, leaf in self.network.leaves.items():
+            numbers[name] = [np.full(size, -1) for size in leaf.shape]
+        for group, first in zip(self.groups, self.firsts, strict=True):
+            for name, axis, units in group.axes:
+                is_unit = units >= 0
+                numbers[name][axis][is_unit] = first + units[is_unit]
+        return numbers
 
     def _per_unit(self, flags: Sequence[bool]) -> np.ndarray:
         """Repeats a flag of each group for each of its units."""
@@ -137,20 +147,21 @@ class Connections:
         """Connects the units along the input axes of a kernel with those along its output axes."""
         kept = self.network.kept(name)
         units = self.units[name]
-        for read in sorted(readers):
-            outputs = sorted(writers - {read})
-            for write in outputs:
+        # In a recurrent layer one axis can be both.
+        pairs = [(read, write) for read in sorted(readers) for write in sorted(writers)]
+        for read, write in pairs:
+            if read != write:
                 table = any_along(kept, (read, write))
                 self._kernels.append(_Kernel(table, units[read], units[write]))
-            if not outputs:
-                self._mark(self._led, units[read][any_along(kept, (read,))])
-        for write in sorted(writers):
+        # Where the other side holds no units, its positions count as always in use.
+        for read in readers:
+            if not writers - {read}:
+                used = units[read][any_along(kept, (read,))]
+                self._led[used[used >= 0]] = True
+        for write in writers:
             if not readers - {write}:
-                self._mark(self._fed, units[write][any_along(kept, (write,))])
-
-    @staticmethod
-    def _mark(flags: np.ndarray, units: np.ndarray) -> None:
-        flags[units[units >= 0]] = True
+                used = units[write][any_along(kept, (write,))]
+                self._fed[used[used >= 0]] = True
 
     def _check_paths(self) -> None:
         reached = self._spread(self._inputs | self._fed)
@@ -170,6 +181,8 @@ class Connections:
         Args:
           train: they must stay 0 in training too.
         """
+        # A unit may differ from 0 if something may enter it, if its layer does not keep 0 at 0, or
+        # if anything but 0 is added to it. Kept weights carry that on to all units after it.
         stays_zero = [group.zero_stays if train else group.zero for group in self.groups]
         loud = self.must_stay | self._fed | ~self._per_unit(stays_zero)
         for group, first in zip(self.groups, self.firsts, strict=True):
@@ -201,11 +214,14 @@ class Connections:
         kernels = self._kernels
         if backward:
             kernels = [_Kernel(k.kept.T, k.writes, k.reads) for k in reversed(kernels)]
+        # Kernels are in the order of the leaves, not of the network, and there may be loops. So all
+        # of them are followed until no unit is new.
         grown = True
         while grown:
             grown = False
             for kernel in kernels:
-                hit = kernel.writes[kernel.kept[reached[kernel.reads]].any(axis=0)]
+                is_written = kernel.kept[reached[kernel.reads]].any(axis=0)
+                hit = kernel.writes[is_written]
                 new = hit[allowed[hit] & ~reached[hit]]
                 reached[new] = True
                 grown |= len(new) > 0
@@ -219,10 +235,3 @@ def any_along(table: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     # The reduction leaves the axes in ascending order.
     places = np.argsort(np.argsort(axes))
     return reduced.transpose(places)
-
-
-def _axes_by_leaf(axes: Sequence[Axis]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
-    for name, axis, _ in axes:
-        found.setdefault(name, set()).add(axis)
-    return found

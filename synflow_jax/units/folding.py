@@ -33,8 +33,9 @@ def foldable(connections: Connections, reads: Sequence[Read], tolerance: float) 
             is_unit = units >= 0
             is_constant = np.zeros(len(units), bool)
             is_constant[is_unit] = constant[first + units[is_unit]]
-            products = [r for r in reads if names[r.leaf] == name and r.read in (axis, NONE)]
-            # Each product of the kernel has to be able to take up what it reads.
+            products = [read for read in reads if names[read.leaf] == name]
+            products = [read for read in products if read.read in (axis, NONE)]
+            # The bias after each product of the kernel has to be able to take up the constant.
             able = np.full(len(units), len(products) > 0)
             for product in products:
                 able &= _can_fold(connections, product, is_constant, tolerance)
@@ -60,15 +61,18 @@ def _can_fold(
     if network.leaves[bias].ndim != 1:
         return np.zeros(len(constant), bool)
     # An entry of the bias that is pruned has to stay 0.
-    kept = any_along(network.kept(network.names[read.leaf]), (read.read, read.write))
-    pruned = ~network.kept(bias)
-    able = np.asarray(read.steady) & ~(kept & pruned[None]).any(axis=1)
+    kept = network.kept(network.names[read.leaf])
+    writes = any_along(kept, (read.read, read.write))
+    writes_pruned = (writes & ~network.kept(bias)[None]).any(axis=1)
+    able = np.asarray(read.steady) & ~writes_pruned
     if read.whole:
         return able
+    # The most that an output changes if all of the kernel lies on padding.
+    sums = abs(_kernel_matrix(connections, read)).sum(axis=2)
+    errors = abs(np.asarray(read.values)) * sums.max(axis=1, initial=0)
     # The smallest errors are taken first, as many of them as the tolerance affords together.
     able &= constant
-    largest_sums = abs(_kernel_matrix(connections, read)).sum(-1).max(-1, initial=0)
-    errors = np.where(able, abs(np.asarray(read.values)) * largest_sums, np.inf)
+    errors = np.where(able, errors, np.inf)
     order = np.argsort(errors, kind="stable")
     affordable = np.zeros(len(able), bool)
     affordable[order] = np.cumsum(errors[order]) <= tolerance
@@ -109,10 +113,11 @@ def fold(
         gone[stay] = False
         constants = np.where(gone, read.values, 0)
         kernel = _kernel_matrix(connections, read)
-        leaves[names[read.bias]] += read.sign * (constants @ kernel.sum(-1))
+        added = constants @ kernel.sum(axis=2)
+        leaves[names[read.bias]] += read.sign * added
         if not read.whole and constants.any():
-            error = float(np.max(abs(constants) @ abs(kernel).sum(-1)))
-            bounds[name] = max(error, bounds.get(name, 0.0))
+            errors = abs(constants) @ abs(kernel).sum(axis=2)
+            bounds[name] = max(float(np.max(errors)), bounds.get(name, 0.0))
     return leaves, bounds
 
 

@@ -12,6 +12,7 @@ that must stay, but never the other way round.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ class Group(NamedTuple):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """All axes of the units."""
+        """Returns all axes of the units."""
         return self.writers + self.sources + self.scales + self.readers
 
 
@@ -126,7 +127,7 @@ def groups(
 
 
 def unit_scores(groups: Sequence[Group], scores: Scores) -> dict[str, UnitScores]:
-    """Sums the scores into and out of each unit, by the name of its group.
+    """Adds up the scores into and out of each unit, by the name of its group.
 
     For SynFlow both sums are equal for every hidden unit (Theorem 1). In a residual stream they are
     equal too if every source is scored or is 0.
@@ -225,13 +226,15 @@ def _number(records: Records) -> _Numbering:
     layers = [row for row in inputs if np.isin(row, read).any()]
     layers += [unit_of[records.rows[axis]] for axis in records.writers]
     # The units of a layer are one group, together with all layers that share a unit with it.
-    group_of_unit = _components(records.num_nodes, [(row[:-1], row[1:]) for row in layers])
+    neighbours = [(row[:-1], row[1:]) for row in layers]
+    group_of_unit = _components(records.num_nodes, neighbours)
     members: dict[int, dict[int, None]] = {}
     for row in layers:
         if len(row):
             group = members.setdefault(int(group_of_unit[row[0]]), {})
             group.update(dict.fromkeys(row.tolist()))
 
+    # Places follow the order in which the first layer has the units.
     group_of = np.full(records.num_nodes, NONE)
     place_of = np.full(records.num_nodes, NONE)
     for number, units in enumerate(members.values()):
@@ -284,20 +287,22 @@ def _reasons_by_group(numbering: _Numbering, records: Records) -> list[tuple[Rea
 
 
 def _names_of_groups(
-    is_input: Sequence[bool] | np.ndarray,
+    is_input: np.ndarray,
     writers: Sequence[tuple[Axis, ...]],
     readers: Sequence[tuple[Axis, ...]],
 ) -> list[str]:
     """Returns a name for each group, as `Group.name` says."""
     names = []
-    for i, axes in enumerate(writers):
-        names.append("input" if is_input[i] else axes[0].name.removesuffix("/kernel"))
-    # A kernel [in, heads, head dimension] writes to several groups.
-    unique = []
-    for i, name in enumerate(names):
-        first = (*writers[i], *readers[i])[0]
-        unique.append(f"{name}:{first.axis}" if names.count(name) > 1 else name)
-    return unique
+    for group, axes in enumerate(writers):
+        name = "input" if is_input[group] else axes[0].name
+        names.append(name.removesuffix("/kernel"))
+    counts = collections.Counter(names)
+    for group, name in enumerate(names):
+        # A kernel [in, heads, head dimension] writes to several groups.
+        if counts[name] > 1:
+            first, *_ = (*writers[group], *readers[group])
+            names[group] = f"{name}:{first.axis}"
+    return names
 
 
 def _components(num_nodes: int, edges: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -310,9 +315,11 @@ def _components(num_nodes: int, edges: Sequence[tuple[np.ndarray, np.ndarray]]) 
     Returns:
       The smallest node of the component of each node, int [num_nodes].
     """
-    a = np.concatenate([np.zeros(0, int), *[np.ravel(nodes) for nodes, _ in edges]])
-    b = np.concatenate([np.zeros(0, int), *[np.ravel(nodes) for _, nodes in edges]])
     label = np.arange(num_nodes)
+    if not edges:
+        return label
+    a = np.concatenate([nodes.ravel() for nodes, _ in edges])
+    b = np.concatenate([nodes.ravel() for _, nodes in edges])
     while (label[a] != label[b]).any():
         smaller = np.minimum(label[a], label[b])
         # Labels are nodes: to lower the label of a label lowers that of all nodes that have it.

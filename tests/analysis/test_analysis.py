@@ -1,4 +1,7 @@
-"""Paths: the maximal compression, collapse and the path norm, against hand-made networks and closed forms."""
+"""Checks paths against hand-made networks and closed forms.
+
+Covers the maximal compression, collapse and the path norm.
+"""
 
 from __future__ import annotations
 

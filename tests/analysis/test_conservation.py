@@ -1,4 +1,4 @@
-"""The audit: Theorems 1 and 2 on random networks in float32, and what breaks them is named."""
+"""Checks the audit: Theorems 1 and 2 hold on random networks in float32, and breaks are named."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_random_networks_conserve(layers: list[tuple[int, bool, bool, bool]], se
 
 
 def test_negative_biases_make_no_negative_flow() -> None:
-    """Biases and weights of either sign, as training leaves them: what flows in with the biases is what flows out."""
+    """Checks biases and weights of either sign, as training leaves them."""
     rng = np.random.default_rng(1)
     params = {
         "fc": {

@@ -1,4 +1,4 @@
-"""The schedule that cannot collapse: every law that its docstring states, at the maximal compression."""
+"""Tests certified pruning: each law of its docstring, down to the maximal compression."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def _pairs(left: Any, right: Any) -> Any:
     "name, length, num_lost", [("mlp", 6, 18), pytest.param("vgg", 5, 3, marks=pytest.mark.slow)]
 )
 def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_lost: int) -> None:
-    """50 networks, to exactly N / L; the paper's schedule with as many iterations loses most MLPs, and some VGGs."""
+    """Prunes 50 networks to exactly N / L.
+
+    With as many iterations the exponential schedule loses most MLPs and some VGGs.
+    """
     case = _case(name)
     assert case.shortest == length
     lost = 0
@@ -109,7 +112,7 @@ def test_vgg16_down_to_fourteen_weights() -> None:
 
 @pytest.mark.slow
 def test_a_network_with_branches_is_pruned_to_a_single_path() -> None:
-    """Every weight that is left lies on all paths: it carries the whole flow. It may be longer than the shortest."""
+    """Leaves weights that all carry the whole flow: one path, which may not be the shortest."""
     case = _case("resnet")
     prune = functools.partial(case.prune, cut_fraction=0.99)
     flow_fn = jax.jit(scores.synflow(case.apply_fn, case.input_shape).flow)
@@ -134,7 +137,7 @@ def test_a_network_with_branches_is_pruned_to_a_single_path() -> None:
 
 @pytest.mark.slow
 def test_the_certificate_can_be_replayed() -> None:
-    """From `removed_in` alone, in float64: the scores that each iteration pruned are below what a cut held."""
+    """Computes from `removed_in` alone, in float64, that each iteration stayed below the cut."""
     case = _case("vgg")
     mask, info, params = case.prune(3, cut_fraction=0.5)
     with jax.enable_x64(True):
@@ -159,7 +162,7 @@ def test_the_certificate_can_be_replayed() -> None:
 
 
 def test_with_biases_a_cut_holds_more_than_flows_in() -> None:
-    """Biases add flow on the way; the bound is what enters at the input, which every cut lets through."""
+    """Bounds by the flow at the input, which every cut holds. Biases add flow after it."""
 
     def apply_fn(params: trees.Params, x: jax.Array) -> jax.Array:
         for name in ("fc1", "fc2"):

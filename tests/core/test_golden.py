@@ -1,4 +1,4 @@
-"""Scores and masks against the authors' implementation, in every figure of the golden folder (--golden-dir)."""
+"""Compares scores and masks with the authors' figures in the golden folder (--golden-dir)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_except
 
 from synflow_jax import pruning, schedules
 
-FAST_RULES = [("magnitude", 1), ("synflow", 1), ("snip", 1)]
-RULES = [*FAST_RULES, ("snip", 2), ("grasp", 1), ("grasp", 2)]
+RULES = [("magnitude", 1), ("synflow", 1), ("snip", 1), ("snip", 2), ("grasp", 1), ("grasp", 2)]
 
 
-@pytest.mark.parametrize("rule, num_batches", slow_except(FAST_RULES, RULES))
+@pytest.mark.parametrize("rule, num_batches", RULES)
 def test_scores_in_float64(golden_file: pathlib.Path, rule: str, num_batches: int) -> None:
     with jax.enable_x64(True):
         case = golden.load(golden_file, jnp.float64)
@@ -33,9 +31,12 @@ def test_scores_in_float64(golden_file: pathlib.Path, rule: str, num_batches: in
         for i, layer in enumerate(ours):
             expected = case.arrays[f"{key}_{i}"]
             np.testing.assert_allclose(
-                layer[case.arrays[f"score_index_{i}"]], expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max(),
+                layer[case.arrays[f"score_index_{i}"]],
+                expected,
+                rtol=1e-9,
+                atol=1e-9 * np.abs(expected).max(),
                 err_msg=f"layer {case.meta['layers'][i][0]}",
-            )  # fmt: skip
+            )
         sums = [layer.sum() for layer in ours]
         scale = max(np.abs(layer).sum() for layer in ours)
         np.testing.assert_allclose(
@@ -49,7 +50,7 @@ def test_masks(golden_file: pathlib.Path) -> None:
 
 
 def test_masks_of_float64_parameters() -> None:
-    """The same of a program that is float64 throughout; the dense network is enough, for it computes the same."""
+    """Scores float64 parameters. The dense network is enough: it computes the same."""
     _check_masks(pathlib.Path(__file__).parents[1] / "golden" / "fc_seed0.npz", "float64")
 
 

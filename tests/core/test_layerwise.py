@@ -1,4 +1,4 @@
-"""Layerwise rules and ablations: exact counts in every layer; an ablation changes what it says and nothing else."""
+"""Tests layerwise rules and ablations: exact counts per layer, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_erk_counts_are_exact_capped_and_in_proportion(
     total = int(sizes.sum())
     assert kept.sum() == total - int((1 - 1 / compression) * total)
     assert np.all(kept >= 0) and np.all(kept <= sizes)
-    # Evci et al.: one factor for all layers that are not full; a full one would be above its size by that factor.
+    # Evci et al.: one factor for all layers that are not full. By that factor, a full layer would
+    # keep more weights than it has.
     sums = np.array([sum(shape) for shape in shapes])
     sparse = kept < sizes
     if sparse.any():
@@ -79,7 +80,8 @@ def test_shuffling_keeps_the_counts_and_moves_the_weights() -> None:
         assert one["hole"] is None and int(one["a"].sum()) == 60 and bool(one["b"].all())
     places = np.stack([np.asarray(one["a"]).reshape(-1) for one in shuffled])
     assert len({row.tobytes() for row in places}) == 60
-    # Each place is kept in a fifth of them: the sum over places of (count - 12)^2 / (60 * 0.2 * 0.8) is near 300.
+    # Each place is kept in a fifth of them. The sum over places of
+    # (count - 12)^2 / (60 * 0.2 * 0.8) is then near 300.
     chi2 = np.sum((places.sum(axis=0) - 12.0) ** 2) / 9.6
     assert 200 < chi2 < 400
 
@@ -143,7 +145,7 @@ def _snip_rule() -> tuple[trees.Params, scores.ScoreFn, Any]:
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_iterative_snip_and_force(nested: bool) -> None:
-    """|dL/dtheta * theta|, with the gradient at the masked network; with regrowth all weights are ranked (FORCE)."""
+    """Scores |dL/dtheta * theta| at the masked network. With regrowth all weights rank (FORCE)."""
     params, rule, loss = _snip_rule()
     gradient = jax.jit(jax.grad(loss))
     mask, returned = trees.prunable(params), 0

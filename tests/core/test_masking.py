@@ -1,8 +1,9 @@
-"""The exact k-th smallest score of a tree, the masks made of it, and their bits on disk.
+"""Tests the exact k-th smallest score of a tree, and the masks made of it.
 
-Laws: `kth_smallest` is `np.partition` of the joined tree, for any input without NaN; a mask keeps exactly the
-scores above the k-th smallest, so exactly k go if scores are distinct, and ties with the k-th go too; nothing
-goes for k < 1; `local_mask` is `global_mask` of each leaf by itself.
+- `kth_smallest` is `np.partition` of the joined tree, for any input without NaN.
+- A mask keeps exactly the scores above the k-th smallest. Exactly k go if scores are distinct, ties
+  with the k-th go too, and nothing goes for k < 1.
+- `local_mask` is `global_mask` of each leaf by itself.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _inputs() -> dict[str, Callable[[np.random.Generator, int], np.ndarray]]:
         "neighbours": lambda rng, size: (
             np.uint32(0x3F800000) + rng.integers(0, 40, size, np.uint32)
         ).view(np.float32),
-        # The sample is taken at a fixed stride: what lies between its places is unlike what it sees.
+        # The sample is taken at a fixed stride. Here the scores between its places are different.
         "unlike its sample": lambda rng, size: np.where(
             np.arange(size) % -(-size // 4096) == 0,
             np.float32(0),

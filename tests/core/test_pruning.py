@@ -1,9 +1,12 @@
-"""The loop: score, threshold, mask.
+"""Tests the loop: score, threshold, mask.
 
-Laws: any loop with `fori_loop`'s interface gives the same masks and info; iterations may be run in parts; one
-trace serves every compression, schedule, seed and batch; masks are nested unless asked; exactly N - k weights
-are kept where scores are distinct; SynFlow's total score is the same in every layer and is R; vmap and pmap of
-the loop are the loop one by one; scores that are not finite never make a mask.
+- Any loop with the interface of `fori_loop` gives the same masks and info.
+- Iterations may run in parts.
+- One trace serves every compression, schedule, seed and batch.
+- Masks are nested unless asked otherwise. Exactly N - k weights are kept if scores are distinct.
+- SynFlow's total score is the same in every layer, and is R.
+- vmap and pmap of the loop equal the loop one by one.
+- Scores that are not finite never make a mask.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ MAGNITUDE = scores.magnitude()
 
 
 def _chance(params: trees.Params, mask: trees.Mask, key: jax.Array) -> trees.Scores:
-    """`scores.random` with one draw for all leaves, for each draw is half a second of compilation."""
+    """Draws the scores of all leaves at once: each draw costs half a second of compilation."""
     draws = jnp.split(jax.random.normal(key, (SIZE,)), (48, 120))
     return jax.tree.map(
         lambda w, draw: draw.reshape(w.shape),
@@ -69,7 +72,7 @@ def _is_subset(inner: trees.Mask, outer: trees.Mask) -> bool:
 def _masks_along(
     score_fn: scores.ScoreFn, nested: bool
 ) -> tuple[list[trees.Mask], pruning.PruneInfo]:
-    """The mask before the first and after each of three iterations to compression 8, and the info."""
+    """Returns the masks around each of three iterations to compression 8, and the info."""
     counts = jnp.asarray(schedules.exponential([(SIZE,)], 8, 3), jnp.int32)
     propose = pruning.propose_smallest(counts, nested=nested)
     advance = functools.partial(pruning.advance, scores.as_rule(score_fn), propose=propose)
@@ -147,7 +150,7 @@ def test_one_trace_for_all_compressions_schedules_seeds_and_masks() -> None:
 
 
 def test_a_rule_made_anew_for_each_network_is_not_a_new_trace() -> None:
-    """As a sweep over seeds does: `eval_fn` binds the network's batch statistics, `synflow` binds `eval_fn`."""
+    """Makes rules as a sweep over seeds does, each bound to the batch statistics of a network."""
     calls = []
 
     def apply(shift: jax.Array, params: trees.Params, x: jax.Array) -> jax.Array:
@@ -382,7 +385,8 @@ def test_a_given_mask_stays_pruned(score_fn: scores.ScoreFn) -> None:
     run = functools.partial(pruning.prune, score_fn, _params(), num_iterations=3, mask=given)
     mask, info = run(compression=4)
     assert _is_subset(mask, given)
-    # Compression is of all that is prunable, not of what the mask has left: nothing goes before it must.
+    # Compression counts all prunable weights, not those that the mask has left. So nothing goes
+    # before it must.
     assert info.kept.sum(axis=1).tolist() == np.minimum(_expected_kept(4, 3), num_given).tolist()
     assert info.kept[0].sum() == num_given > info.kept[-1].sum()
     # A mask that is already sparser than asked for stays as it is.
@@ -497,7 +501,7 @@ def test_scores_have_the_dtype_of_the_parameters_unless_asked_otherwise() -> Non
 def test_nan_names_its_layer() -> None:
     for layer in ("fc1", "head"):
         params = _with(layer, lambda w: w.at[2, 3].set(jnp.nan))
-        message = rf"scores of layer '{layer}/kernel' are not finite in iteration 1 of 3: they add up to nan"
+        message = rf"layer '{layer}/kernel' are not finite in iteration 1 of 3: they add up to nan"
         with pytest.raises(FloatingPointError, match=message):
             pruning.prune(MAGNITUDE, params, compression=2, num_iterations=3)
 
@@ -556,5 +560,5 @@ def test_float64_runs_in_float64() -> None:
         for params in (alike, large):
             _, info = pruning.prune(SYNFLOW, params, compression=3, num_iterations=2)
             assert info.score_total.dtype == jnp.float64 and info.kept.dtype == jnp.int32
-            # The first iteration alone: equal weights soon leave dead ends, which score 0 alike and go together.
+            # One iteration only: equal weights soon leave dead ends, which all score 0.
             assert int(info.kept[0].sum()) == _expected_kept(3, 2)[0]

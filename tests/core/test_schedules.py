@@ -1,7 +1,7 @@
-"""How many weights are pruned after each iteration, against exact integer arithmetic.
+"""Compares the counts of schedules with exact integer arithmetic.
 
-Law: after step k of n the number pruned is floor((1 - density) N), where density is c^(-k/n) (exponential) or
-1 - (1 - 1/c) k/n (linear). Both are decided below without any float.
+After step k of n the number of pruned weights is floor((1 - density) N). The density is c^(-k/n)
+(exponential) or 1 - (1 - 1/c) k/n (linear). Both are decided below without any float.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def test_counts_are_exact(schedule: str, compression: int, num_iterations: int) 
     for step in range(1, num_iterations + 1):
         for size, count in zip(SIZES, counts[step - 1], strict=True):
             exact, whole = EXACT[schedule](size, compression, step, num_iterations)
-            # Where the exact value is whole, float64 may land just below it: the published rule is int() of a float.
+            # Where the exact value is whole, float64 may be just below it, and int() truncates.
             assert count == exact or (whole and count == exact - 1), (step, size)
 
 
 @pytest.mark.parametrize("schedule", EXACT)
 def test_counts_of_a_large_network_need_float64(schedule: str) -> None:
-    """100 iterations at 143,652,544 weights: float64 is exact in every one of them, float32 in hardly any."""
+    """Counts 143,652,544 weights: float64 is exact in all 100 iterations, float32 in few."""
     steps = range(1, 101)
     exact = np.array([EXACT[schedule](VGG19, 100, step, 100)[0] for step in steps])
     counts = _counts([VGG19], 100, 100, schedule)[:, 0]

@@ -1,9 +1,10 @@
-"""The five rules: closed forms, conservation, and any number of batches.
+"""Tests the five rules: closed forms, conservation, and any number of batches.
 
-Laws: Eq. 3 of the paper, the score of a weight is the total weight of the paths through it; Theorem 1, what
-flows into a hidden unit flows out of it; Theorem 2, every layer holds the same total score, which is R; SNIP
-and GraSP are sums over batches; saliency is the derivative with respect to the mask; new batches, new
-parameters and new keys are not new traces.
+- Eq. 3: the score of a weight is the total weight of the paths through it.
+- Theorem 1: the flow into a hidden unit equals the flow out of it.
+- Theorem 2: every layer has the same total score, which is R.
+- SNIP and GraSP are sums over batches. Saliency is the derivative with respect to the mask.
+- New batches, new parameters and new keys need no new trace.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def _some(params: trees.Params, seed: int = 0, density: float = 0.6) -> trees.Ma
 
 
 def _paths(params: trees.Params, mask: trees.Mask) -> list[np.ndarray]:
-    """Eq. 3 in float64: (1^T prod_{k>l} |W_k|)_j |w_ij| (prod_{k<l} |W_k| 1)_i, W being masked but w_ij not."""
+    """Computes Eq. 3 in float64: (1^T prod_{k>l} |W_k|)_j |w_ij| (prod_{k<l} |W_k| 1)_i.
+
+    W is masked, w_ij is not.
+    """
     names = sorted(params)
     whole = [np.abs(np.asarray(params[name], np.float64)) for name in names]
     masked = [w * np.asarray(mask[name]) for name, w in zip(names, whole, strict=True)]
@@ -82,7 +86,7 @@ def test_synflow_is_the_total_weight_of_the_paths(
         for density in (1.0, 0.7):
             mask = _some(params, density=density)
             expected = _paths(params, mask)
-            # Eq. 3 is about weights that are there: no path leads through a pruned one, and it scores exactly 0.
+            # Eq. 3 holds for kept weights. No path leads through a pruned one: it scores exactly 0.
             found = _call(score_fn, params, mask)
             for score, m, e in zip(
                 jax.tree.leaves(found), jax.tree.leaves(mask), expected, strict=True
@@ -108,7 +112,7 @@ def test_what_flows_into_a_unit_flows_out_of_it() -> None:
 
 
 def test_what_flows_through_a_unit_is_conserved_for_any_homogeneous_loss() -> None:
-    """Theorem 1 holds for the saliency of every objective, also signed ones such as the loss on data."""
+    """Checks Theorem 1 for signed objectives too, such as the loss on data."""
     params = _weights((8, 10, 12, 5), seed=2)
     batch = _batch(np.random.default_rng(2), 6, 8, 5)
     loss_fn = scores.cross_entropy(_mlp)
@@ -272,7 +276,10 @@ def test_grasp_is_a_hessian_times_the_gradient_of_all_batches(
 
 
 def test_grasp_is_divided_by_the_absolute_total() -> None:
-    """The total is what scaling the network does to |g|^2: negative where large weights predict the labels right."""
+    """The total is how |g|^2 changes as the network is scaled.
+
+    It is negative where large weights predict the labels correctly.
+    """
     params, mask, ((inputs, labels),) = _problem([6])
     large = jax.tree.map(lambda w: 3 * w, params)
     right = jnp.argmax(_with_bias(trees.apply_mask(large, mask), inputs), axis=1).astype(
@@ -385,7 +392,7 @@ def test_random_scores_are_independent_normals() -> None:
     a, b = (np.asarray(found[name], np.float64).reshape(-1) for name in "ab")
     num = a.size
     for x in (a, b):
-        # 5 standard deviations of a mean, of a variance and of a fourth moment of 10^4 standard normals.
+        # 5 standard deviations of the mean, variance and fourth moment of 10^4 standard normals.
         assert abs(x.mean()) < 5 / num**0.5
         assert abs(x.var() - 1) < 5 * (2 / num) ** 0.5
         assert abs((x**4).mean() - 3) < 5 * (96 / num) ** 0.5

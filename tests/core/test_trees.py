@@ -1,7 +1,8 @@
-"""Which leaves are prunable, by the names of four libraries; the algebra of trees with holes; errors of masks.
+"""Tests which leaves are prunable in four libraries, trees with holes, and the errors of masks.
 
-Laws: `merge` and `select` are inverses of each other; `apply_mask` is `where(mask, leaf, 0)` on prunable leaves,
-the identity on the others, and idempotent; `prunable` is a full mask of exactly the leaves of the kinds asked for.
+- `merge` and `select` are inverses of each other.
+- `apply_mask` is `where(mask, leaf, 0)` on prunable leaves, the identity elsewhere, and idempotent.
+- `prunable` is a full mask of exactly the leaves of the kinds that are asked for.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _haiku() -> trees.Params:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class _Equinox:
-    """A module as Equinox has them: `weight` is a kernel or a norm's scale, `bias` is whatever lies beside it."""
+    """A module as in Equinox: `weight` is a kernel or the scale of a norm."""
 
     weight: Any
     bias: Any
@@ -73,7 +74,7 @@ def _nnx() -> trees.Params:
     return nnx.state(Net(nnx.Rngs(0)), nnx.Param)
 
 
-# Per library: the parameters, and the names of kernels, biases and norms in the order of the leaves.
+# Per library: the parameters; the names of kernels, biases and norms in the order of the leaves.
 _LIBRARIES = {
     "linen": (
         _linen,

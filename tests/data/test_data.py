@@ -1,4 +1,4 @@
-"""Data sets: what readers give, what they say of missing and damaged files, the batches for pruning, streaming."""
+"""Checks the readers, their messages for missing and damaged files, batches and streams."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_prune_batches_are_balanced_fixed_and_normalised() -> None:
 
 
 def _record(i: int) -> dict[str, Any]:
-    """An image as tensorflow-datasets gives those that it does not decode."""
+    """Returns an image as tensorflow-datasets yields it without decoding."""
     width, height = 40 + 3 * (i % 5), 36 + 2 * (i % 3)
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = i

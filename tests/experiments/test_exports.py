@@ -1,4 +1,4 @@
-"""Checks that runs begin from files of weights, and that `export.py` writes the networks of runs."""
+"""Checks that runs begin from files of weights, and that export.py writes their networks."""
 
 from __future__ import annotations
 

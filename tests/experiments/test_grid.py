@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synflow_jax import models, pruning, scores
+from synflow_jax import models, pruning, scores, trees
 from synflow_jax.experiments import checks, failures, initialization, masks
 from synflow_jax.experiments.config import Config, DataConfig, Grid, PruneConfig
 from synflow_jax.experiments.events import Failed, Finished
@@ -145,14 +145,29 @@ def test_duplicates_are_one_run() -> None:
 def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
     """The name hashes these values and no others, so that old rows and masks are found again."""
     values = {
-        "model": "conv", "dataset": "digits", "width_multiplier": 1.0, "seed": 0,
+        "model": "conv",
+        "dataset": "digits",
+        "width_multiplier": 1.0,
+        "seed": 0,
         "prune": {
-            "pruner": "snip", "compression": 10.0, "num_iterations": 1, "schedule": "exponential", "scope": "global",
-            "score_dtype": "float32", "scaled": False, "nested": True, "kernels": True, "biases": False,
-            "norms": False, "exclude": "", "dense_classifier": False, "examples_per_class": 10, "batch_size": 256,
+            "pruner": "snip",
+            "compression": 10.0,
+            "num_iterations": 1,
+            "schedule": "exponential",
+            "scope": "global",
+            "score_dtype": "float32",
+            "scaled": False,
+            "nested": True,
+            "kernels": True,
+            "biases": False,
+            "norms": False,
+            "exclude": "",
+            "dense_classifier": False,
+            "examples_per_class": 10,
+            "batch_size": 256,
             "temperature": 200.0,
         },
-    }  # fmt: skip
+    }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     prune = PruneConfig(pruner="snip", compression=10.0, scaled=False)
     settings = Config(model="conv", dataset="digits", prune=prune)
@@ -331,6 +346,13 @@ def test_scores_that_are_not_finite_fail_one_rule_alone(
     error = str(by_rule["synflow"].error)
     assert "'fc1/kernel' are not finite in iteration 1 of 3" in error
     assert isinstance(by_rule["random"], Finished)
+
+
+def test_excluded_parameters_are_holes_of_the_mask() -> None:
+    run = resolve_one(_with_prune(SMALL, biases=True, exclude="fc2", dense_classifier=True))
+    names = trees.names(initialization.build(run).mask)
+    layers = ("fc1", "fc3", "fc4", "fc5")
+    assert names == [f"{name}/{kind}" for name in layers for kind in ("bias", "kernel")]
 
 
 def test_compressions_beyond_the_maximum_are_run_if_asked_for(tmp_path: pathlib.Path) -> None:

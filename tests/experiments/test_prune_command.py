@@ -1,7 +1,7 @@
-"""`python prune.py` as a user runs it: what it prints and writes, what it finds again, and bad input.
+"""Checks `python prune.py` as a user runs it: output, files, rows of earlier commands, bad input.
 
-Bad input ends with one message that names the argument, the value and the cure, with a status that is not 0,
-before any work, and leaves nothing behind.
+Bad input ends before any work with one message that names the argument, the value and the cure. The
+exit status is not 0, and no file is written.
 """
 
 from __future__ import annotations
@@ -46,10 +46,19 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
 
     (row,) = storage.read_rows(tmp_path / "rows.jsonl")
     expected = {
-        "model": "fc", "dataset": "digits", "pruner": "synflow", "compression": 10.0, "seed": 0,
-        "num_iterations": 100, "schedule": "exponential", "scope": "global", "total": 119_400, "kept": 11_940,
-        "collapsed": False, "max_compression": 19_900.0,
-    }  # fmt: skip
+        "model": "fc",
+        "dataset": "digits",
+        "pruner": "synflow",
+        "compression": 10.0,
+        "seed": 0,
+        "num_iterations": 100,
+        "schedule": "exponential",
+        "scope": "global",
+        "total": 119_400,
+        "kept": 11_940,
+        "collapsed": False,
+        "max_compression": 19_900.0,
+    }
     assert {key: row[key] for key in expected} == expected
     assert row["seconds"] > 0 and 0 < row["log10_objective"] < 6
     assert [layer["name"] for layer in row["layers"]] == [
@@ -62,7 +71,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
         row["iterations"]["kept"][-1] == row["kept"]
         and len(row["iterations"]["min_layer_score"]) == 100
     )
-    # The kernel of every layer is a cut of a network whose biases are far smaller than its flow: the scores agree.
+    # The kernel of every layer is a cut, and the biases are small: all layers have the same score.
     assert max(layer["score"] for layer in row["layers"]) < 1.3 * min(
         layer["score"] for layer in row["layers"]
     )
@@ -111,7 +120,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
 def test_a_certificate_is_written_and_can_be_verified(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
-    """At the maximal compression, three weights in three layers; and a certificate that was tampered with."""
+    """Certifies the maximal compression, one weight per layer, and refuses a forged certificate."""
     flags = (
         "--config=configs/digits.py",
         f"--workdir={tmp_path}",
@@ -178,10 +187,9 @@ def test_one_network_on_several_devices(
 
 @pytest.mark.parametrize("rule", slow_except(["snip"], ["snip", "grasp", "random"]))
 def test_rules_on_real_digits(tmp_path: pathlib.Path, cache: pathlib.Path, rule: str) -> None:
-    result = _prune(
-        cache, "--config=configs/digits.py", f"--workdir={tmp_path}", "--config.model=fc",
-        f"--config.prune.pruner={rule}", "--config.prune.dense_classifier", "--config.prune.scope=local",
-    )  # fmt: skip
+    flags = ("--config=configs/digits.py", "--config.model=fc", f"--config.prune.pruner={rule}")
+    options = ("--config.prune.dense_classifier", "--config.prune.scope=local")
+    result = _prune(cache, *flags, *options, f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     (row,) = storage.read_rows(tmp_path / "rows.jsonl")
     assert row["num_iterations"] == 1
@@ -268,7 +276,7 @@ BAD = {
 def bad(
     tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder of the folders that the commands were given, and what they said."""
+    """Returns the folder that holds each command's folder, and the results of the commands."""
     folder = tmp_path_factory.mktemp("bad")
     cases = {
         case: ["--config=configs/digits.py", f"--workdir={folder / case}", *flags]

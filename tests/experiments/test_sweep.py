@@ -194,7 +194,7 @@ def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
         assert len(outcomes) == 3
         for expected, outcome in zip(alone, outcomes, strict=True):
             both = [
-                storage.read_all_rows(folder) for folder in (tmp_path / "alone", tmp_path / name)
+                storage.Workdir(folder).rows() for folder in (tmp_path / "alone", tmp_path / name)
             ]
             hashes = [
                 {r["run_id"]: r["mask_sha256"] for r in rows if "layers" in r} for rows in both

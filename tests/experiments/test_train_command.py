@@ -25,7 +25,7 @@ import PIL.Image
 import pytest
 
 from synflow_jax import data, storage, training
-from synflow_jax.data import readers
+from synflow_jax.data import prepared
 from synflow_jax.experiments import engine, initialization, masks, results
 from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
 from synflow_jax.experiments.events import EpochEnded, Event
@@ -312,7 +312,7 @@ def test_streamed_runs_go_on_as_others_do(
         return {"image": content.getvalue(), "label": i % 10}
 
     splits = {"train": [record(i) for i in range(50)], "test": [record(i) for i in range(21)]}
-    monkeypatch.setattr(readers, "source", lambda dataset, split, directory, decode: splits[split])
+    monkeypatch.setattr(prepared, "source", lambda dataset, split, directory, decode: splits[split])
     small = data.DATASETS["imagenet"]._replace(num_classes=10, image_shape=(32, 32, 3))
     monkeypatch.setitem(data.DATASETS, "imagenet", small)
     settings = Config(

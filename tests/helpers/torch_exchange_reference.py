@@ -1,6 +1,6 @@
 """Computes logits in PyTorch for networks that both libraries name.
 
-tests/storage/test_exchange.py compares with them.
+tests/storage/test_networks.py compares with them.
 
     python tests/helpers/torch_exchange_reference.py
 

@@ -1,4 +1,4 @@
-"""One walk through a program: calls are entered, and rules get the parts of branches and loops."""
+"""Checks the walk: it enters calls, and rules get the parts of branches and loops."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_parts_of_a_cond_a_scan_and_a_while_are_found() -> None:
 
 
 def test_a_fixed_point_forgets_rounds_that_still_changed() -> None:
-    """A dependence moves on by one carried value per iteration: three rounds, the last one kept."""
+    """Checks a dependence that moves on by one carried value per iteration."""
     recorded: list[Any] = []
 
     def checkpoint() -> Any:

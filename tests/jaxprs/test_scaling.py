@@ -1,4 +1,7 @@
-"""Evaluation with powers of two: equal to the plain one where that is finite, right where it is not."""
+"""Checks scaled evaluation.
+
+It equals plain evaluation where that is finite, and is right where that overflows.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,7 @@ def test_nothing_left_is_zero_whatever_the_exponents() -> None:
 
 
 def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product 2^160 times larger beside a small one, and one that is 0: the larger is what counts."""
+    """Joins a product that is 2^160 times larger than the others with a small one and with a 0."""
     large = functools.reduce(jnp.dot, [x] + [w] * 40)
     zero = functools.reduce(jnp.dot, [0 * x] + [w] * 80)
     joined = jnp.concatenate(
@@ -134,7 +137,10 @@ def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def test_programs_grow_with_depth_and_no_faster() -> None:
-    """XLA repeats cheap sums wherever they are read: residual layers made programs quadratic in depth."""
+    """Checks a regression: XLA repeats cheap sums wherever they are read.
+
+    Residual layers made programs quadratic in depth.
+    """
 
     def size(num_layers: int) -> int:
         names = [f"fc{i:02d}" for i in range(num_layers)]
@@ -155,7 +161,10 @@ def test_programs_grow_with_depth_and_no_faster() -> None:
 
 @pytest.mark.slow
 def test_bfloat16_scores_a_network_beyond_its_range() -> None:
-    """R is 2^275: a bfloat16 reaches 2^127. Its scores are float32's up to the eight bits that it has."""
+    """Checks R = 2^275, where a bfloat16 reaches 2^127.
+
+    The scores equal those in float32 up to the eight bits of a bfloat16.
+    """
     names = [f"fc{i:02d}" for i in range(30)]
 
     def apply_fn(params: Any, x: jax.Array) -> jax.Array:
@@ -214,10 +223,9 @@ def test_zeros_stay_zeros_wherever_they_meet() -> None:
         return jnp.sum(jax.nn.relu(h + h @ w) @ w)  # and another exponent
 
     for bias in (0.0, 1e-30):
-        grad = jax.value_and_grad(
-            lambda w: scaling.evaluate(function, w, jnp.full((1, 2), bias)).value
-        )
-        value, slopes = grad(jnp.zeros((2, 2)))
+        biases = jnp.full((1, 2), bias)
+        mantissa = lambda w, biases: scaling.evaluate(function, w, biases).value
+        value, slopes = jax.value_and_grad(mantissa)(jnp.zeros((2, 2)), biases)
         assert value == 0 and jnp.isfinite(slopes).all() and bool(slopes.any()) == (bias > 0)
 
 

@@ -1,8 +1,9 @@
-"""The networks of the paper: counts, names, initializers, and the platform's forms of convolution and pooling.
+"""Checks the networks of the paper: counts, names, initializers, convolution and pooling.
 
-Laws: the number of prunable weights is what the published architecture's arithmetic gives; names sort in the
-order of the network; initial weights have the published distribution; `convolution` and `max_pool` are XLA's in
-value and gradient, but that a maximum's gradient goes to the first place that holds it.
+The number of prunable weights follows from the published architecture's arithmetic. Names sort in
+the order of the network. Initial weights have the published distribution. `convolution` and
+`max_pool` agree with XLA's in value and gradient, but for one rule: the gradient of a maximum goes
+to the first place that holds it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from synflow_jax.models.mlp import MLP, ConvNet
 from synflow_jax.models.resnet import ResNet
 from synflow_jax.models.vgg import VGG
 
-# (prunable weights, prunable leaves) with 10 classes for fc, conv and CIFAR, 200 for Tiny ImageNet, 1000 for ImageNet.
+# (prunable weights, prunable leaves) with 10 classes for fc, conv and CIFAR, 200 for Tiny ImageNet
+# and 1000 for ImageNet.
 COUNTS = {
     "fc": (119_400, 6),
     "conv": (260_384, 3),
@@ -113,7 +115,7 @@ def _dense(*widths: int) -> list[int]:
 
 
 def _vgg_layers(depth: int, family: str) -> list[int]:
-    """Configurations A, B, D and E of Simonyan & Zisserman: the convolutions of widths 64, 128, 256, 512, 512."""
+    """Follows configurations A, B, D and E of Simonyan & Zisserman, of 64 to 512 channels."""
     repeats = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}[
         depth
     ]
@@ -131,7 +133,10 @@ def _vgg_layers(depth: int, family: str) -> list[int]:
 
 
 def _cifar_resnet_layers(depth: int, width: int) -> list[int]:
-    """6n + 2 layers (He et al. 2016), of 1, 2 and 4 times the width, with 1x1 convolutions where the width grows."""
+    """Follows He et al. 2016: 6n + 2 layers of 1, 2 and 4 times the width.
+
+    1x1 convolutions are added where the width grows.
+    """
     n = (depth - 2) // 6
     found = [9 * 3 * width]
     for before, w in ((width, width), (width, 2 * width), (2 * width, 4 * width)):
@@ -141,7 +146,7 @@ def _cifar_resnet_layers(depth: int, width: int) -> list[int]:
 
 
 def _resnet_layers(depth: int, *, wide: bool, family: str) -> list[int]:
-    """Table 1 of He et al. 2016, with 1x1 convolutions where the shape changes; wide: see `models.create`."""
+    """Follows table 1 of He et al. 2016, with 1x1 convolutions where the shape changes."""
     repeats = {
         18: (2,) * 4,
         34: (3, 4, 6, 3),
@@ -160,7 +165,8 @@ def _resnet_layers(depth: int, *, wide: bool, family: str) -> list[int]:
                 found += [before * inner, 9 * inner * inner, inner * out]
             else:
                 found += [9 * before * out, 9 * out * out]
-            # The first block of each stage changes the shape, but where a basic block's stage has the stem's width.
+            # The first block of each stage changes the shape, unless it is a basic block of the
+            # stem's width.
             if block == 0 and (stage > 0 or before != out):
                 found.append(before * out)
             before = out
@@ -168,7 +174,7 @@ def _resnet_layers(depth: int, *, wide: bool, family: str) -> list[int]:
 
 
 def _published_layers(name: str) -> list[int]:
-    """The sizes of the kernels of a network, from its name alone."""
+    """Computes the sizes of the kernels of a network from its name alone."""
     if name == "fc":
         return _dense(784, 100, 100, 100, 100, 100, 10)
     if name == "conv":
@@ -186,7 +192,7 @@ def _published_layers(name: str) -> list[int]:
 def _trace(
     model: nn.Module, input_shape: tuple[int, ...], *, norms: bool
 ) -> tuple[trees.Params, list[str]]:
-    """The shapes of the parameters, and the layers in the order in which the network calls them."""
+    """Returns the shapes of the parameters, and the layers in the order of their calls."""
     calls: list[str] = []
 
     def record(next_function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -195,7 +201,8 @@ def _trace(
         return next_function(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, nn.intercept_methods(record):
-        # To trace both forms of convolution, and norms where nobody counts them, would take three times as long.
+        # Tracing both forms of convolution, and norms that are not counted, takes three times as
+        # long.
         patch.setattr(layers, "convolution", jax.lax.conv_general_dilated)
         if not norms:
             patch.setattr(layers, "BatchNorm", lambda train, name: lambda x: x)
@@ -223,7 +230,7 @@ def test_prunable_weights(name: str) -> None:
     sizes = trees.sizes(mask)
     assert (sum(sizes), len(sizes)) == COUNTS[name]
     assert sorted(sizes) == sorted(_published_layers(name))
-    # Names sort in the order of the network: what is printed layer by layer reads from input to output.
+    # Names sort in the order of the network, so that tables read from input to output.
     assert trees.names(mask) == [f"{layer}/kernel" for layer in calls]
     assert calls[-1] == models.HEAD
     if name in TORCHVISION:
@@ -251,7 +258,7 @@ def test_a_dense_classifier_is_an_exclusion() -> None:
     "name, norms", [("cifar_vgg11", 0), ("cifar_vgg11_bn", 8), ("cifar_resnet20", 21)]
 )
 def test_batch_norm_comes_with_the_name(name: str, norms: int) -> None:
-    """One after every convolution or none, and statistics for each; they are no kernels."""
+    """Checks that there is one norm per convolution or none, and that norms are not kernels."""
     model = models.create(name, 10)
     params, batch_stats = jax.eval_shape(
         lambda key: models.init(model, (32, 32, 3), key), jax.random.key(0)
@@ -315,7 +322,10 @@ def test_a_narrow_network_keeps_a_channel() -> None:
 )
 def test_an_unknown_name_suggests_close_ones(name: str, suggestion: str) -> None:
     for function in (lambda: models.create(name, 10), lambda: models.default_input_shape(name)):
-        message = rf"model='{name}' is unknown. Did you mean .*\b{suggestion}\b.*\? The networks are fc, conv, "
+        message = (
+            rf"model='{name}' is unknown. Did you mean .*\b{suggestion}\b.*\? "
+            "The networks are fc, conv, "
+        )
         with pytest.raises(ValueError, match=message):
             function()
 
@@ -361,7 +371,7 @@ def _initialized(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, np
 
 
 def _assert_normal(x: np.ndarray, deviation: float) -> None:
-    """Mean, variance and fourth moment within 5 of their own deviations."""
+    """Checks mean, variance and fourth moment to within 5 of their own deviations."""
     z, num = x.reshape(-1) / deviation, x.size
     assert num > 300  # few samples would say nothing
     assert abs(z.mean()) < 5 / num**0.5
@@ -370,7 +380,7 @@ def _assert_normal(x: np.ndarray, deviation: float) -> None:
 
 
 def _assert_uniform(x: np.ndarray, bound: float) -> None:
-    """Inside of the bound, and mean and variance within 5 of their own deviations."""
+    """Checks the bound, and mean and variance to within 5 of their own deviations."""
     z, num = x.reshape(-1) / bound, x.size
     assert num >= 100
     assert np.abs(z).max() <= 1 + 1e-6
@@ -388,7 +398,7 @@ def _fan_out(kernel: np.ndarray) -> int:
 
 
 def test_initial_weights_of_a_cifar_vgg() -> None:
-    """Kaiming normal, fan-in, the head too; biases 0."""
+    """Expects Kaiming normal with fan-in, for the head too, and biases of 0."""
     model = models.create("cifar_vgg11", 100).clone(widths=((16,), (32,)))
     for name, leaf in _initialized(model, (4, 4, 3)).items():
         if name.endswith("kernel"):
@@ -407,7 +417,7 @@ def test_initial_weights_of_a_cifar_resnet() -> None:
 
 
 def test_initial_weights_of_a_tiny_imagenet_vgg() -> None:
-    """Convolutions Kaiming normal, fan-out; dense layers 0.01; biases 0."""
+    """Expects Kaiming normal with fan-out, deviation 0.01 for dense layers, and biases of 0."""
     model = models.create("tiny_vgg11_bn", 100).clone(widths=((16,), (32,)), hidden=(64, 32))
     for name, leaf in _initialized(model, (8, 8, 3)).items():
         if name.endswith("kernel") and name.startswith("conv"):
@@ -420,7 +430,7 @@ def test_initial_weights_of_a_tiny_imagenet_vgg() -> None:
 
 @pytest.mark.parametrize("name", ["tiny_resnet18", "imagenet_resnet50"])
 def test_initial_weights_of_an_imagenet_resnet(name: str) -> None:
-    """Convolutions Kaiming normal, fan-out; the head as PyTorch's default."""
+    """Expects Kaiming normal with fan-out, and PyTorch's default for the head."""
     model = models.create(name, 100).clone(num_blocks=(1,), widths=(16,))
     for leaf_name, leaf in _initialized(model, (16, 16, 3)).items():
         if leaf_name.startswith("head"):
@@ -433,7 +443,7 @@ def test_initial_weights_of_an_imagenet_resnet(name: str) -> None:
 
 
 def test_initial_weights_of_the_toy_networks() -> None:
-    """PyTorch's default: kernels and biases uniform in +-1 / sqrt(fan_in)."""
+    """Expects PyTorch's default: kernels and biases uniform in +-1 / sqrt(fan_in)."""
     for model in (MLP(100, (100,)), ConvNet(100, (128,))):
         params = _initialized(model, (6, 5, 3))
         assert len(params) == 4
@@ -468,9 +478,16 @@ def test_convolution_is_xlas_in_value_and_gradients(
     def run(form: Callable[..., jax.Array]) -> Callable[..., Any]:
         def apply(inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
             outputs = form(
-                inputs, kernel, (stride, stride), [(padding, padding)] * 2, lhs_dilation=(1, 1), rhs_dilation=(1, 1),
-                dimension_numbers=numbers, feature_group_count=groups, precision=jax.lax.Precision.HIGHEST,
-            )  # fmt: skip
+                inputs,
+                kernel,
+                (stride, stride),
+                [(padding, padding)] * 2,
+                lhs_dilation=(1, 1),
+                rhs_dilation=(1, 1),
+                dimension_numbers=numbers,
+                feature_group_count=groups,
+                precision=jax.lax.Precision.HIGHEST,
+            )
             return jnp.sum(outputs * _draw(outputs.shape, 2)), outputs
 
         return jax.jit(jax.value_and_grad(apply, argnums=(0, 1), has_aux=True))
@@ -483,7 +500,7 @@ def test_convolution_is_xlas_in_value_and_gradients(
 
 
 def test_networks_convolve_with_ours() -> None:
-    """`layers.conv` pads by (size - 1) / 2 on both sides, also where "SAME" would pad 0 and 1."""
+    """Checks that `layers.conv` pads (size - 1) / 2 on both sides, where "SAME" pads 0 and 1."""
     x = _draw((1, 8, 8, 3), 0)
     for size, stride in ((3, 2), (7, 2)):
         module = layers.conv(
@@ -526,13 +543,14 @@ def test_max_pool_is_flaxs(window: int, stride: int, padding: int) -> None:
 
 
 def test_the_gradient_of_a_maximum_goes_to_the_first() -> None:
-    """Of all-equal inputs, the first of each window in row-major order; pads never."""
+    """Checks that, of equal inputs, the first of each window gets it, and padding never does."""
     found = jax.jit(jax.grad(lambda x: jnp.sum(layers.max_pool(x, 2, 2))))(jnp.ones((1, 4, 4, 1)))[
         0, :, :, 0
     ]
     assert found.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
-    # Windows of 3 at stride 2 with a pad: they start at rows -1 (so at 0), 1 and 3, and overlap in row 1 and 3.
+    # Windows of 3 at stride 2 with a pad start at rows -1 (so at 0), 1 and 3. They overlap in rows
+    # 1 and 3.
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(layers.max_pool(x, 3, 2, 1))))
     found = gradient(jnp.ones((1, 5, 5, 1)))[0, :, :, 0]
     row = [1, 1, 0, 1, 0]
@@ -544,7 +562,10 @@ def test_the_gradient_of_a_maximum_goes_to_the_first() -> None:
 
 
 def test_a_few_images_at_a_time_is_the_same_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In value and gradients, and for a batch that is cut into 3 parts of 2 images; the kernel's gradient is summed."""
+    """Checks values and gradients of a batch that is cut into 3 parts of 2 images.
+
+    The gradient of the kernel is the sum over the parts.
+    """
     x, kernel = _draw((6, 5, 4, 3), 0), _draw((3, 3, 3, 4), 1)
     form = functools.partial(
         layers._convolution_as_matrices, strides=(1, 1), padding=((1, 1), (1, 1)), precision=None
@@ -652,7 +673,7 @@ def test_shapes_of_outputs_and_of_any_batch(model: nn.Module, shape: tuple[int, 
 
 
 def test_weights_drawn_one_by_one_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of very many leaves are drawn so: the same numbers, up to rounding."""
+    """Checks that networks of very many leaves get the same numbers, up to rounding."""
     model = models.create("cifar_vgg11_bn", 10, width_multiplier=1 / 16)
     together = models.init(model, (32, 32, 3), jax.random.key(3))
     monkeypatch.setattr(initialize, "_MAX_DRAWN_AT_ONCE", 1)

@@ -1,4 +1,4 @@
-"""Processes that meet, the ones that do not come, and the shares of those that do: with real processes."""
+"""Checks how processes meet, what they say if one does not come, and how they share work."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_two_processes_join_with_all_their_devices() -> None:
 
 
 def test_processes_save_checkpoints_without_meddling(tmp_path: pathlib.Path) -> None:
-    """Orbax lets the processes of a job share keys; each of these has runs of its own, and neither waits nor fails."""
+    """Checks that no process waits for another or fails, though orbax shares keys within a job."""
     address = f"127.0.0.1:{_free_port()}"
     started = [_start(address, str(i), str(tmp_path), command=_SAVING) for i in range(2)]
     for i, (status, out, err) in enumerate(map(_end, started)):
@@ -111,14 +111,17 @@ def test_a_process_that_never_comes_ends_the_command_with_its_name() -> None:
     status, out, err = _end(_joining(port, 0, 2, timeout=1))
     assert status == 2 and out == "" and "Traceback" not in err
     assert (
-        f"error: process 1 of 2 did not join within 1 s. Those that did: process 0 on {socket.gethostname()}."
-        in err
+        "error: process 1 of 2 did not join within 1 s. "
+        f"Those that did: process 0 on {socket.gethostname()}." in err
     )
     assert f"127.0.0.1:{port}" in err and "--join_timeout" in err
 
 
 def _meet(*who: tuple[int, int], timeout_s: float = 10) -> list[Exception]:
-    """What `hosts.join` raises in (index, count), each in a thread: where it fails, JAX has not been told of it."""
+    """Returns what `hosts.join` raises in each (index, count).
+
+    Threads will do: a meeting that fails is over before JAX learns about the processes.
+    """
     port = _free_port()
 
     def join(index: int, count: int) -> Exception:

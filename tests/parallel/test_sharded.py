@@ -1,4 +1,4 @@
-"""One network over several devices and processes: masks equal in every bit to those of one device."""
+"""Prunes over several devices and processes: masks equal those of one device in every bit."""
 
 from __future__ import annotations
 

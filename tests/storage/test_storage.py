@@ -1,4 +1,4 @@
-"""Files: what is written is read back bit for bit, atomically; what is damaged is refused with a message."""
+"""Checks that files are written atomically and read bit for bit, and that damage is found."""
 
 from __future__ import annotations
 
@@ -102,17 +102,20 @@ def test_rows_are_replaced_by_id_and_kept_in_order(tmp_path: pathlib.Path) -> No
 
 
 def test_rows_of_several_processes_are_one_list(tmp_path: pathlib.Path) -> None:
-    assert storage.read_all_rows(tmp_path) == []
+    assert storage.Workdir(tmp_path).rows() == []
     for name, run_id, kept in (
-        ("rows-1.jsonl", "c", 3), ("rows.jsonl", "a", 1), ("rows.jsonl", "b", 1), ("rows-0.jsonl", "b", 2),
+        ("rows-1.jsonl", "c", 3),
+        ("rows.jsonl", "a", 1),
+        ("rows.jsonl", "b", 1),
+        ("rows-0.jsonl", "b", 2),
         ("rowsother.jsonl", "d", 1),
-    ):  # fmt: skip
+    ):
         storage.write_row(tmp_path / name, {"run_id": run_id, "kept": kept})
-    found = storage.read_all_rows(tmp_path)
+    found = storage.Workdir(tmp_path).rows()
     assert [(row["run_id"], row["kept"]) for row in found] == [("a", 1), ("b", 2), ("c", 3)]
     (tmp_path / "rows-2.jsonl").write_text('{"run_id": "e"\n')
     with pytest.raises(ValueError, match=r"rows-2.jsonl', line 1"):
-        storage.read_all_rows(tmp_path)
+        storage.Workdir(tmp_path).rows()
 
 
 @pytest.mark.parametrize("line", ['{"run_id": "a", "ke', "[]", '{"kept": 3}', ""])

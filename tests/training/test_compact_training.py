@@ -176,7 +176,7 @@ def test_a_killed_run_ends_in_the_same_bits(
         "resuming after step",
         "training the smaller dense network",
         "smaller, dense (trained",
-        "ms a step",
+        "ms per step",
     ):
         assert text in stdout
     folder, row = runs[True]

@@ -1,8 +1,8 @@
-"""Which axes belong to the same units: the structure of known networks, and laws that hold for any.
+"""Checks the groups of units of known networks, and laws that hold for any network.
 
-The laws are what the groups promise. A unit that nothing reads does nothing: its parameters can be changed at will.
-A unit that receives nothing and whose sources are 0 gives nothing on, and where it is said to stay so, its sources
-have no gradient. And Theorem 1: of SynFlow's scores as much flows into a hidden unit as out of it.
+The laws are what `Group` promises. If nothing reads a unit, its parameters have no effect. If a
+unit receives nothing and its sources are 0, what reads it has no effect (`zero`), and its sources
+have no gradient (`zero_stays`). Theorem 1: SynFlow's scores into and out of a unit are equal.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _conv(x: jax.Array, kernel: jax.Array, num_groups: int = 1) -> jax.Array:
     )
 
 
-# A zoo of plain JAX: (function, shapes of its parameters, input shape, groups that may not be fixed).
+# A zoo of plain JAX: function, shapes of its parameters, input shape, groups that are not fixed.
 
 
 def _mlp(p: Params, x: jax.Array) -> jax.Array:
@@ -183,6 +183,15 @@ def _merged_heads(p: Params, x: jax.Array) -> jax.Array:
     return relu(jnp.einsum("bi,ihd->bhd", x, p["w1"])).reshape(len(x), -1) @ p["w2"]
 
 
+def _merged_heads_in_a_loop(p: Params, x: jax.Array) -> jax.Array:
+    def step(h: jax.Array, _: None) -> tuple[jax.Array, None]:
+        heads = relu(jnp.einsum("bi,ihd->bhd", x, p["w1"]))
+        return relu(h + heads.reshape(len(x), -1) @ p["w2"]), None
+
+    h, _ = jax.lax.scan(step, jnp.zeros((len(x), 5)), length=2)
+    return h @ p["w3"]
+
+
 def _choice(p: Params, x: jax.Array) -> jax.Array:
     h = x @ p["w1"]
     h = jax.lax.cond(jnp.sum(x) > 0, lambda h: relu(h), lambda h: jnp.tanh(h) * 2, h)
@@ -210,7 +219,7 @@ def _vmapped_channels_first(p: Params, x: jax.Array) -> jax.Array:
 
 
 def _rows_at_once(p: Params, x: jax.Array) -> jax.Array:
-    """One product for both rows of a kernel [2, in, out], whose results are then added and multiplied."""
+    """Multiplies with both rows of a kernel [2, in, out] at once, then combines the results."""
     both = x @ p["w1"].transpose(1, 0, 2).reshape(3, 10)
     a, b = jnp.split(both, 2, axis=-1)
     return (relu(both[:, :5] + both[:, 5:]) * relu(a - 2 * b)) @ p["w2"]
@@ -300,6 +309,12 @@ ZOO: dict[
     "straight_through": (_straight_through, {"w1": (3, 5), "b1": (5,), "w2": (5, 2)}, (3,), {"w1"}),
     "per_head": (_per_head, {"w1": (3, 2, 4), "w2": (2, 4, 5)}, (3,), {"w1:1", "w1:2"}),
     "merged_heads": (_merged_heads, {"w1": (3, 2, 4), "w2": (8, 5)}, (3,), set()),
+    "merged_heads_in_a_loop": (
+        _merged_heads_in_a_loop,
+        {"w1": (3, 2, 4), "w2": (8, 5), "w3": (5, 2)},
+        (3,),
+        {"w2"},
+    ),
     "choice": (_choice, {"w1": (3, 5), "w2": (5, 2)}, (3,), {"w1"}),
     "repeated": (_repeated, {"w1": (3, 4), "w": (4, 4), "w2": (4, 2)}, (3,), {"w"}),
     "vmapped_channels_first": (
@@ -397,6 +412,7 @@ def test_what_is_not_zero_or_does_not_stay_so_is_said() -> None:
         ("sorted", "w1", Reason(Cause.UNKNOWN_STEP, "sort")),
         ("constant_beside", "w1", Reason(Cause.MEETS_CONSTANT, "mul")),
         ("merged_heads", "w1:1", Reason(Cause.COMBINED)),
+        ("merged_heads_in_a_loop", "w1:1", Reason(Cause.COMBINED)),
         ("attention", "q", Reason(Cause.SUMMED_WITH_OTHERS)),
         ("attention", "v", Reason(Cause.AXIS_SPLIT, "reshape")),
     ],
@@ -474,7 +490,7 @@ def test_the_form_of_a_convolution_does_not_matter(monkeypatch: pytest.MonkeyPat
     stats = jax.eval_shape(lambda key: models.init(model, (32, 32, 3), key), jax.random.key(0))[1]
     apply_fn = lambda v, x: model.apply({"params": v[0], "batch_stats": v[1]}, x, train=False)
     native = units.groups(apply_fn, (shapes, stats), (32, 32, 3))
-    # As patches times a matrix: pads, slices, concatenated channels, and a kernel that is cut and reshaped.
+    # As patches times a matrix: pads, slices, concatenated channels, a kernel in pieces.
     monkeypatch.setattr(
         jax.lax,
         "platform_dependent",
@@ -548,9 +564,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", slow_except(["fc", "conv", "cifar_vgg11_bn", "cifar_resnet20"], NETWORKS)
-)
+@pytest.mark.parametrize("name", slow_except(["fc", "conv", "cifar_vgg11_bn"], NETWORKS))
 def test_theorem_1_what_flows_in_flows_out(name: str) -> None:
     make, input_shape = NETWORKS[name]
     model = make()

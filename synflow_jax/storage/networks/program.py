@@ -46,6 +46,7 @@ def to_jax(network: Network, *, platforms: Sequence[str] = PLATFORMS) -> bytes:
     def logits_of(images: jax.Array) -> jax.Array:
         return apply_fn(weights, images)
 
+    # A symbol for the batch makes one program for every batch size.
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *network.input_shape), jnp.float32)
     exported = jax.export.export(logits_of, platforms=platforms)(images)

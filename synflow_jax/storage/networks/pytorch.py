@@ -6,8 +6,8 @@ import functools
 import json
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -17,13 +17,12 @@ from synflow_jax import models, storage, trees
 from synflow_jax.models import Network
 from synflow_jax.storage.arrays import Arrays, read_npz
 from synflow_jax.storage.files import AnyPath
-from synflow_jax.storage.networks import flat, native, pytorch_layout, pytorch_names
+from synflow_jax.storage.networks import fitting, flat, native, pytorch_layout, pytorch_names
 from synflow_jax.trees import Params, Tree
 
 State = Mapping[str, Any]  # names and arrays, as NumPy reads them
 
-# A counter of each of PyTorch's batch norms. Our networks have no use for it.
-_COUNTER = "num_batches_tracked"
+# Turns a file of PyTorch into one that can be read here.
 _CONVERT = (
     "python -c \"import numpy, torch; s = torch.load('net.pt', map_location='cpu', "
     "weights_only=True); numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})\""
@@ -62,7 +61,7 @@ def to_torch(network: Network) -> dict[str, np.ndarray]:
     # PyTorch refuses a state dict without its counters.
     norms = [name.removesuffix("running_var") for name in state if name.endswith(".running_var")]
     for norm in norms:
-        state[f"{norm}{_COUNTER}"] = np.zeros((), np.int64)
+        state[f"{norm}{fitting.COUNTER}"] = np.zeros((), np.int64)
     return state
 
 
@@ -144,22 +143,21 @@ def from_torch(
     True
     """
     built, shape = _model_and_shape(model, input_shape)
-    arrays = _read_state(state)
     expected = flat.shapes_of(built, shape)
-    match = _match(built, expected, arrays)
+    match = fitting.match_state(built, expected, _read_state(state))
 
     what = "the state dict" if isinstance(state, Mapping) else f"file {str(state)!r}"
     wanted = model if isinstance(model, str) else type(model).__name__
     # All that is wrong is told at once. But shapes can be compared only after names and axes fit.
-    refuse = functools.partial(_refuse, f"{what} does not fit {wanted}")
-    problems = [*_wrong_names(match), *_not_float(match)]
+    refuse = functools.partial(fitting.refuse, f"{what} does not fit {wanted}")
+    problems = [*match.wrong_names(), *match.not_float()]
     if isinstance(model, str):
         # Widths can be read off the weights only if every array has its axes.
-        refuse([*problems, *_other_rank(match, expected)])
+        refuse([*problems, *match.other_rank(expected)])
         built = _with_widths_of(built, match.found)
         expected = flat.shapes_of(built, shape)
-    refuse([*problems, *_other_shape(match, expected)])
-    refuse(_not_finite(match))
+    refuse([*problems, *match.other_shape(expected)])
+    refuse(match.not_finite())
 
     maps = pytorch_layout.flattened(built, shape)
     variables = {}
@@ -239,101 +237,6 @@ def _read_file(path: pathlib.Path) -> Arrays:
         return read_npz(path)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"file {str(path)!r} cannot be read: {error}. Make it again.") from error
-
-
-# How the arrays of a state dict fit a model. Each check below returns what it found wrong.
-
-
-class _Match(NamedTuple):
-    """The arrays of a state dict beside the variables of a model.
-
-    Attributes:
-      names: PyTorch's name of each variable of the model, by ours.
-      arrays: the state dict.
-      found: the arrays of the state dict that are variables, by our name.
-    """
-
-    names: dict[str, str]
-    arrays: Arrays
-    found: Arrays
-
-
-def _match(model: nn.Module, expected: flat.Shapes, arrays: Arrays) -> _Match:
-    """Finds the array of each variable."""
-    names = pytorch_names.leaf_names(model, expected)
-    found = {ours: arrays[theirs] for ours, theirs in names.items() if theirs in arrays}
-    return _Match(names, arrays, found)
-
-
-def _wrong_names(match: _Match) -> list[str]:
-    """Finds variables without an array and arrays without a variable."""
-    wanted = dict.fromkeys(match.names.values())
-    missing = [name for name in wanted if name not in match.arrays]
-    others = [name for name in match.arrays if name not in wanted]
-    unknown = [name for name in others if not name.endswith(_COUNTER)]
-    return [*_listed("missing", missing), *_listed("unknown", unknown)]
-
-
-def _not_float(match: _Match) -> list[str]:
-    """Finds arrays of integers or booleans."""
-    wrong = []
-    for ours, array in match.found.items():
-        if not _is_float(array):
-            wrong.append(match.names[ours])
-    return _listed("not floating point", wrong)
-
-
-def _is_float(array: np.ndarray) -> bool:
-    """Returns whether an array holds floating point numbers; NumPy does not count bfloat16."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-
-
-def _other_rank(match: _Match, expected: flat.Shapes) -> list[str]:
-    """Finds arrays with another number of axes than the variable."""
-    wrong = []
-    for ours, array in match.found.items():
-        if array.ndim != len(expected[ours]):
-            wrong.append(f"{match.names[ours]} {list(array.shape)}")
-    return _listed("of another number of axes", wrong)
-
-
-def _other_shape(match: _Match, expected: flat.Shapes) -> list[str]:
-    """Finds arrays of another shape than the variable."""
-    wrong = []
-    for ours, array in match.found.items():
-        wanted = pytorch_layout.torch_shape(expected[ours])
-        if array.shape != wanted:
-            found = list(array.shape)
-            wrong.append(f"{match.names[ours]} {found} in place of {list(wanted)}")
-    return _listed("of another shape", wrong)
-
-
-def _not_finite(match: _Match) -> list[str]:
-    """Finds arrays with NaN or infinities."""
-    wrong = []
-    for ours, array in match.found.items():
-        if not np.isfinite(array).all():
-            wrong.append(match.names[ours])
-    return _listed("NaN or infinite", wrong)
-
-
-def _listed(problem: str, names: Sequence[str], most: int = 6) -> list[str]:
-    """Returns [] if there are no names, else one text that lists the first of them."""
-    if not names:
-        return []
-    listed = ", ".join(names[:most])
-    if len(names) > most:
-        listed += f" and {len(names) - most} more"
-    return [f"{problem}: {listed}"]
-
-
-def _refuse(what: str, problems: Sequence[str]) -> None:
-    """Raises ValueError if there are problems."""
-    if problems:
-        raise ValueError(
-            f"{what}: {'; '.join(problems)}. Choose the network and the number of classes that the "
-            "weights were made for; storage.networks.torch_names lists the names."
-        )
 
 
 def _with_widths_of(model: Any, found: Mapping[str, np.ndarray]) -> nn.Module:

@@ -57,6 +57,7 @@ def to_torch(array: np.ndarray, maps: MapSize | None) -> np.ndarray:
     elif array.ndim == 4:
         rearranged = array.transpose(3, 2, 0, 1)
     else:
+        # A dense kernel; a vector has one axis and stays as it is.
         rearranged = array.T
     return np.ascontiguousarray(rearranged)
 

@@ -128,6 +128,7 @@ _OPENLTH = _ResNetWords(
 
 def _resnet(model: ResNet) -> Names:
     """Returns the names of a ResNet: torchvision's have four stages, OpenLTH's three."""
+    # Torchvision counts blocks within a stage, OpenLTH over the whole network.
     words = _TORCHVISION if len(model.num_blocks) == 4 else _OPENLTH
     names = {"conv1": words.stem, "conv1_norm": words.stem_norm}
     num_before = 0

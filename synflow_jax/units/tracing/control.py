@@ -116,13 +116,13 @@ def _is_settled(a: Value, b: Value) -> bool:
 def _one_slice(records: Records, stacked: Value) -> Value:
     """Returns one slice of values that are stacked along the first axis."""
     value = mix(records, stacked, [0], "scan")
-    places = {axis: axis - 1 for axis in range(1, len(value.shape))}
+    places = {axis: axis - 1 for axis in range(1, value.ndim)}
     return move_axes(value, places, value.shape[1:])
 
 
 def _stack(value: Value, length: int) -> Value:
     """Stacks `length` slices along a new first axis."""
-    places = {axis: axis + 1 for axis in range(len(value.shape))}
+    places = {axis: axis + 1 for axis in range(value.ndim)}
     return move_axes(value, places, (length, *value.shape))
 
 

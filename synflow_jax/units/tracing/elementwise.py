@@ -19,6 +19,7 @@ from synflow_jax.units.tracing.values import (
     Kind,
     Value,
     move_axes,
+    output_shape,
     places_without,
     with_flags,
 )
@@ -64,8 +65,8 @@ def _elementwise(records: Records, eqn: Any, operands: list[Value]) -> list[Valu
     if len(eqn.outvars) > 1:  # optimization_barrier of several arrays
         return operands
     primitive = eqn.primitive.name
-    shape = eqn.outvars[0].aval.shape
-    operands = [broadcast(records, x, range(len(x.shape)), shape) for x in operands]
+    shape = output_shape(eqn)
+    operands = [broadcast(records, x, range(x.ndim), shape) for x in operands]
     # Where all cases are 0, it does not matter which of them is chosen.
     if primitive == "select_n":
         operands[0] = with_flags(operands[0], zero=True)
@@ -111,8 +112,8 @@ def _reduce(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     value = operands[0]
     axes = eqn.params["axes"]
     rest = mix(records, value, axes, eqn.primitive.name)
-    places = places_without(axes, len(value.shape))
-    return [move_axes(rest, places, eqn.outvars[0].aval.shape)]
+    places = places_without(axes, value.ndim)
+    return [move_axes(rest, places, output_shape(eqn))]
 
 
 @rule("argmax", "argmin")
@@ -142,4 +143,4 @@ def _pool(records: Records, eqn: Any, operands: list[Value]) -> list[Value] | No
         if (size, stride, *padding) != (1, 1, 0, 0)
     ]
     result = mix(records, operands[0], pooled, eqn.primitive.name)
-    return [result._replace(shape=eqn.outvars[0].aval.shape)]
+    return [result._replace(shape=output_shape(eqn))]

@@ -23,7 +23,9 @@ from synflow_jax.units.tracing.values import (
     excluding,
     is_one_unit,
     leaf_axes,
+    merge_fields,
     move_axes,
+    output_shape,
     pad_nodes,
     places_without,
     reshape_blocks,
@@ -38,7 +40,7 @@ def mix(records: Records, value: Value, axes: Iterable[int], primitive: str) -> 
     axes = frozenset(axes)
     apart, mixed = split_fields(value, axes)
     records.lose(mixed, Cause.MIXED, primitive)
-    return Value(tuple(apart), value.kind, value.shape, value.uniform - axes)
+    return Value(apart, value.kind, value.shape, value.uniform - axes)
 
 
 # ----------------------------------------------------------------------------- Axes of size 1
@@ -64,13 +66,13 @@ def broadcast(
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     places = eqn.params["broadcast_dimensions"]
-    return [broadcast(records, operands[0], places, eqn.outvars[0].aval.shape)]
+    return [broadcast(records, operands[0], places, output_shape(eqn))]
 
 
 @rule("squeeze")
 def _squeeze(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     axes = frozenset(eqn.params["dimensions"])
-    return [_squeeze_axes(records, operands[0], axes, eqn.outvars[0].aval.shape)]
+    return [_squeeze_axes(records, operands[0], axes, output_shape(eqn))]
 
 
 def _squeeze_axes(
@@ -78,7 +80,7 @@ def _squeeze_axes(
 ) -> Value:
     """Drops axes of size 1 from a value."""
     kept = _drop_single_axes(records, value, axes, "squeeze")
-    result = move_axes(kept, places_without(axes, len(value.shape)), shape)
+    result = move_axes(kept, places_without(axes, value.ndim), shape)
     return result._replace(leaf=value.leaf)
 
 
@@ -86,12 +88,15 @@ def _drop_single_axes(
     records: Records, value: Value, axes: AbstractSet[int], primitive: str
 ) -> Value:
     """Drops axes of size 1 from the fields of a value. A unit that lies along no other is lost."""
-    lost = [field for field in value.fields if field.support <= axes]
+    lost = [field for field in value.fields if field.lies_within(axes)]
     if value.kind == Kind.ACTIVATIONS:
         records.lose(lost, Cause.AXIS_LOST, primitive)
     kept = excluding(value.fields, lost)
-    fields = tuple(field._replace(support=field.support - axes) for field in kept)
-    return value._replace(fields=fields)
+    return value._replace(fields=[_without_axes(field, axes) for field in kept])
+
+
+def _without_axes(field: Field, axes: AbstractSet[int]) -> Field:
+    return field._replace(support=field.support - axes)
 
 
 # -------------------------------------------------------------------------------- Moving axes
@@ -100,13 +105,13 @@ def _drop_single_axes(
 @rule("transpose")
 def _transpose(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     places = {axis: place for place, axis in enumerate(eqn.params["permutation"])}
-    return [move_axes(operands[0], places, eqn.outvars[0].aval.shape)]
+    return [move_axes(operands[0], places, output_shape(eqn))]
 
 
 @rule("reshape")
 def _reshape(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     value = operands[0]
-    shape = eqn.outvars[0].aval.shape
+    shape = output_shape(eqn)
     blocks = reshape_blocks(value.shape, shape)
     fields = []
     for field in value.fields:
@@ -125,7 +130,7 @@ def _reshape(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
             uniform.update(block.new)
     for field in fields:
         uniform -= field.support
-    return [Value(tuple(fields), value.kind, shape, frozenset(uniform), value.number, value.leaf)]
+    return [Value(fields, value.kind, shape, frozenset(uniform), value.number, value.leaf)]
 
 
 def _is_one_beside_others(value: Value, field: Field, blocks: Sequence[Block]) -> bool:
@@ -136,11 +141,10 @@ def _is_one_beside_others(value: Value, field: Field, blocks: Sequence[Block]) -
 
     if not is_single(field):
         return False
-    touched = [block for block in blocks if not field.support.isdisjoint(block.old)]
+    touched = [block for block in blocks if field.touches(block.old)]
     near = {axis for block in touched for axis in block.old}
-    return any(
-        not other.support.isdisjoint(near) and not is_single(other) for other in value.fields
-    )
+    others = [other for other in value.fields if other.touches(near)]
+    return not all(is_single(other) for other in others)
 
 
 # ------------------------------------------------------------------------------------- Cutting
@@ -152,14 +156,14 @@ def _slice(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     limits = eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
     index = [slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)]
-    part = slice_axes(operands[0], index, eqn.outvars[0].aval.shape)
+    part = slice_axes(operands[0], index, output_shape(eqn))
     return [_without_whole_parts(records, part)]
 
 
 @rule("rev")
 def _reverse(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     value = operands[0]
-    index = [slice(None)] * len(value.shape)
+    index = [slice(None)] * value.ndim
     for axis in eqn.params["dimensions"]:
         index[axis] = slice(None, None, -1)
     return [slice_axes(value, index, value.shape)]
@@ -176,7 +180,7 @@ def _split(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
 @rule("unstack")
 def _unstack(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     axis = eqn.params["axis"]
-    shape = eqn.outvars[0].aval.shape
+    shape = output_shape(eqn)
     parts = cut_axis(operands[0], axis, [1] * len(eqn.outvars))
     return [_squeeze_axes(records, part, {axis}, shape) for part in parts]
 
@@ -205,7 +209,7 @@ def _without_whole_parts(records: Records, value: Value) -> Value:
 @rule("dynamic_slice")
 def _dynamic_slice(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     value, *starts = operands
-    shape = eqn.outvars[0].aval.shape
+    shape = output_shape(eqn)
     for start in starts:
         records.fix(start.fields, Cause.DECIDES, "dynamic_slice")
     sizes = zip(value.shape, shape, strict=True)
@@ -223,19 +227,19 @@ def _gather(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     sizes = eqn.params["slice_sizes"]
     batching = getattr(numbers, "operand_batching_dims", ())
     dropped = {*numbers.collapsed_slice_dims, *batching}
-    kept = [axis for axis in range(len(table.shape)) if axis not in dropped]
+    kept = [axis for axis in range(table.ndim) if axis not in dropped]
     cut = dropped.union(axis for axis in kept if sizes[axis] != table.shape[axis])
     records.lose(indices.fields, Cause.DECIDES, "gather")
     if table.kind == Kind.PARAMETERS:
         # The table is an embedding. A position in it that is looked up is no unit.
         apart, _ = split_fields(table, cut)
-        whole = table._replace(fields=tuple(apart))
+        whole = table._replace(fields=apart)
     else:
         whole = mix(records, table, cut, "gather")
     places = dict(zip(kept, numbers.offset_dims, strict=True))
-    result = move_axes(whole._replace(uniform=frozenset()), places, eqn.outvars[0].aval.shape)
+    result = move_axes(whole._replace(uniform=frozenset()), places, output_shape(eqn))
     if table.kind == Kind.PARAMETERS and indices.kind == Kind.ACTIVATIONS:
-        fields = tuple(_write(records, field) for field in result.fields)
+        fields = [_write(records, field) for field in result.fields]
         result = result._replace(kind=Kind.ACTIVATIONS, fields=fields)
     return [result]
 
@@ -264,14 +268,14 @@ def _pad(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
             nodes = pad_nodes(nodes, axis, config[axis])
         fields.append(field._replace(nodes=nodes, zero=field.zero and fills_zero))
     kind = max(value.kind, fill.kind)
-    shape = eqn.outvars[0].aval.shape
-    return [Value(tuple(fields), kind, shape, value.uniform.difference(padded))]
+    shape = output_shape(eqn)
+    return [Value(fields, kind, shape, value.uniform.difference(padded))]
 
 
 @rule("concatenate")
 def _concatenate(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     axis = eqn.params["dimension"]
-    shape = eqn.outvars[0].aval.shape
+    shape = output_shape(eqn)
     kind = max(operand.kind for operand in operands)
     # Along the axis of the concatenation, the units of the operands lie one after another.
     parts = [_part_along(records, operand, axis, kind) for operand in operands]
@@ -279,7 +283,7 @@ def _concatenate(records: Records, eqn: Any, operands: list[Value]) -> list[Valu
     rests = []
     for operand in operands:
         apart, _ = split_fields(operand, [axis])
-        rests.append(operand._replace(fields=tuple(apart), shape=shape))
+        rests.append(operand._replace(fields=apart, shape=shape))
     rest = functools.reduce(functools.partial(meet, records, "concatenate"), rests)
     sizes = [operand.shape[axis] for operand in operands]
     fields = (*rest.fields, *_join_parts(records, parts, sizes, axis, shape))
@@ -337,11 +341,4 @@ def _join_parts(
         full = [length if i in support else 1 for i, length in enumerate(shape)]
         full[axis] = size
         rows.append(np.broadcast_to(NONE if part is None else part.nodes, full))
-    joined = Field(
-        np.concatenate(rows, axis),
-        support,
-        frozenset().union(*[part.leaf_axes for part in present]),
-        zero=all(part.zero for part in present),
-        ungated=any(part.ungated for part in present),
-    )
-    return [joined]
+    return [merge_fields(present, np.concatenate(rows, axis), support)]

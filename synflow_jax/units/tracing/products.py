@@ -20,6 +20,7 @@ from synflow_jax.units.tracing.values import (
     excluding,
     leaf_axes,
     move_axes,
+    output_shape,
     with_flags,
 )
 
@@ -44,13 +45,19 @@ def _dot_general(records: Records, eqn: Any, operands: list[Value]) -> list[Valu
     (a_summed, b_summed), (a_batch, b_batch) = eqn.params["dimension_numbers"]
     a, b = operands
     # The result has the batch axes first, then the free axes of a, then those of b.
-    a_free = [i for i in range(len(a.shape)) if i not in (*a_summed, *a_batch)]
-    b_free = [i for i in range(len(b.shape)) if i not in (*b_summed, *b_batch)]
-    a_places = {axis: place for place, axis in enumerate([*a_batch, *a_free])}
-    b_places = {axis: place for place, axis in enumerate(b_batch)}
-    b_places |= {axis: place for place, axis in enumerate(b_free, len(a_places))}
-    factors = _Factor(a, a_summed, a_places), _Factor(b, b_summed, b_places)
-    return [_multiply(records, *factors, eqn.outvars[0].aval.shape)]
+    a_free = _axes_but(a, [*a_summed, *a_batch])
+    b_free = _axes_but(b, [*b_summed, *b_batch])
+    order = range(len(a_batch) + len(a_free) + len(b_free))
+    a_places = dict(zip([*a_batch, *a_free], order, strict=False))
+    b_places = dict(zip(b_batch, order, strict=False))
+    b_places.update(zip(b_free, order[len(a_places) :], strict=True))
+    a_factor = _Factor(a, a_summed, a_places)
+    b_factor = _Factor(b, b_summed, b_places)
+    return [_multiply(records, a_factor, b_factor, output_shape(eqn))]
+
+
+def _axes_but(value: Value, excluded: Sequence[int]) -> list[int]:
+    return [axis for axis in range(value.ndim) if axis not in excluded]
 
 
 @rule("conv_general_dilated")
@@ -64,17 +71,16 @@ def _convolve(records: Records, eqn: Any, operands: list[Value]) -> list[Value] 
     x_batch, x_feature = numbers.lhs_spec[:2]
     kernel_out, kernel_in = numbers.rhs_spec[:2]
     out_batch, out_feature = numbers.out_spec[:2]
-    no_padding = all(tuple(widths) == (0, 0) for widths in eqn.params["padding"])
-    no_holes = set(eqn.params["lhs_dilation"]) <= {1}
-    return [
-        _multiply(
-            records,
-            _Factor(x, [x_feature], {x_batch: out_batch}),
-            _Factor(kernel, [kernel_in], {kernel_out: out_feature}),
-            eqn.outvars[0].aval.shape,
-            whole=no_padding and no_holes,
-        )
-    ]
+    padding = [tuple(widths) for widths in eqn.params["padding"]]
+    holes = [dilation > 1 for dilation in eqn.params["lhs_dilation"]]
+    result = _multiply(
+        records,
+        _Factor(x, [x_feature], {x_batch: out_batch}),
+        _Factor(kernel, [kernel_in], {kernel_out: out_feature}),
+        output_shape(eqn),
+        whole=set(padding) <= {(0, 0)} and not any(holes),
+    )
+    return [result]
 
 
 def _convolve_depthwise(records: Records, eqn: Any, x: Value, kernel: Value) -> list[Value] | None:
@@ -84,25 +90,27 @@ def _convolve_depthwise(records: Records, eqn: Any, x: Value, kernel: Value) -> 
     """
     numbers = eqn.params["dimension_numbers"]
     x_batch, x_feature = numbers.lhs_spec[:2]
+    kernel_out = numbers.rhs_spec[0]
     out_feature = numbers.out_spec[1]
-    num_groups = eqn.params["feature_group_count"]
-    shape = eqn.outvars[0].aval.shape
-    channels = [field for field in x.fields if field.support == {x_feature}]
-    written = [field for field in kernel.fields if field.support == {numbers.rhs_spec[0]}]
-    if num_groups != x.shape[x_feature] or len(channels) != 1 or len(written) != 1:
+    num_channels = x.shape[x_feature]
+    if eqn.params["feature_group_count"] != num_channels:
         return None
-    if not written[0].zero:
+    channels = [field for field in x.fields if field.support == {x_feature}]
+    written = [field for field in kernel.fields if field.support == {kernel_out}]
+    if len(channels) != 1 or len(written) != 1 or not written[0].zero:
         return None
 
-    others = excluding(x.fields, channels)
-    records.lose([field for field in others if not field.support <= {x_batch}], Cause.SPATIAL)
-    nodes = np.repeat(channels[0].nodes.ravel(), shape[out_feature] // num_groups)
+    slid_over = [f for f in excluding(x.fields, channels) if not f.lies_within([x_batch])]
+    records.lose(slid_over, Cause.SPATIAL)
+    # Each channel has as many outputs in a row.
+    shape = output_shape(eqn)
+    num_outputs = shape[out_feature] // num_channels
+    nodes = np.repeat(channels[0].nodes.ravel(), num_outputs)
     records.unify(nodes, written[0].nodes.ravel())
     records.scales.update(leaf_axes(written))
-    field = channels[0]._replace(
-        nodes=along(nodes, out_feature, len(shape)), support=frozenset([out_feature])
-    )
-    return [Value((field,), Kind.ACTIVATIONS, shape)]
+    nodes = along(nodes, out_feature, len(shape))
+    field = channels[0]._replace(nodes=nodes, support=frozenset([out_feature]))
+    return [Value([field], Kind.ACTIVATIONS, shape)]
 
 
 def _multiply(
@@ -116,21 +124,22 @@ def _multiply(
       shape: of the result.
       whole: see `Read.whole`.
     """
-    x, kernel = (a, b) if b.value.kind == Kind.PARAMETERS else (b, a)
-    kind = max(x.value.kind, kernel.value.kind)
-    for factor in (x, kernel):
-        _lose_crossing_fields(records, factor)
-    read_by, reading = _summed_part(x), _summed_part(kernel)
-    passing, written = _other_part(x, shape), _other_part(kernel, shape)
-    read_by, reading = _contract(records, read_by, reading)
+    x, kernel = a, b
+    if b.value.kind != Kind.PARAMETERS:
+        x, kernel = b, a
+    x_summed, x_rest = _parts(records, x, shape)
+    kernel_summed, kernel_rest = _parts(records, kernel, shape)
+    x_summed, kernel_summed = _contract(records, x_summed, kernel_summed)
 
+    kind = max(x.value.kind, kernel.value.kind)
     mixed = is_mixed(x.value, kernel.value)
     if mixed:
-        _record_kernel(records, read_by, reading, written)
-        written = with_flags(written, leaf_axes=frozenset(), ungated=False)
+        _record_kernel(records, x_summed, kernel_summed, kernel_rest)
+        kernel_rest = with_flags(kernel_rest, leaf_axes=frozenset(), ungated=False)
     # Neither of them scales the other one: they are parts of one value, and of one kind.
-    parts = [part._replace(kind=kind) for part in (passing, written)]
-    result = meet(records, "mul", *parts)
+    x_rest = x_rest._replace(kind=kind)
+    kernel_rest = kernel_rest._replace(kind=kind)
+    result = meet(records, "mul", x_rest, kernel_rest)
     if not mixed:
         return result
 
@@ -140,33 +149,23 @@ def _multiply(
     return result._replace(product=product)
 
 
-def _lose_crossing_fields(records: Records, factor: _Factor) -> None:
-    """Records that units along summed and other axes at once cannot be followed."""
-    summed = set(factor.summed)
-    places = set(factor.places)
-    fields = factor.value.fields
-    lost = [f for f in fields if not (f.support <= summed or f.support <= places)]
-    is_kernel_window = factor.value.kind != Kind.ACTIVATIONS and all(
-        field.support.isdisjoint(summed) for field in lost
-    )
+def _parts(records: Records, factor: _Factor, shape: tuple[int, ...]) -> tuple[Value, Value]:
+    """Returns the summed axes of a factor, and the others broadcast to the shape of the result."""
+    value = factor.value
+    summed = [field for field in value.fields if field.lies_within(factor.summed)]
+    rest = [field for field in value.fields if field.lies_within(factor.places)]
+    crossing = excluding(value.fields, [*summed, *rest])
     # The height and width of a kernel hold no units, and nothing is lost with them.
-    if not is_kernel_window:
-        records.lose(lost, Cause.SUMMED_WITH_OTHERS)
+    if value.kind == Kind.ACTIVATIONS or any(f.touches(factor.summed) for f in crossing):
+        records.lose(crossing, Cause.SUMMED_WITH_OTHERS)
 
-
-def _summed_part(factor: _Factor) -> Value:
-    """Returns a value of the summed axes of a factor alone."""
-    fields = tuple(f for f in factor.value.fields if f.support <= set(factor.summed))
-    places = {axis: place for place, axis in enumerate(factor.summed)}
-    shape = tuple(factor.value.shape[axis] for axis in factor.summed)
-    return move_axes(factor.value._replace(fields=fields), places, shape)
-
-
-def _other_part(factor: _Factor, shape: tuple[int, ...]) -> Value:
-    """Returns a factor without its summed axes, broadcast to the shape of the result."""
-    fields = tuple(f for f in factor.value.fields if f.support <= set(factor.places))
+    summed_places = {axis: place for place, axis in enumerate(factor.summed)}
+    summed_shape = tuple(value.shape[axis] for axis in factor.summed)
     new = set(range(len(shape))).difference(factor.places.values())
-    return move_axes(factor.value._replace(fields=fields), factor.places, shape, new)
+    return (
+        move_axes(value._replace(fields=summed), summed_places, summed_shape),
+        move_axes(value._replace(fields=rest), factor.places, shape, new),
+    )
 
 
 def _contract(records: Records, x: Value, kernel: Value) -> tuple[Value, Value]:
@@ -186,7 +185,7 @@ def _contract(records: Records, x: Value, kernel: Value) -> tuple[Value, Value]:
         records.fix(fields, cause)
     x, kernel = match_fields(records, x, kernel)
     for field in x.fields:
-        met = [own for own in kernel.fields if not own.support.isdisjoint(field.support)]
+        met = [own for own in kernel.fields if own.touches(field.support)]
         for own in met:
             records.unify(field.nodes, own.nodes)
         if not met:
@@ -197,30 +196,32 @@ def _contract(records: Records, x: Value, kernel: Value) -> tuple[Value, Value]:
     return x, kernel
 
 
-def _record_kernel(records: Records, x: Value, reading: Value, written: Value) -> None:
+def _record_kernel(records: Records, x: Value, reading: Value, writing: Value) -> None:
     """Records which units a kernel reads and which it writes.
 
     Args:
       records: of the program.
       x: the summed axes of the kernel's input.
       reading: the summed axes of the kernel.
-      written: its other axes.
+      writing: its other axes.
     """
-    fields = (*reading.fields, *written.fields)
+    fields = (*reading.fields, *writing.fields)
     # To remove a unit is to set parameters to 0, which must set entries of the kernel to 0.
     if not all(field.zero for field in fields):
         records.fix([*fields, *x.fields], Cause.NONZERO_KERNEL)
     records.readers.update(leaf_axes(reading.fields))
-    records.writers.update(leaf_axes(written.fields))
+    records.writers.update(leaf_axes(writing.fields))
 
 
 def _reads(records: Records, x: _Factor, kernel: _Factor, whole: bool) -> list[Read]:
     """Describes the product of a kernel with activations, once per parameter in the kernel."""
     leaves = {leaf for field in kernel.value.fields for leaf, _ in field.leaf_axes}
     records.num_uses.update(leaves)
+    # Constants can be folded only through a kernel that is the parameter itself.
     leaf = kernel.value.leaf
     has_two_axes = len(kernel.summed) == len(kernel.places) == 1
-    if leaf is None or not has_two_axes or kernel.value.shape != records.leaf_shapes[leaf]:
+    is_leaf = leaf is not None and kernel.value.shape == records.leaf_shapes[leaf]
+    if leaf is None or not is_leaf or not has_two_axes:
         return [Read(leaf, NONE, NONE) for leaf in sorted(leaves)]
     (write,) = kernel.places
     read = Read(leaf, kernel.summed[0], write, whole=whole)
@@ -234,5 +235,5 @@ def _steady_values(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Returns the activations at one place, and where they are equal at all places (see `Read`)."""
     rows = jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
     first = rows[:1]
-    steady = jnp.all(jnp.abs(rows - first) <= 1e-6 * jnp.abs(first), axis=0)
-    return rows[0], steady
+    is_close = jnp.abs(rows - first) <= 1e-6 * jnp.abs(first)
+    return rows[0], jnp.all(is_close, axis=0)

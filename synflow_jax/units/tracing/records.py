@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from synflow_jax.units.tracing.values import Field, Kind, LeafAxis, Value, along
+from synflow_jax.units.tracing.values import Field, Kind, LeafAxis, Value, along, merge_fields
 
 
 class Cause(enum.Enum):
@@ -143,7 +143,7 @@ class Records:
         for axis in range(len(shape)):
             nodes = along(self.rows[leaf, axis], axis, len(shape))
             fields.append(Field(nodes, frozenset([axis]), frozenset([(leaf, axis)])))
-        return Value(tuple(fields), Kind.PARAMETERS, shape, leaf=leaf)
+        return Value(fields, Kind.PARAMETERS, shape, leaf=leaf)
 
     def network_input(self, shape: tuple[int, ...]) -> Value:
         """Returns the value of the network's input, with its own nodes along each axis but the
@@ -154,7 +154,7 @@ class Records:
             row = self.new_nodes(size)
             self.inputs.append(row)
             fields.append(Field(along(row, axis, len(shape)), frozenset([axis]), zero=False))
-        return Value(tuple(fields), Kind.ACTIVATIONS, shape)
+        return Value(fields, Kind.ACTIVATIONS, shape)
 
     # ------------------------------------------------------------------------------ Statements
 
@@ -203,22 +203,16 @@ class Records:
         key = (str(shape).encode(), *(nodes.tobytes() for nodes in arrays))
         if key not in self._combined:
             stacked = np.stack([nodes.ravel() for nodes in arrays])
-            _, combination = np.unique(stacked, axis=1, return_inverse=True)
+            unique, combination = np.unique(stacked, axis=1, return_inverse=True)
             combination = np.reshape(combination, -1)
-            new = self.new_nodes(int(combination.max(initial=-1)) + 1)
+            new = self.new_nodes(unique.shape[1])
             self._combined[key] = new[combination].reshape(shape)
             if not hidden:
                 self.inputs.append(new)
         nodes = self._combined[key]
         if hidden:
             self.fix([*fields, Field(nodes, support)], Cause.COMBINED)
-        return Field(
-            nodes,
-            support,
-            frozenset().union(*[field.leaf_axes for field in fields]),
-            zero=all(field.zero for field in fields),
-            ungated=any(field.ungated for field in fields),
-        )
+        return merge_fields(fields, nodes, support)
 
     # -------------------------------------------------------------------------------- Rewinding
 

@@ -59,6 +59,14 @@ class Field(NamedTuple):
     zero: bool = True
     ungated: bool = False
 
+    def touches(self, axes: Iterable[int]) -> bool:
+        """Returns True if the units lie along any of these axes."""
+        return not self.support.isdisjoint(axes)
+
+    def lies_within(self, axes: Iterable[int]) -> bool:
+        """Returns True if the units lie along these axes alone."""
+        return self.support.issubset(axes)
+
 
 class Value(NamedTuple):
     """Holds what is known of an array in the program.
@@ -75,7 +83,7 @@ class Value(NamedTuple):
       is_platform: it tells which platform the program runs on.
     """
 
-    fields: tuple[Field, ...]
+    fields: Sequence[Field]
     kind: Kind
     shape: tuple[int, ...]
     uniform: frozenset[int] = frozenset()
@@ -85,6 +93,11 @@ class Value(NamedTuple):
     array: Any = None
     is_platform: bool = False
 
+    @property
+    def ndim(self) -> int:
+        """Returns the number of axes."""
+        return len(self.shape)
+
 
 def constant(array: Any) -> Value:
     """Returns the value of an array or a number that is known."""
@@ -92,6 +105,11 @@ def constant(array: Any) -> Value:
     is_number = not shape and jnp.issubdtype(jnp.result_type(array), jnp.number)
     number = float(array) if is_number else None
     return Value((), Kind.CONSTANT, shape, single_axes(shape), number, array=array)
+
+
+def output_shape(eqn: Any) -> tuple[int, ...]:
+    """Returns the shape of the first output of an equation."""
+    return eqn.outvars[0].aval.shape
 
 
 def single_axes(shape: Sequence[int]) -> frozenset[int]:
@@ -114,14 +132,18 @@ def split_fields(value: Value, axes: Iterable[int]) -> tuple[list[Field], list[F
     apart: list[Field] = []
     touching: list[Field] = []
     for field in value.fields:
-        fields = apart if field.support.isdisjoint(axes) else touching
-        fields.append(field)
+        if field.touches(axes):
+            touching.append(field)
+        else:
+            apart.append(field)
     return apart, touching
 
 
-def excluding(fields: Iterable[Field], gone: Sequence[Field]) -> tuple[Field, ...]:
+def excluding(fields: Iterable[Field], gone: Iterable[Field]) -> list[Field]:
     """Returns the fields that are none of `gone`."""
-    return tuple(field for field in fields if all(field is not other for other in gone))
+    # Fields hold arrays and are compared by identity.
+    identities = {id(field) for field in gone}
+    return [field for field in fields if id(field) not in identities]
 
 
 def leaf_axes(fields: Iterable[Field]) -> dict[LeafAxis, None]:
@@ -130,22 +152,36 @@ def leaf_axes(fields: Iterable[Field]) -> dict[LeafAxis, None]:
     return dict.fromkeys(sorted(axes))
 
 
+def merge_fields(fields: Sequence[Field], nodes: np.ndarray, support: frozenset[int]) -> Field:
+    """Returns one field with these nodes, with the origins and flags of several."""
+    return Field(
+        nodes,
+        support,
+        leaf_axes=frozenset().union(*[field.leaf_axes for field in fields]),
+        zero=all(field.zero for field in fields),
+        ungated=any(field.ungated for field in fields),
+    )
+
+
 def with_flags(value: Value, **flags: Any) -> Value:
     """Replaces attributes, such as `zero`, in all fields of a value."""
-    fields = tuple(field._replace(**flags) for field in value.fields)
-    return value._replace(fields=fields)
+    return value._replace(fields=[field._replace(**flags) for field in value.fields])
 
 
 def is_one_unit(field: Field) -> bool:
     """Returns True if every position of the field is the same node."""
-    return field.nodes.size > 0 and bool((field.nodes == field.nodes.flat[0]).all())
+    return field.nodes.size > 0 and not _differ(field.nodes)
+
+
+def _differ(nodes: np.ndarray) -> bool:
+    return bool((nodes != nodes.flat[0]).any())
 
 
 def same_pattern(a: np.ndarray, b: np.ndarray) -> bool:
     """Returns True if two arrays of nodes are equal up to the numbers of the nodes."""
     pairs = np.stack([nodes.ravel() for nodes in np.broadcast_arrays(a, b)])
-    num_pairs = np.unique(pairs, axis=1).shape[1]
-    return num_pairs == len(np.unique(pairs[0])) == len(np.unique(pairs[1]))
+    distinct = [np.unique(pairs[0]), np.unique(pairs[1]), np.unique(pairs, axis=1).T]
+    return len({len(nodes) for nodes in distinct}) == 1
 
 
 # ---------------------------------------------------------------------------- Moving and cutting
@@ -165,7 +201,7 @@ def move_axes(
       shape: of the result.
       new: axes of the result along which it is uniform.
     """
-    fields = tuple(_move_field(field, places, len(shape)) for field in value.fields)
+    fields = [_move_field(field, places, len(shape)) for field in value.fields]
     uniform = {places[axis] for axis in value.uniform if axis in places}
     return Value(fields, value.kind, shape, frozenset(uniform.union(new)), value.number)
 
@@ -178,7 +214,8 @@ def _move_field(field: Field, places: Mapping[int, int], ndim: int) -> Field:
     for axis in support:
         sizes[places[axis]] = field.nodes.shape[axis]
     nodes = field.nodes.transpose([*support, *others]).reshape(sizes)
-    return field._replace(nodes=nodes, support=frozenset(places[axis] for axis in support))
+    new_support = frozenset(places[axis] for axis in support)
+    return field._replace(nodes=nodes, support=new_support)
 
 
 def places_without(dropped: Iterable[int], ndim: int) -> dict[int, int]:
@@ -193,9 +230,11 @@ def slice_axes(value: Value, index: Sequence[slice], shape: tuple[int, ...]) -> 
     fields = []
     for field in value.fields:
         # Along all other axes the nodes have size 1 and stay.
-        own = [cut if axis in field.support else slice(None) for axis, cut in enumerate(index)]
+        own = [slice(None)] * value.ndim
+        for axis in field.support:
+            own[axis] = index[axis]
         fields.append(field._replace(nodes=field.nodes[tuple(own)]))
-    return Value(tuple(fields), value.kind, shape, value.uniform, value.number)
+    return Value(fields, value.kind, shape, value.uniform, value.number)
 
 
 def cut_axis(value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
@@ -203,10 +242,11 @@ def cut_axis(value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
     parts = []
     start = 0
     for size in sizes:
-        index = [slice(None)] * len(value.shape)
+        index = [slice(None)] * value.ndim
         index[axis] = slice(start, start + size)
-        shape = (*value.shape[:axis], size, *value.shape[axis + 1 :])
-        parts.append(slice_axes(value, index, shape))
+        shape = list(value.shape)
+        shape[axis] = size
+        parts.append(slice_axes(value, index, tuple(shape)))
         start += size
     return parts
 
@@ -227,10 +267,10 @@ def pad_nodes(nodes: np.ndarray, axis: int, config: Sequence[int]) -> np.ndarray
     num_rows = max(0, len(rows) * (interior + 1) - interior)
     wide = np.full((num_rows, *rows.shape[1:]), NONE)
     wide[:: interior + 1] = rows
-    wide = wide[max(0, -low) : len(wide) - max(0, -high)]
-    padding = [(max(0, low), max(0, high))] + [(0, 0)] * (wide.ndim - 1)
-    padded = np.pad(wide, padding, constant_values=NONE)
-    return np.moveaxis(padded, 0, axis)
+    kept = wide[max(0, -low) : num_rows - max(0, -high)]
+    before = np.full((max(0, low), *rows.shape[1:]), NONE)
+    after = np.full((max(0, high), *rows.shape[1:]), NONE)
+    return np.moveaxis(np.concatenate([before, kept, after]), 0, axis)
 
 
 # -------------------------------------------------------------------------------------- Reshaping
@@ -285,7 +325,7 @@ def reshape_field(
     Returns:
       The field of the result. It has no support if its units lie along no axis any more.
     """
-    touched = [block for block in blocks if not field.support.isdisjoint(block.old)]
+    touched = [block for block in blocks if field.touches(block.old)]
     old_axes = {axis for block in touched for axis in block.old}
     new_axes = {axis for block in touched for axis in block.new}
     # Nodes are spread over all axes of the blocks that they lie in, and are reshaped there.
@@ -300,8 +340,7 @@ def reshape_field(
             nodes = first
             support.remove(axis)
     single = {axis for axis in support if after[axis] == 1}
-    several = nodes.size == 0 or not (nodes == nodes.flat[0]).all()
-    if several:
+    if nodes.size == 0 or _differ(nodes):
         support -= single
     elif single:
         # Any of these axes could be that of a single unit. In most layouts it is the last one.

@@ -1,4 +1,4 @@
-"""Networks as files: what is written is what is read, in our format, as a program of jax.export, and as PyTorch's."""
+"""Checks that a network survives each file format: ours, a program of jax.export, and PyTorch's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from synflow_jax.storage.networks import native
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# One of each form: (name, width multiplier, input shape). Maps are not square where they are flattened.
+# One network of each form: (name, width multiplier, input shape). Maps that are flattened are not
+# square, so that height and width cannot be confused.
 FORMS = (
     ("fc", 0.1, (6, 5, 3)),
     ("conv", 0.2, (6, 5, 2)),
@@ -69,7 +70,7 @@ def _shapes(name: str) -> tuple[Any, Any, Any, tuple[int, ...]]:
 
 
 def _network(name: str, seed: int = 0, density: float = 0.5) -> Network:
-    """A network whose variables are all drawn anew, norms and biases too, with a random mask."""
+    """Draws all variables of a network at random, norms and biases too, and a mask."""
     model, params, batch_stats, input_shape = _shapes(name)
     rng = np.random.default_rng(seed)
 
@@ -112,7 +113,7 @@ def _assert_same(got: Any, wanted: Any) -> None:
 
 @functools.cache
 def _compact(name: str) -> Network:
-    """Every third unit of each hidden layer gone."""
+    """Returns the compact form of a network that has lost every third unit of each hidden layer."""
     network = _network(name)
 
     def drop(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -213,7 +214,7 @@ def test_variables_that_do_not_fit_are_not_written(tmp_path: pathlib.Path) -> No
 
 
 def test_the_program_runs_without_this_package(tmp_path: pathlib.Path) -> None:
-    """In a process that cannot import it, for two batch sizes, with the logits of ours to 1e-6."""
+    """Checks logits to 1e-6, for two batch sizes, in a process that cannot import the package."""
     inputs, expected = {}, {}
     for i, (network, batches) in enumerate(
         ((_compact("tiny_vgg11_bn"), (1,)), (_network("conv"), (1, 4)))
@@ -235,7 +236,7 @@ def test_the_program_runs_without_this_package(tmp_path: pathlib.Path) -> None:
         np.savez("out.npz", **{name: programs[name[0]].call(x) for name, x in inputs.items()})
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # An editable install would put the package on the path again: the paths of packages alone are passed on.
+    # An editable install would put the package on the path again, so only other paths are passed.
     paths = [
         path for path in sys.path if not (pathlib.Path(path) / "synflow_jax").is_dir() and path
     ]
@@ -266,7 +267,7 @@ def test_a_program_for_an_unknown_platform() -> None:
 @settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), density=st.sampled_from([0.0, 0.3, 1.0]))
 def test_reading_undoes_writing(name: str, seed: int, density: float) -> None:
-    """from_torch(to_torch(x)) == x in every bit, by the network and by its name."""
+    """Checks from_torch(to_torch(x)) == x in every bit, with the network and with its name."""
     network = _network(name, seed, density)
     state = networks.to_torch(network)
     assert all(array.flags.c_contiguous for array in state.values())
@@ -288,14 +289,14 @@ def test_a_compact_network_passes_through_pytorch(name: str) -> None:
 
 @functools.cache
 def _reference(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A state dict, and the logits that PyTorch computed with it."""
+    """Returns a state dict, and the logits that PyTorch computed with it."""
     with np.load(reference.FILE) as file:
         return reference.fill(json.loads(str(file[f"{name}/shapes"]))), file[f"{name}/logits"]
 
 
 @pytest.mark.parametrize("name", slow_except(FAST, reference.CASES))
 def test_weights_from_pytorch_give_its_logits(name: str) -> None:
-    """And what we write of them is PyTorch's state dict again, name by name and bit for bit: so it loads there."""
+    """Checks that writing them yields the same state dict bit for bit, so PyTorch loads it."""
     state, logits = _reference(name)
     side = reference.CASES[name].side
     network = networks.from_torch(state, name, (side, side, 3))
@@ -309,7 +310,7 @@ def test_weights_from_pytorch_give_its_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_except(FAST, reference.CASES))
 def test_our_networks_load_in_pytorch(name: str) -> None:
-    """Masked ones, where PyTorch is installed."""
+    """Checks masked networks, if PyTorch is installed."""
     pytest.importorskip("torch")
     case = reference.CASES[name]
     network = networks.from_torch(_reference(name)[0], name, (case.side, case.side, 3))
@@ -349,7 +350,7 @@ def test_the_documented_pytorch_module_of_a_compact_network(
 
 
 def test_files_of_weights(tmp_path: pathlib.Path) -> None:
-    """safetensors with the widths inside, .npz, names of nn.DataParallel, half precision."""
+    """Checks safetensors with metadata, .npz, names of nn.DataParallel, and half precision."""
     network = _compact("cifar_vgg13_bn")
     state = networks.to_torch(network)
     wanted = trees.apply_mask(network.params, network.mask), network.batch_stats
@@ -383,7 +384,10 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path: pathlib.Path) -> None:
         return {name: array for name, array in state.items() if name not in names}
 
     bad = without("fc.weight") | {"fc.mask": state["fc.bias"], "layers.0.bn.bias": np.zeros(4)}
-    listed = "missing: fc.weight; unknown: fc.mask; of another shape: layers.0.bn.bias [4] in place of [3]. Choose the"
+    listed = (
+        "missing: fc.weight; unknown: fc.mask; "
+        "of another shape: layers.0.bn.bias [4] in place of [3]. Choose the"
+    )
     with pytest.raises(ValueError, match=re.escape(listed)):
         networks.from_torch(bad, model, shape)
     for wrong, message in (
