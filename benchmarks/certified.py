@@ -41,7 +41,7 @@ def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
     """Returns a row for each schedule and compression."""
     model, shape = NETWORKS[name]
     params, batch_stats = models.init(model, shape, jax.random.key(0))
-    params = trees.without_biases(params)  # the certified schedule takes none into account
+    params = trees.without_biases(params)  # the bounds of the certified schedule ignore biases
     apply_fn = models.synflow_fn(model, batch_stats)
     score_fn = scores.synflow(apply_fn, shape)
     mask = trees.prunable(params)
@@ -56,7 +56,7 @@ def measure_network(name: str, exponential: list[int]) -> list[dict[str, Any]]:
             def on_progress(
                 num_done: int, info: pruning.PruneInfo, started: list[float] = started
             ) -> None:
-                if num_done == 0:  # compiled
+                if num_done == 0:  # the loop is compiled by now
                     started.append(time.perf_counter())
 
             prune: Any = certified.prune if "cut_fraction" in options else pruning.prune

@@ -140,7 +140,8 @@ def ours(variant: str, compression: float, folder: Path, steps: int) -> Record:
         "variant": variant,
         "compression": compression,
         "seconds": seconds,
-        "cpu_seconds": cpu_seconds,  # of all cores: tells the same where others are at work
+        # Time on all cores, which depends less on other jobs than the wall-clock time.
+        "cpu_seconds": cpu_seconds,
         "inference_seconds": [value / (num // BATCH) for value in timings(infer, 3)],
         "compile_seconds": compile_seconds,
         "peak_mb": peak,
@@ -275,7 +276,7 @@ def measure_all(
         *[(name, c) for c in compressions for name in ("masked", "compact")],
     ]
     if torch_works:
-        # Dense products of masked weights take PyTorch as long at every compression.
+        # PyTorch multiplies masked weights as dense matrices, equally fast at every compression.
         variants.append(("torch", 100.0))
     with tempfile.TemporaryDirectory() as folder:
         print("pruning", flush=True)

@@ -122,7 +122,7 @@ def measure_loop(
     If the first run takes a second per step, it is the only one.
     """
     run = jax.jit(lambda num_steps, x, kernel: loop(convolution, num_steps, x, kernel))
-    jax.block_until_ready(run(0, x, kernel))  # compiles, and takes no step
+    jax.block_until_ready(run(0, x, kernel))  # compiles only
     seconds = timings(lambda: jax.block_until_ready(run(num_steps, x, kernel)), repeats, limit=1)
     return [value / num_steps for value in seconds]
 
@@ -153,7 +153,7 @@ def measure_shape(shape: Shape, batch: int, args: argparse.Namespace) -> dict[st
         "matrices": measure_plain(as_matrices, x, kernel, args.repeats),
         "loop_matrices": measure_loop(as_matrices, x, kernel, args.steps, args.repeats),
     }
-    # XLA cannot be interrupted: an eighth of the batch tells what the whole of it would take.
+    # XLA cannot be interrupted, so the time of the whole batch is predicted from an eighth of it.
     predicted = 0.0
     if batch >= PROBE:
         predicted = PROBE * measure_loop(native, *random_pair(shape, batch // PROBE), 1, 1)[0]

@@ -3,11 +3,11 @@
     python benchmarks/depth.py [--networks=mlp300,cifar_resnet110] [--compressions=10,100,1000]
     python benchmarks/depth.py --cuts=cifar_resnet1202
 
-The first command prunes twice by SynFlow: in float32 with a power of two beside each value (the
-default of every run), and in float64 without. It compares the masks: the weights kept, in total and
-by layer, and the fraction of bits that are equal. `first` is the first iteration whose masks have
-different counts by layer. A network is any of `models.NAMES`, or mlp300, a residual MLP of 300
-layers of 16 units.
+The first command prunes twice by SynFlow: in float32 with a power of two stored with each value
+(the default of every run), and in float64 without. It compares the masks: the weights kept, in
+total and by layer, and the fraction of bits that are equal. `first` is the first iteration whose
+masks have different counts by layer. A network is any of `models.NAMES`, or mlp300, a residual MLP
+of 300 layers of 16 units.
 
 --rounded adds a run in float64 whose scores are rounded to the 24 bits of float32 before they are
 ranked: `rounded` is what an evaluation without any other error would reach. It also prints the
@@ -18,10 +18,10 @@ overflows. It compares the flow through every cut between two blocks: the deriva
 respect to a factor on the output of a block. By Theorem 2 all of them are R.
 
 Prints a table and writes `benchmarks/results/depth.json`. --cuts takes 12 s of processor time for
-ResNet-20 and 32 s for ResNet-56; ResNet-1202 took 17 minutes beside other work. The comparison of
-mlp300 and cifar_resnet110 takes five and a half minutes of processor time with --rounded.
-imagenet_resnet50 took three minutes for two compressions, and tiny_resnet152 twelve minutes and
-5 GB for three.
+ResNet-20 and 32 s for ResNet-56; ResNet-1202 took 17 minutes while other jobs ran. The comparison
+of mlp300 and cifar_resnet110 takes five and a half minutes of processor time with --rounded.
+imagenet_resnet50 took three minutes for two compressions, and tiny_resnet152 twelve minutes and 5
+GB for three.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def run(
     started: list[float] = []
 
     def on_progress(num_done: int, info: pruning.PruneInfo) -> None:
-        if num_done == 0:  # compiled
+        if num_done == 0:  # the loop is compiled by now
             started.append(time.perf_counter())
 
     score_fn = scores.synflow(apply_fn, shape, scaled=dtype == "float32")
@@ -130,7 +130,7 @@ def errors(network: Network) -> tuple[float, float]:
         np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in found
     )
     ratios = np.log(ours[right > 0].astype(np.float64) / right[right > 0])
-    ratios -= np.median(ratios)  # a factor that all scores have in common ranks nothing
+    ratios -= np.median(ratios)  # a common factor does not change the ranking
     return float(np.sqrt(np.mean(ratios**2))), float(np.abs(ratios).max())
 
 

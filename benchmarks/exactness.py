@@ -50,7 +50,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         CLASSES, (1, 1), (16, 32), bottleneck=True, bottleneck_multiplier=2, imagenet_stem=True
     ),
 }
-# Most of these programs run once: compiling them is all that takes time.
+# Most of these programs run once, so nearly all their time is compilation.
 QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ def both_modes(
         params: trees.Tree, stats: trees.Tree, mask: trees.Mask, x: jax.Array
     ) -> dict[str, jax.Array]:
         variables = {"params": trees.apply_mask(params, mask), "batch_stats": stats}
-        # Dropout draws in the shape of the activations: here it is left out of both.
+        # The random bits of dropout depend on the shape of its input, so both do without dropout.
         with nn.intercept_methods(
             lambda f, a, k, c: a[0] if isinstance(c.module, nn.Dropout) else f(*a, **k)
         ):

@@ -89,19 +89,17 @@ def our_loop(name: str, compression: float, iterations: int) -> Record:
     mask, seconds = None, []
     for _ in range(2):
         start = time.perf_counter()
-        # As the peer does, and the command, which is measured too.
         result = pruning.prune(
             score_fn,
             params,
             compression=compression,
             num_iterations=iterations,
-            score_dtype="float32",
+            score_dtype="float32",  # as in PyTorch and in the command
         )
         mask, _ = jax.block_until_ready(result)
         seconds.append(time.perf_counter() - start)
-    peak = peak_mb(
-        resource.getrusage(resource.RUSAGE_SELF)
-    )  # before the checks below, which no user runs
+    # Read the peak before the checks below, which are not part of the work that is timed.
+    peak = peak_mb(resource.getrusage(resource.RUSAGE_SELF))
     return {
         "model": name,
         "compression": compression,

@@ -3,8 +3,8 @@
     python benchmarks/scaled.py [--networks=cifar_vgg16_bn,tiny_resnet18]
 
 The script times a pass of scores (forward and gradient, float32) inside a `fori_loop`, as in the
-pruning loop, alternately with and without a power of two beside each value. Compilation is timed
-once each. The goal is a ratio of at most 1.1.
+pruning loop, alternately with and without a power of two stored with each value. Compilation is
+timed once each. The goal is a ratio of at most 1.1.
 
 Prints a table and writes `benchmarks/results/scaled.json`. It takes about two minutes on two cores.
 """
@@ -24,7 +24,7 @@ from measure import ROOT, machine, others_seconds, print_table, spread, write_js
 sys.path.insert(0, str(ROOT))
 from synflow_jax import models, scores, trees
 
-PASSES = 10  # in a call
+PASSES = 10  # in each timed call
 
 
 def measure_network(name: str, repeats: int) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def measure_network(name: str, repeats: int) -> dict[str, Any]:
         def run(
             params: trees.Params, mask: trees.Mask, score_fn: scores.ScoreFn = score_fn
         ) -> trees.Mask:
-            # A mask that depends on the scores, as in the loop, though no score is negative.
+            # The mask depends on the scores, as in the pruning loop, so XLA cannot remove the
+            # scoring. No score is negative, so nothing is pruned.
             keep = lambda m, s: m & (s >= 0)
             body = lambda i, m: jax.tree.map(keep, m, score_fn(params, m, jax.random.key(0)))
             return jax.lax.fori_loop(0, PASSES, body, mask)

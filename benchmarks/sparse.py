@@ -35,7 +35,8 @@ from measure import ROOT, machine, milliseconds, others_seconds, print_table, ti
 SHAPES = ((512, 4608), (4096, 4096))
 COLUMNS = (128, 1)
 FORMS = ("dense", "BCOO", "BCSR", "scipy CSR")
-LIMIT = 2.0  # seconds of a first call (it compiles, too) from which on it is not repeated
+# A form whose first call takes longer than this, in seconds, is not repeated.
+LIMIT = 2.0
 
 
 def measure(

@@ -58,7 +58,7 @@ def measure_size(size: int, repeats: int, sort: bool) -> dict[str, list[float]]:
     on_host = lognormal(size)
     scores = jnp.asarray(on_host)
     k = int(FRACTION * size)
-    ks = jnp.array([k], jnp.int32)  # traced, as in the loop
+    ks = jnp.array([k], jnp.int32)  # traced, as in the pruning loop
 
     separators, kth_smallest = jax.jit(masking.separators), jax.jit(masking.kth_smallest)
     sort_and_take = jax.jit(lambda scores, k: jnp.sort(scores)[k[0] - 1])

@@ -31,7 +31,7 @@ STAGES = {
 
 
 class Masked(nn.Module):
-    """A weight times a mask that stays as it is."""
+    """Multiplies a weight by a fixed mask."""
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()

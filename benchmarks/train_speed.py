@@ -74,7 +74,7 @@ def our_steps(name: str, steps: int) -> Record:
     return {
         "model": name,
         "seconds": seconds[1:],
-        "first_seconds": seconds[0],  # with compilation
+        "first_seconds": seconds[0],  # includes compilation
         "peak_mb": peak_mb(resource.getrusage(resource.RUSAGE_SELF)),
         "jax": jax.__version__,
         "platform": jax.default_backend(),

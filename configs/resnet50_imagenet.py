@@ -1,8 +1,9 @@
 """Prunes ResNet-50 on ImageNet input (224x224) with SynFlow to compression 100.
 
     python prune.py --config=configs/resnet50_imagenet.py --workdir=runs/resnet50_imagenet
-    python train.py --config=configs/resnet50_imagenet.py --workdir=runs/resnet50_imagenet  # prunes too
+    python train.py --config=configs/resnet50_imagenet.py --workdir=runs/resnet50_imagenet
 
+train.py also prunes if the first command has not run.
 Keeps 255,030 of 25,502,912 weights in 54 layers. The network does not collapse. Its path norm
 overflows float32 before pruning, so the scores carry a power of two with every value
 (`prune.scaled`).

@@ -1,8 +1,9 @@
 """Prunes wide ResNet-18 on CIFAR-100 with SynFlow to compression 100 (Fig. 6).
 
     python prune.py --config=configs/wide_resnet18_c100.py --workdir=runs/wide_resnet18_c100
-    python train.py --config=configs/wide_resnet18_c100.py --workdir=runs/wide_resnet18_c100  # prunes too
+    python train.py --config=configs/wide_resnet18_c100.py --workdir=runs/wide_resnet18_c100
 
+train.py also prunes if the first command has not run.
 The stem is the 3x3 convolution of the Tiny ImageNet form.
 Keeps 446,687 of 44,668,608 weights in 22 layers. The network does not collapse, but shortcut
 convolutions may be empty. The published runs did not widen this network; ours is widened, see

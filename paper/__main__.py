@@ -66,6 +66,11 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             "--rows is missing: name the folder that prune.py or train.py wrote, its --workdir."
         )
+    if _PUBLISHED.value is not None and name not in _OF_RULES:
+        raise ValueError(
+            f"--published={_PUBLISHED.value!r} has no effect on {name}: there are published "
+            f"accuracies for {' and '.join(_OF_RULES)} only. Leave it out."
+        )
     folders = [pathlib.Path(folder) for folder in _ROWS.value]
     out = folders[0] if _OUT.value is None else pathlib.Path(_OUT.value)
     if name == "ablations":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -203,8 +204,10 @@ def flow_of(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey, dtype: An
     """Returns the scores of any rule as a `Flow`, with a cut of NaN where the rule has none."""
     if rule.flow is not None:
         return rule.flow(params, mask, key)
+    scores = rule(params, mask, key)
+    check_scores(scores, mask)
     no_cut = jnp.asarray(jnp.nan, dtype)
-    return Flow(rule(params, mask, key), no_cut, jnp.int32(0))
+    return Flow(scores, no_cut, jnp.int32(0))
 
 
 def _score_totals(
@@ -375,9 +378,7 @@ def prune(
     check_request(params, mask, compression)
     if num_iterations is None:
         num_iterations = usual_iterations(rule, compression)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(mask)]
-    counts = schedule(shapes, compression, num_iterations)
-    counts = schedules.check_counts(counts, trees.sizes(mask))
+    counts = schedule_counts(schedule, mask, compression, num_iterations)
 
     with scoring_dtype(score_dtype, params, mask) as cast:
         rule, params = cast((rule, params))
@@ -446,6 +447,23 @@ def run_in_stretches(
         if bool(state.done):
             break
     return state
+
+
+def schedule_counts(
+    schedule: Schedule, mask: Mask, compression: float, num_iterations: int
+) -> np.ndarray:
+    """Calls a schedule for the prunable leaves of a mask, and checks the counts that it returns.
+
+    Raises:
+      ValueError: `schedule` is not a function, or its counts do not fit.
+    """
+    if not callable(schedule):
+        raise ValueError(
+            f"schedule={schedule!r} must be a function, for instance schedules.linear."
+        )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(mask)]
+    counts = schedule(shapes, compression, num_iterations)
+    return schedules.check_counts(counts, trees.sizes(mask))
 
 
 def usual_iterations(rule: Rule, compression: float) -> int:
@@ -543,6 +561,8 @@ def _as_float64(tree: trees.Tree) -> trees.Tree:
 def check_request(params: Params, mask: Mask, compression: float) -> None:
     """Raises ValueError for a mask that does not fit, or a compression that leaves no weight."""
     trees.check_mask(mask, params)
+    if not isinstance(compression, numbers.Real):
+        raise ValueError(f"compression={compression!r} must be a number, for instance 100.")
     num_weights = sum(trees.sizes(mask))
     # The schedule refuses infinity and NaN, with a message of its own.
     if num_weights < compression < np.inf:
@@ -550,6 +570,27 @@ def check_request(params: Params, mask: Mask, compression: float) -> None:
             f"compression={compression} leaves none of the {num_weights} prunable weights. "
             f"Choose at most {num_weights}."
         )
+
+
+def check_scores(scores: Scores, mask: Mask) -> None:
+    """Raises ValueError, naming the layer, unless there is one score for every prunable weight.
+
+    Shapes are known when the loop is traced, so a faulty rule is found before any work.
+    """
+    expected: Any = jax.tree.structure(mask)
+    if jax.tree.structure(scores) != expected:
+        raise ValueError(
+            "score_fn returned a tree of another structure than the mask. It must return an array "
+            "at each prunable leaf and None elsewhere; trees.map_prunable makes such a tree."
+        )
+    for name, score, m in zip(
+        trees.names(mask), jax.tree.leaves(scores), jax.tree.leaves(mask), strict=True
+    ):
+        if jnp.shape(score) != jnp.shape(m):
+            raise ValueError(
+                f"score_fn returned an array of shape {list(jnp.shape(score))} for layer {name!r}. "
+                f"It must return one score per weight, {list(jnp.shape(m))}."
+            )
 
 
 def raise_unless_finite(state: PruneState, rule: Rule, params: Params) -> None:

@@ -9,6 +9,7 @@ so layer quotas are schedules too. Any function of this form can be passed to `p
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import jax
@@ -203,7 +204,8 @@ def check_request(compression: float, num_iterations: int) -> None:
     is_whole = isinstance(num_iterations, int | np.integer) and not is_bool
     if not is_whole or num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
-    if not np.isfinite(compression) or compression < 1:
+    is_number = isinstance(compression, numbers.Real)
+    if not is_number or not np.isfinite(compression) or compression < 1:
         raise ValueError(
             f"compression={compression!r} must be a finite number of at least 1. It is "
             "total / kept: 1 keeps every weight, and 100 keeps one in a hundred."
@@ -230,6 +232,11 @@ def check_counts(counts: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
         raise ValueError(
             f"schedule returned {counts.tolist()}. Counts must be between 0 and the number of "
             f"weights, {limits.tolist()}."
+        )
+    if (np.diff(counts, axis=0) < 0).any():
+        raise ValueError(
+            f"schedule returned {counts.tolist()}. Counts must not fall from one iteration to the "
+            "next: they include the weights that were pruned before."
         )
     return counts
 

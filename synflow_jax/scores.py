@@ -96,8 +96,21 @@ class Rule:
 
 
 def as_rule(score_fn: ScoreFn) -> Rule:
-    """Turns a function `(params, mask, key) -> scores` into a `Rule`; a rule stays as it is."""
-    return score_fn if isinstance(score_fn, Rule) else Rule(_as_partial(score_fn))
+    """Turns a function `(params, mask, key) -> scores` into a `Rule`; a rule stays as it is.
+
+    Raises:
+      ValueError: `score_fn` is not a function, or makes rules instead of being one.
+    """
+    if isinstance(score_fn, Rule):
+        return score_fn
+    is_factory = score_fn in (synflow, snip, grasp, magnitude, random, inverted, fixed)
+    if not callable(score_fn) or is_factory:
+        name = getattr(score_fn, "__name__", type(score_fn).__name__)
+        raise ValueError(
+            f"score_fn is {name!r}. It must be a rule such as scores.synflow(apply_fn, "
+            "input_shape), or a function (params, mask, key) -> scores."
+        )
+    return Rule(_as_partial(score_fn))
 
 
 def _as_partial(function: Callable[..., Any]) -> Partial:
@@ -146,9 +159,17 @@ def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
       apply_fn: `apply_fn(params, x)`, in evaluation mode.
       input_shape: the shape of one example, without the batch axis.
 
+    Raises:
+      ValueError: `input_shape` is not a sequence.
+
     >>> float(path_norm(lambda p, x: x @ p["w"], (2,))({"w": jnp.array([[1.0], [-2.0]])}))
     3.0
     """
+    if not isinstance(input_shape, Sequence):
+        raise ValueError(
+            f"input_shape={input_shape!r} must be the shape of one example, for instance (784,) or "
+            "(32, 32, 3)."
+        )
     return Partial(_path_norm(tuple(input_shape)), _as_partial(apply_fn))
 
 

@@ -157,7 +157,7 @@ def check_mask(mask: Mask, params: Params) -> None:
         flat_mask = structure.flatten_up_to(mask)  # type: ignore[attr-defined]
     except ValueError as error:
         raise ValueError(
-            f"mask does not have the structure of the parameters: {error}. "
+            f"mask does not have the structure of the parameters: {str(error).rstrip('.')}. "
             "Make one with prunable(params)."
         ) from error
     if all(leaf is None for leaf in flat_mask):

@@ -1,9 +1,15 @@
-"""Checks that the examples run, and that the laws they show hold on models of other libraries."""
+"""Tests the examples and the code in README.md.
+
+- Each example runs and finds what its docstring says.
+- The same weights have the same mask in Linen, NNX, Haiku and Equinox.
+- The code blocks of README.md run in order and print the counts that the text gives.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -20,7 +26,8 @@ from flax import nnx
 
 from synflow_jax import pruning, scores, trees
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +44,10 @@ def _load(name: str) -> ModuleType:
     return module
 
 
+def _num_kept(mask: trees.Mask) -> int:
+    return sum(int(leaf.sum()) for leaf in jax.tree.leaves(mask))
+
+
 @pytest.mark.parametrize(
     "name",
     slow_except(
@@ -47,7 +58,7 @@ def test_a_library_is_scored_pruned_and_audited(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     audit, mask = _load(name).main()
-    kept = sum(int(leaf.sum()) for leaf in jax.tree.leaves(mask))
+    kept = _num_kept(mask)
     assert audit.conserved and audit.residual < 1e-5
     (hidden,) = audit.units.values()
     assert hidden.incoming.size == 20 and hidden.residual < 1e-5
@@ -60,7 +71,7 @@ def test_a_library_is_scored_pruned_and_audited(
 
 
 def test_the_same_weights_give_the_same_mask_in_every_library() -> None:
-    """An MLP of 6-8-3 with biases, in the layout and under the names of each library."""
+    """Prunes an MLP of widths 6-8-3, written in the layout and with the names of each library."""
     rng = np.random.default_rng(0)
     w1, b1, w2 = (jnp.asarray(rng.random(shape, np.float32)) for shape in ((6, 8), (8,), (8, 3)))
 
@@ -160,10 +171,28 @@ def test_norms_are_the_identity_for_the_search() -> None:
         params, {"norm": {"mean": jnp.full(2, 5.0), "var": jnp.full(2, 6.0)}}
     )
     assert plain["norm"]["scale"].tolist() == [1, 1] and plain["norm"]["bias"].tolist() == [0, 0]
-    assert statistics["norm"]["mean"].tolist() == [0, 0] and statistics["norm"]["var"].tolist() == [
-        1,
-        1,
-    ]
-    assert (
-        plain["conv"]["kernel"] is params["conv"]["kernel"] or (plain["conv"]["kernel"] == 1).all()
-    )
+    norm_statistics = statistics["norm"]
+    assert norm_statistics["mean"].tolist() == [0, 0]
+    assert norm_statistics["var"].tolist() == [1, 1]
+    assert (plain["conv"]["kernel"] == params["conv"]["kernel"]).all()
+
+
+def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Executes all Python blocks in order, each with the names that earlier blocks defined."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    # The block that shows how a rule is called takes a key, which the reader has to supply.
+    names = {"__name__": "readme", "key": jax.random.key(0)}
+    for block in blocks[:2]:
+        exec(block, names)
+    printed = capsys.readouterr().out.strip()
+    assert f"This prints `{printed}`" in readme
+    sizes = trees.sizes(names["mask"])
+    kept = _num_kept(names["mask"])
+    assert f"{kept:,} of {sum(sizes):,} weights are left in three layers" in readme
+    assert len(sizes) == 3
+    assert jax.tree.structure(names["scores"]) == jax.tree.structure(names["mask"])
+
+    exec(blocks[2], names)
+    assert _num_kept(names["mask"]) == sum(sizes) - int(0.9 * sum(sizes))

@@ -3,8 +3,8 @@
     python train.py --config=paper/configs/fig1.py --workdir=runs/fig1
     python -m paper fig1 --rows=runs/fig1 --published=paper/published/fig1.json
 
-Five rules and three seeds are 375 runs of 160 epochs, hours on a GPU for each. We have not run
-them; paper/configs/fig1_digits.py is a variant that we have.
+Five rules and three seeds are 375 runs of 160 epochs, and each takes hours on a GPU. We have not
+run them; paper/configs/fig1_digits.py is a variant that we have.
 
 Compare with the published curves, drawn behind. There accuracy is at chance (1 %) from 10^2.5 on
 for magnitude, 10^3 for random, 10^3.25 for GraSP and 10^3.5 for SNIP. Near the maximum, 10^6.02,

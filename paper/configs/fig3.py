@@ -3,8 +3,8 @@
     python prune.py --config=paper/configs/fig3.py --workdir=runs/fig3
     python -m paper fig3 --rows=runs/fig3
 
-All 13,696 units of SynFlow are on the line. Nine of ten of GraSP's are within 0.55 and 1.6 of it,
-and nine of ten of SNIP's within 0.02 and 3.7. SNIP and GraSP score digits, see
+All 13,696 units of SynFlow are on the line. The ratios of 90 % of GraSP's units are between 0.55
+and 1.6, and those of 90 % of SNIP's between 0.02 and 3.7. SNIP and GraSP score digits, see
 `recipes.score_digits`.
 
 This took four minutes and 6.3 GB on two CPU cores that other jobs shared, and 90 MB for the masks.

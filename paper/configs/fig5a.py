@@ -4,9 +4,9 @@
     python -m paper fig5a --rows=runs/fig5a
 
 Level k of n prunes to compression^(k/n) and rewinds. A run of n levels trains n + 1 times for 160
-epochs: days on a GPU. We have not run it; paper/configs/fig5a_digits.py is a variant for two cores.
-The numbers of levels, 1 to 32, are our choice. Few levels are expected to collapse at compressions
-where many do not.
+epochs, which takes days on a GPU. We have not run it; paper/configs/fig5a_digits.py is a variant
+for two cores. The numbers of levels, 1 to 32, are our choice. Runs with few levels are expected to
+collapse at compressions where runs with many do not.
 
 Needs CIFAR-10, prepared once for tensorflow-datasets. Without it the run says how.
 """

@@ -3,9 +3,10 @@
     python train.py --config=paper/configs/fig5b.py --workdir=runs/fig5b
     python -m paper fig5b --rows=runs/fig5b
 
-Three runs of 160 epochs without pruning: VGG-19 (BN) on CIFAR-10, hours on a GPU for each. We have
-not run them; paper/configs/fig5b_digits.py is a variant for two cores. After training, the averages
-are expected to be inversely proportional to the sizes of the layers: slope 1.
+The config trains VGG-19 (BN) on CIFAR-10 unpruned, three times for 160 epochs. Each run takes hours
+on a GPU. We have not run them; paper/configs/fig5b_digits.py is a variant for two cores. After
+training, the averages are expected to be inversely proportional to the sizes of the layers: slope
+1.
 
 Needs CIFAR-10, prepared once for tensorflow-datasets. Without it the run says how.
 """

@@ -5,8 +5,9 @@ r"""Makes the rows of Fig. 6: five rules at compression 10^0 to 10^3 on a networ
         --published=paper/published/fig6.json
 
 The name after the colon is {vgg11,vgg16,resnet18,wide_resnet18}_{c10,c100,tiny}, one per command.
-The figure takes any of their folders. Each name is 195 runs of 160 epochs (100 on Tiny ImageNet):
-days on a GPU. We have not run them; paper/configs/fig6_digits.py is a variant for two cores.
+The figure takes any of their folders. Each name is 195 runs of 160 epochs (100 on Tiny ImageNet),
+which take days on a GPU. We have not run them; paper/configs/fig6_digits.py is a variant for two
+cores.
 
 Compare with the published curves, drawn behind. The published runs did not widen the wide
 ResNet-18; ours is widened.

@@ -4,8 +4,8 @@
     python -m paper fig7 --rows=runs/fig7
 
 SNIP and GraSP run in 100 iterations and in one, IMP in ten levels. The network is VGG-16 (BN) on
-CIFAR-10. A run of 160 epochs is hours on a GPU, and IMP takes eleven times as long. We have not run
-them; paper/configs/fig7_digits.py is a variant for two cores. We did not have the paper's own
+CIFAR-10. A run of 160 epochs takes hours on a GPU, and IMP takes eleven times as long. We have not
+run them; paper/configs/fig7_digits.py is a variant for two cores. We did not have the paper's own
 figure: the network, the data set and the number of levels are our choice.
 
 Needs CIFAR-10, prepared once for tensorflow-datasets. Without it the run says how.

@@ -137,7 +137,7 @@ def _add_color_bar(
     bar = figure.colorbar(mappable, cax=spare.inset_axes((0.1, 0.1, 0.07, 0.85)))
     bar.set_label("compression", fontsize=8)
     bar.ax.yaxis.set_label_position("left")
-    # At most seven labels fit beside the bar.
+    # At most seven labels fit next to the bar.
     step = -(-len(compressions) // 7)
     labels = [titles.of_compression(compression) for compression in compressions[::step]]
     bar.set_ticks(compressions[::step], labels=labels)

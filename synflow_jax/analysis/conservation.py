@@ -1,9 +1,9 @@
 """Audits whether a model conserves synaptic saliency, and finds where it does not.
 
 The flow of a value v of the network is <dR/dv, v>. A function that is homogeneous of degree one (a
-convolution, ReLU, pooling, adding) puts out the flow that it takes in, so that the flow through
-every cut of the network is the same. A parameter that is multiplied takes the flow of the product
-as its score. A parameter that is added is a source of new flow. The audit takes these flows in the
+convolution, ReLU, pooling, a sum) has an output flow equal to its input flow. So the flow through
+every cut of the network is the same. The score of a parameter that is multiplied is the flow of the
+product. A parameter that is added is a source of new flow. The audit computes these flows in the
 program of the model (see `flows`), and compares them by units (Theorem 1) and by cuts (Theorem 2).
 """
 
@@ -26,18 +26,18 @@ from synflow_jax.trees import Mask, Params, Scores
 if TYPE_CHECKING:
     from synflow_jax.units import Group
 
-_TOLERANCE = 1e-4  # a residual below it is rounding
-_IN_FLOAT64 = 900  # flows times a power of two beyond 2^900 may leave float64
+_TOLERANCE = 1e-4  # a smaller residual is rounding
+_IN_FLOAT64 = 900  # flows times a power of two beyond 2^900 may exceed float64
 
 Loss = Callable[[Any], jax.Array]
 
 
 class Cut(NamedTuple):
-    """Describes the flow through the whole network just before a step that takes in a parameter.
+    """Describes the flow through the whole network just before a step that uses a parameter.
 
     Attributes:
-      name: of that parameter.
-      flow: the sum of the flow that passes there and the flow that is added after it.
+      name: the name of that parameter.
+      flow: the flow that passes there, plus the flow that is added after it.
       residual: |flow - total| / the largest flow of the network.
     """
 
@@ -50,8 +50,8 @@ class UnitResidual(NamedTuple):
     """Compares the two sides of Theorem 1 for the units of one layer, or of one residual stream.
 
     Attributes:
-      incoming: float64 [size], for each unit the scores of what it receives, biases included.
-      outgoing: float64 [size], for each unit the scores of what it feeds.
+      incoming: float64 [size], the sum of the scores into each unit, biases included.
+      outgoing: float64 [size], the sum of the scores out of each unit.
       residual: the largest |incoming - outgoing| / the largest of either in the layer.
     """
 
@@ -65,12 +65,11 @@ class Conservation(NamedTuple):
 
     Attributes:
       total: <dR/dy, y> of the outputs y. For SynFlow that is R.
-      exponent: 0, unless flows are beyond float64. All flows then stand for flow * 2^exponent.
-      layers: for each leaf of the parameters, the sum of its scores.
-      units: for each group of hidden units, its residual. Groups are left out that the network
-        sums over, chooses from or rearranges, since their flow leaves by other ways than
-        parameters.
-      cuts: for each parameter that is multiplied, its cut (Theorem 2), in the order of the network.
+      exponent: 0, unless flows exceed float64. All flows are then to be multiplied by 2^exponent.
+      layers: the sum of the scores of each leaf of the parameters.
+      units: the residual of each group of hidden units. Groups that the network sums over, chooses
+        from or rearranges are left out, because their flow does not leave through parameters.
+      cuts: the cut of each parameter that is multiplied (Theorem 2), in the order of the network.
         A scan has one cut, before it.
       broken: the steps that are not homogeneous of degree one, as {primitive: the largest
         |flow out - flow in| / the largest flow of the network}.
@@ -97,22 +96,26 @@ class Conservation(NamedTuple):
 
     def __str__(self) -> str:
         """Returns a table for the terminal."""
-        lines = [f"{'parameter':<40} {'score':>12} {'cut':>12} {'residual':>10}"]
+        header = f"{'parameter':<40} {'score':>12} {'cut':>12} {'residual':>10}"
+        lines = [header]
         cuts = {cut.name: cut for cut in self.cuts}
         for name, score in self.layers.items():
             line = f"{name:<40} {score:12.5g}"
-            if name in cuts:
-                cut = cuts[name]
+            cut = cuts.get(name)
+            # Parameters that are only added have no cut.
+            if cut is not None:
                 line += f" {cut.flow:12.5g} {cut.residual:10.1e}"
             lines.append(line)
-        layers = self.units.values()
-        num_units = sum(layer.incoming.size for layer in layers)
-        worst = max((layer.residual for layer in layers), default=0.0)
-        lines.append(f"units: {num_units}, largest residual {worst:.1e}")
+
+        sizes = [layer.incoming.size for layer in self.units.values()]
+        residuals = [layer.residual for layer in self.units.values()]
+        worst = max(residuals, default=0.0)
+        lines.append(f"units: {sum(sizes)}, largest residual {worst:.1e}")
         for primitive, residual in self.broken.items():
             lines.append(f"not homogeneous of degree one: {primitive} (residual {residual:.1e})")
         if self.exponent:
             lines.append(f"all flows times 2^{self.exponent}")
+        # A loss of 0, for example. Every residual is 0 then, which says nothing about the model.
         if not self.total and not any(self.layers.values()):
             lines.append("nothing flows: the outputs do not depend on the parameters here")
         return "\n".join(lines)
@@ -127,7 +130,7 @@ def conservation(
     inputs: jax.Array | None = None,
     loss: Loss | None = None,
 ) -> Conservation:
-    """Audits a model of any library: whether units and cuts conserve its saliency.
+    """Audits whether the units and cuts of any model conserve its saliency.
 
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode. Its output is an array or a tree of
@@ -187,7 +190,8 @@ def conservation(
 
     from synflow_jax import units  # here, because `import synflow_jax` must not load it
 
-    groups = units.groups(apply_fn, params, inputs.shape[1:], inputs.dtype)
+    example_shape = inputs.shape[1:]
+    groups = units.groups(apply_fn, params, example_shape, inputs.dtype)
     return Conservation(
         total=flows.total,
         exponent=flows.exponent,
@@ -204,7 +208,7 @@ def conservation(
 class _Flows(NamedTuple):
     """Holds the scores and flows of a model, all to be multiplied by 2^exponent.
 
-    scores: float64, beside all parameters.
+    scores: float64, a tree with the structure of the parameters.
     layers: the sum of the scores of each leaf.
     by_edge: each edge of the program with its flow, float64 of the shape `edge.lengths`.
     """
@@ -217,19 +221,22 @@ class _Flows(NamedTuple):
     @property
     def are_finite(self) -> bool:
         """Returns whether the flows, and the sum of the scores of each leaf, are finite."""
-        flows_are = all(np.isfinite(flow).all() for _, flow in self.by_edge)
-        return flows_are and all(map(math.isfinite, self.layers.values()))
+        for _, flow in self.by_edge:
+            if not np.isfinite(flow).all():
+                return False
+        return all(map(math.isfinite, self.layers.values()))
 
     @property
     def total(self) -> float:
         """Returns the flow of all outputs."""
-        return sum((float(flow) for edge, flow in self.by_edge if edge.is_output), 0.0)
+        outputs = [float(flow) for edge, flow in self.by_edge if edge.is_output]
+        return sum(outputs, 0.0)
 
     @property
     def scale(self) -> float:
         """Returns the largest flow, by which residuals are divided."""
         largest = [_largest(flow) for _, flow in self.by_edge]
-        # The smallest float32 is there for the case that nothing flows.
+        # If nothing flows, residuals are divided by the smallest float32, and not by 0.
         smallest = float(np.finfo(np.float32).tiny)
         return max([smallest, abs(self.total), *largest])
 
@@ -242,7 +249,7 @@ def _flows(
 ) -> _Flows:
     """Differentiates R with respect to the parameters and to the 1 of every edge.
 
-    loss: of the outputs, to get R. None for SynFlow.
+    loss: computes R from the outputs. None for SynFlow, where R is their sum.
     """
 
     def objective(params: Params, inputs: jax.Array, ones: list[jax.Array]) -> jax.Array:
@@ -250,22 +257,23 @@ def _flows(
         return _sum_of_outputs(outputs) if loss is None else loss(outputs)
 
     def mantissa(params: Params, ones: list[jax.Array], inputs: jax.Array) -> Any:
-        # Only SynFlow's R is a sum of products, which may be beyond every float.
+        # Only SynFlow's R is a sum of products, which may exceed every float.
         if loss is None:
             scaled = scaling.evaluate(objective, params, inputs, ones)
             return scaled.value, scaled.exponent
         return objective(params, inputs, ones), jnp.int32(0)
 
-    # The program runs once: the compiler's effort would take longer than what it saves.
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    # The program runs only once, so that optimizing it would take longer than it saves.
+    options = None
+    if jax.default_backend() == "cpu":
+        options = {"xla_backend_optimization_level": 1}
     differentiate = jax.grad(mantissa, argnums=(0, 1), has_aux=True)
     differentiate = jax.jit(differentiate, compiler_options=options)
     dtype = _dtype(params)
     ones = [jnp.ones(edge.lengths, dtype) for edge in program.edges]
     (gradient, found), log2_unit = differentiate(params, ones, inputs)
 
-    # Flows that float64 does not hold keep the power of two beside them.
+    # Flows that float64 does not hold are returned without the power of two.
     exponent = int(log2_unit)
     is_beyond = abs(exponent) > _IN_FLOAT64
     unit = 1.0 if is_beyond else 2.0**exponent
@@ -275,10 +283,11 @@ def _flows(
 
     scores = jax.tree.map(score, gradient, params)
     flows = [unit * _widened(flow) for flow in found]
+    pairs = zip(program.edges, flows, strict=True)
     return _Flows(
         scores=scores,
         layers=_sums(scores),
-        by_edge=list(zip(program.edges, flows, strict=True)),
+        by_edge=list(pairs),
         exponent=exponent if is_beyond else 0,
     )
 
@@ -291,8 +300,9 @@ def _sum_of_outputs(outputs: Any) -> jax.Array:
 
 def _sums(scores: Scores) -> dict[str, float]:
     """Returns the sum of the scores of each leaf."""
+    names = trees.names(scores)
     sums = [float(leaf.sum()) for leaf in jax.tree.leaves(scores)]
-    return dict(zip(trees.names(scores), sums, strict=True))
+    return dict(zip(names, sums, strict=True))
 
 
 def _widened(array: jax.Array) -> np.ndarray:
@@ -302,7 +312,8 @@ def _widened(array: jax.Array) -> np.ndarray:
 
 def _dtype(params: Params) -> Any:
     """Returns the dtype that holds all parameters."""
-    return jnp.result_type(*jax.tree.leaves(params))
+    leaves = jax.tree.leaves(params)
+    return jnp.result_type(*leaves)
 
 
 # ------------------------------------------------------------------------------------------- Laws
@@ -310,52 +321,63 @@ def _dtype(params: Params) -> Any:
 
 def _cuts(program: Program, flows: _Flows) -> tuple[Cut, ...]:
     """Computes the flow just before each step that multiplies by a parameter (Theorem 2)."""
+    total, scale = flows.total, flows.scale
+    cuts = []
+    by_step = _flow_by_step(program, flows)
+    for step, flow in zip(program.steps, by_step, strict=True):
+        if step.multiplies and step.scan == NO_SCAN:
+            residual = abs(flow - total) / scale
+            cut = Cut(step.multiplies, flow, residual)
+            cuts.append(cut)
+    return tuple(cuts)
+
+
+def _flow_by_step(program: Program, flows: _Flows) -> list[float]:
+    """Returns `Cut.flow` of a cut just before each step."""
     num_steps = len(program.steps)
     added = np.zeros(num_steps)
-    # Differences: an edge passes every cut after its producer, up to the step that it enters.
-    passing = np.zeros(num_steps + 2)
+    # Differences between neighbouring cuts: an edge passes every cut after its producer, up to the
+    # step that it enters. This takes linear time, while a sum for each cut would be quadratic.
+    changes = np.zeros(num_steps + 2)
     for edge, flow in flows.by_edge:
         if edge.is_data and not edge.lengths:
             last = min(edge.step, num_steps)
-            passing[edge.producer + 1] += flow
-            passing[last + 1] -= flow
+            changes[edge.producer + 1] += flow
+            changes[last + 1] -= flow
         elif not edge.is_data and edge.step != END:
-            # No cut goes through a scan: what the scan adds counts at its beginning.
+            # No cut goes through a scan: all flow that the scan adds counts at its beginning.
             scan = program.steps[edge.step].scan
             first = edge.step if scan == NO_SCAN else scan
             added[first] += flow.sum()
 
     # The flow that passes a cut is smaller than R by the flow that is only added later.
-    passes = np.cumsum(passing)[:num_steps]
-    added_later = np.flip(np.cumsum(np.flip(added)))
-    by_step = (passes + added_later).tolist()
-    total, scale = flows.total, flows.scale
-    cuts = []
-    for step, flow in zip(program.steps, by_step, strict=True):
-        if step.multiplies and step.scan == NO_SCAN:
-            residual = abs(flow - total) / scale
-            cuts.append(Cut(step.multiplies, flow, residual))
-    return tuple(cuts)
+    passing = np.cumsum(changes)[:num_steps]
+    added_later = np.cumsum(added[::-1])[::-1]
+    by_step = passing + added_later
+    return by_step.tolist()
 
 
 def _broken(program: Program, flows: _Flows) -> dict[str, float]:
-    """Finds the steps that do not put out the flow that they take in."""
+    """Finds the steps whose output flow is not their input flow."""
+    num_steps = len(program.steps)
     # For each step a number, or an array with one number per iteration of the scans around it.
-    surplus: list[Any] = [0.0] * len(program.steps)  # flow out - flow in
-    constants: list[Any] = [0.0] * len(program.steps)  # flow in that comes of no parameter
+    surplus: list[Any] = [0.0] * num_steps  # output flow - input flow
+    constants: list[Any] = [0.0] * num_steps  # input flow that comes from no parameter
     for edge, flow in flows.by_edge:
-        if edge.is_data and edge.producer != BEGIN:
-            surplus[edge.producer] = surplus[edge.producer] + flow
-        if edge.step != END:
-            surplus[edge.step] = surplus[edge.step] - flow
+        source, target = edge.producer, edge.step
+        if edge.is_data and source != BEGIN:
+            surplus[source] = surplus[source] + flow
+        if target != END:
+            surplus[target] = surplus[target] - flow
             if not (edge.is_data or edge.is_parameter):
-                constants[edge.step] = constants[edge.step] + flow
+                constants[target] = constants[target] + flow
 
     scale = flows.scale
     broken: dict[str, float] = {}
     for step, *wrong in zip(program.steps, surplus, constants, strict=True):
-        residual = max(map(_largest, wrong)) / scale
-        # The steps of a scan's body tell where it breaks.
+        largest = max(map(_largest, wrong))
+        residual = largest / scale
+        # A scan itself is left out: the steps of its body tell more precisely where it breaks.
         if residual > _TOLERANCE and not step.is_scan:
             before = broken.get(step.name, 0.0)
             broken[step.name] = max(before, residual)
@@ -363,13 +385,13 @@ def _broken(program: Program, flows: _Flows) -> dict[str, float]:
 
 
 def _by_unit(groups: Sequence[Group], scores: Scores) -> dict[str, UnitResidual]:
-    """Compares what flows into each hidden unit with what flows out of it (Theorem 1)."""
+    """Compares the flow into each hidden unit with the flow out of it (Theorem 1)."""
     from synflow_jax import units
 
     hidden = [group for group in groups if not group.is_input]
     reasons = {reason.cause for group in hidden for reason in group.fixed}
-    # Batch statistics are constants here. Units that meet them keep their flow to themselves, if
-    # no other step mixes units anywhere: else what a unit is added to may be a mixture of others.
+    # Batch statistics are constants here. Units that only meet constants can be compared, provided
+    # that no step mixes units anywhere. Otherwise a unit may be added to a mixture of others.
     if reasons <= {units.Cause.MEETS_CONSTANT}:
         separate = hidden
     else:

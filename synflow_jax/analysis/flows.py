@@ -1,9 +1,11 @@
-"""Takes the flow of every operand in the program of a model.
+"""Computes the flow of every operand in the program of a model.
 
-The flow of a value v is <dR/dv, v>. To take it, v is multiplied by a 1 that belongs to this operand
-alone: the derivative of R with respect to that 1 is the flow. `Program` interprets the jaxpr of a
-model twice. The first pass records which operands carry flow, as a list of `Edge`s, and the steps
-that they enter. `Program.run` then computes the model with one 1 per edge.
+The flow of a value v is <dR/dv, v>. To get it, v is multiplied by a 1 that belongs to this operand
+alone: the flow is the derivative of R with respect to that 1. `Program` interprets the jaxpr of a
+model twice. The first pass records the operands that carry flow, as a list of `Edge`s, and the
+steps that they enter. The second pass, `Program.run`, computes the model with one 1 per edge.
+
+In the names below, *data* are values that depend on the inputs of the model.
 """
 
 from __future__ import annotations
@@ -23,29 +25,30 @@ from synflow_jax.scores import ApplyFn
 from synflow_jax.trees import Params
 
 BEGIN = -1  # the step that makes the inputs
-END = 2**31  # the step that takes the outputs
-NO_SCAN = -1
+END = 2**31  # the step that takes the outputs, after every other step
+NO_SCAN = -1  # in place of the index of a scan
 
-# Steps whose result is a sum, or a choice, of entries of their operands. An operand of theirs that
-# does not depend on the inputs is a source of flow.
+# Steps whose result is a sum, or a choice, of entries of their operands. An operand that does not
+# depend on the inputs is a source of flow there.
 _ADDITIVE = (
     "add", "sub", "add_any", "max", "min", "clamp", "concatenate", "select_n", "pad",
     "dynamic_update_slice",
 )  # fmt: skip
-# Functions with a derivative of their own count as one step: their program is not differentiated.
+# Functions with a custom derivative count as one step, because JAX does not differentiate their
+# programs.
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 class Edge(NamedTuple):
-    """Describes an operand whose flow is taken.
+    """Describes an operand whose flow is computed.
 
     Attributes:
-      step: the number of the step that it enters; `END` for an output.
-      producer: the number of the step that made it; `BEGIN` for an input. In the body of a scan
-        both constants stand for the ends of one iteration.
+      step: the index of the step that the operand enters; `END` for an output.
+      producer: the index of the step that made it; `BEGIN` for an input. In the body of a scan,
+        `BEGIN` and `END` are the begin and the end of one iteration.
       is_data: whether it depends on the inputs. If not, it is a source of flow.
       is_parameter: whether it is a source that depends on parameters.
-      lengths: of the scans around it. It has one flow per iteration.
+      lengths: the lengths of the scans around it. It has one flow per iteration.
     """
 
     step: int
@@ -64,9 +67,9 @@ class Step(NamedTuple):
     """Describes a step of the program.
 
     Attributes:
-      name: of the primitive, or of a function with a derivative of its own.
+      name: the name of the primitive, or of a function with a custom derivative.
       multiplies: the name of the parameter that the data are multiplied by; "" for none.
-      scan: the number of the outermost scan around it, or `NO_SCAN`.
+      scan: the index of the outermost scan around it, or `NO_SCAN`.
       is_scan: whether it is a scan. The steps of its body follow it.
     """
 
@@ -85,7 +88,11 @@ class Program:
         self._output_structure = jax.tree.structure(shapes)
         self._names = trees.names(params)
         steps: list[Step] = []
-        record = lambda one: self._outputs(_Pass(one, steps), params, inputs)
+
+        def record(one: _One) -> list[Any]:
+            first_pass = _Pass(one, steps)
+            return self._outputs(first_pass, params, inputs)
+
         self.edges = _recorded(record)
         self.steps = tuple(steps)
 
@@ -102,8 +109,10 @@ class Program:
 
     def _outputs(self, state: _Pass, params: Params, inputs: jax.Array) -> list[Any]:
         """Interprets the program. Returns the leaves of the outputs."""
-        leaves = zip(jax.tree.leaves(params), self._names, strict=True)
-        values = [_Value(leaf, None, (name,)) for leaf, name in leaves]
+        values = []
+        for leaf, name in zip(jax.tree.leaves(params), self._names, strict=True):
+            parameter = _Value(leaf, None, (name,))
+            values.append(parameter)
         values.append(_Value(inputs, BEGIN))
         outputs = walk(_TABLE, state, self._closed, values)
         return state.end(outputs)
@@ -113,10 +122,10 @@ class Program:
 
 
 class _Value(NamedTuple):
-    """Holds a value while the program is interpreted.
+    """Holds an array while the program is interpreted, and what it depends on.
 
     producer: the step that made it; None if it does not depend on the inputs.
-    leaves: the parameters that it depends on, if it does not depend on the inputs.
+    leaves: the names of the parameters that it depends on, if it does not depend on the inputs.
     """
 
     array: Any
@@ -125,6 +134,7 @@ class _Value(NamedTuple):
 
     @property
     def is_float(self) -> bool:
+        """Returns whether the array holds floats. No other array has a flow."""
         return _is_float(self.array)
 
     @property
@@ -138,11 +148,11 @@ _One = Callable[[Edge], Any]  # returns the 1 that the edge's value is multiplie
 
 
 class _Pass(NamedTuple):
-    """Holds what a pass through the program needs.
+    """Holds the state of a pass through the program.
 
-    one: gives the ones, edge by edge.
+    one: returns the 1 of each edge.
     steps: the steps so far. The bodies of scans add to the same list.
-    scan: the number of the outermost scan around the present step, or `NO_SCAN`.
+    scan: the index of the outermost scan around the current step, or `NO_SCAN`.
     """
 
     one: _One
@@ -150,7 +160,7 @@ class _Pass(NamedTuple):
     scan: int = NO_SCAN
 
     def take(self, step: int, value: _Value) -> Any:
-        """Multiplies an operand by its 1, so that its flow is taken. Returns the array."""
+        """Multiplies an operand by its 1, whose derivative is the flow. Returns the array."""
         is_data = value.producer is not None
         if not is_data and _is_neutral(value.array):
             return value.array
@@ -162,7 +172,11 @@ class _Pass(NamedTuple):
 
     def end(self, outputs: Sequence[_Value]) -> list[Any]:
         """Takes the flow of outputs. Returns their arrays."""
-        return [self.take(END, x) if x.is_float else x.array for x in outputs]
+        arrays = []
+        for x in outputs:
+            array = self.take(END, x) if x.is_float else x.array
+            arrays.append(array)
+        return arrays
 
 
 def _recorded(run: Callable[[_One], Any]) -> list[Edge]:
@@ -176,12 +190,13 @@ def _recorded(run: Callable[[_One], Any]) -> list[Edge]:
         edges.append(edge)
         return jnp.ones(edge.lengths)
 
+    # A new lambda every time: JAX caches traces by function, and a cached trace records no edge.
     jax.eval_shape(lambda: run(one))
     return edges
 
 
 def _in_turn(ones: Sequence[jax.Array]) -> _One:
-    """Returns one array after another: edges ask for their ones in one order in every pass."""
+    """Returns one array after another: every pass asks for the ones in the same order."""
     left = iter(ones)
     return lambda edge: next(left)
 
@@ -202,6 +217,7 @@ def _tapped_forward(array: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def _tapped_backward(array: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Passes the gradient on. The derivative with respect to the 1 is the flow."""
+    # 0 * inf would be NaN, and make the flow of the whole operand NaN.
     flows = jnp.where(gradient == 0, 0, gradient * array)
     return gradient, jnp.sum(flows)
 
@@ -210,13 +226,14 @@ _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 def _is_float(array: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(array), jnp.floating))
+    dtype = jnp.result_type(array)
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _is_neutral(array: Any) -> bool:
     """Returns whether this is the number 0 or infinity, which adds no flow.
 
-    Left as it is, it also needs no alignment in scaled evaluation.
+    As a number it also needs no alignment in scaled evaluation, which an array would.
     """
     if isinstance(array, jax.core.Tracer) or np.ndim(array) > 0:
         return False
@@ -239,10 +256,10 @@ def _step(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values:
     leaves = _leaves(operands)
     from_data = any(x.is_data for x in operands)
     from_inputs = any(x.producer is not None for x in operands)
-    # Integer inputs have no flow of their own: what they look up in a parameter has.
+    # Integer inputs have no flow. The entries of a parameter that they look up have one.
     if from_data or (from_inputs and leaves):
         return _flow_step(state, eqn, operands, looks_up=not from_data)
-    # What is computed from integer inputs alone, such as a one-hot vector, is still an input.
+    # A value that is computed from integer inputs alone, e.g. one-hot vectors, is still an input.
     producer = BEGIN if from_inputs else None
     arrays = bind(eqn, [x.array for x in operands])
     return [_Value(array, producer, leaves) for array in arrays]
@@ -264,32 +281,40 @@ def _flow_step(
     all_bring_flow = is_sum or looks_up
     arrays = []
     for x in operands:
-        has_flow = x.is_float and (all_bring_flow or x.producer is not None)
+        is_data = x.producer is not None
+        has_flow = x.is_float and (all_bring_flow or is_data)
         array = state.take(number, x) if has_flow else x.array
         arrays.append(array)
 
-    # The cut before a product has the name of its parameter. What is added cuts nothing.
-    constants = [x for x in operands if x.producer is None]
-    factors = _leaves(constants) if looks_up or not is_sum else ()
-    multiplies = factors[0] if factors else ""
-    state.steps.append(Step(_name(eqn), multiplies, state.scan))
+    # The cut before a product has the name of its parameter. A parameter that is added has no cut.
+    multiplies = ""
+    if looks_up or not is_sum:
+        constants = [x for x in operands if x.producer is None]
+        multiplies = next(iter(_leaves(constants)), "")
+    step = Step(_name(eqn), multiplies, state.scan)
+    state.steps.append(step)
 
+    leaves = _leaves(operands)
     results = []
     for array in bind(eqn, arrays):
-        # What is computed from data but is no float (an index, a comparison) has no flow.
-        constant = _Value(array, None, _leaves(operands))
-        result = _Value(array, number) if _is_float(array) else constant
+        # An index or a comparison has no flow, although it is computed from data.
+        result = _Value(array, None, leaves)
+        if _is_float(array):
+            result = _Value(array, number)
         results.append(result)
     return results
 
 
 def _name(eqn: JaxprEqn) -> str:
-    """Returns the name of the primitive, or of a function that has a derivative of its own."""
-    if eqn.primitive.name not in _CUSTOM:
-        return str(eqn.primitive.name)
-    jaxpr = getattr(eqn.params.get("call_jaxpr"), "jaxpr", None)
+    """Returns the name of the primitive, or of a function with a custom derivative."""
+    primitive = eqn.primitive.name
+    if primitive not in _CUSTOM:
+        return str(primitive)
+    # Not all versions of JAX store the name of the function.
+    program = eqn.params.get("call_jaxpr")
+    jaxpr = getattr(program, "jaxpr", None)
     info = getattr(jaxpr, "debug_info", None)
-    return str(getattr(info, "func_name", eqn.primitive.name))
+    return str(getattr(info, "func_name", primitive))
 
 
 _TABLE = Table(
@@ -299,120 +324,190 @@ _TABLE = Table(
 )
 
 
+# ------------------------------------------------------------------------------------------ Scans
+
+
 @_TABLE.rule("scan")
 def _scan(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values | None:
-    """Computes a scan whose edges have a 1, and so a flow, for every iteration."""
+    """Computes a scan. Its edges have a 1, and so a flow, for every iteration."""
     if all(x.producer is None for x in operands):
         return None
-    loop = _Loop(state, eqn, operands)
-    # What enters the scan has its flow taken once, before the first iteration.
-    arrays = [state.take(loop.number, x) if x.is_data else x.array for x in operands]
-    edges = loop.record(arrays)
-    arrays = loop.take_first_state(arrays)
+    loop = _Loop.of(state, eqn, operands)
+    # The flow of the operands is taken once, before the first iteration.
+    arrays = []
+    for x in operands:
+        array = state.take(loop.number, x) if x.is_data else x.array
+        arrays.append(array)
+    body = _record_body(loop, arrays)
+    arrays = _take_first_state(loop, body, arrays)
     ones = []
-    for edge in edges:
+    for edge in body.edges:
         lengths = (loop.scan.length, *edge.lengths)
         outer = edge._replace(lengths=lengths)
         ones.append(state.one(outer))
-    outputs = loop.compute(arrays, ones)
-    return loop.results(outputs)
+    outputs = _compute_scan(loop, body, arrays, ones)
+    return _scan_results(loop, body, outputs)
 
 
-class _Loop:
-    """Interprets a scan. Its body is a program with inputs and outputs of its own.
+class _Loop(NamedTuple):
+    """Holds a scan. Its body is a program with its own inputs and outputs.
 
-    Attributes:
-      number: of the scan among the steps.
-      carry: where the carried values stand among the inputs.
-      is_data: for each input, whether it depends on the inputs of the model.
-      output_is_data: for each output, the same. Known after the first call of `iteration`.
+    state: the pass that has come to the scan.
+    scan: the parts of the scan.
+    operands: the inputs of the scan.
+    carry: the indices of the carried values among the operands.
+    number: the index of the scan among the steps.
     """
 
-    def __init__(self, state: _Pass, eqn: JaxprEqn, operands: _Values) -> None:
-        self.state = state
-        self.operands = operands
-        self.scan = Scan.of(eqn, operands)
-        self.number = len(state.steps)
-        self.step = Step("scan", "", state.scan, is_scan=True)
-        num_consts, num_carry = len(self.scan.consts), len(self.scan.carry)
-        self.carry = slice(num_consts, num_consts + num_carry)
-        self.is_data = [x.producer is not None for x in operands]
-        self.output_is_data: list[bool] = []
+    state: _Pass
+    scan: Scan[_Value]
+    operands: _Values
+    carry: slice
+    number: int
 
-    def iteration(self, one: _One, inputs: Sequence[Any]) -> list[Any]:
-        """Computes the body once. Returns the arrays of its outputs."""
-        values = []
-        for array, is_data, x in zip(inputs, self.is_data, self.operands, strict=True):
-            value = _Value(array, BEGIN) if is_data else _Value(array, None, x.leaves)
-            values.append(value)
-        # Every pass through the body records its steps anew.
-        self.state.steps[self.number :] = [self.step]
-        outermost = self.number if self.state.scan == NO_SCAN else self.state.scan
-        inner = _Pass(one, self.state.steps, outermost)
-        outputs = walk(_TABLE, inner, self.scan.body, values)
-        self.output_is_data = [x.producer is not None for x in outputs]
-        return inner.end(outputs)
+    @classmethod
+    def of(cls, state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Loop:
+        """Reads the scan of an equation, which becomes the next step."""
+        scan = Scan.of(eqn, operands)
+        start = len(scan.consts)
+        stop = start + len(scan.carry)
+        number = len(state.steps)
+        return cls(state, scan, operands, slice(start, stop), number)
 
-    def record(self, arrays: list[Any]) -> list[Edge]:
-        """Finds which carried values depend on the inputs, and returns the edges of the body.
+    @property
+    def step(self) -> Step:
+        """Returns the step of the scan. `_scan_results` adds the parameter that it multiplies."""
+        return Step("scan", "", self.state.scan, is_scan=True)
 
-        A carried value may depend on the inputs only from the second iteration on.
-        """
-        before = arrays[: self.carry.stop]
-        xs = arrays[self.carry.stop :]
-        num_carry = len(self.scan.carry)
+
+class _Body(NamedTuple):
+    """Describes the body of a scan.
+
+    edges: the edges of one iteration.
+    is_data: for each input of the body, whether it depends on the inputs of the model.
+    output_is_data: the same for each output.
+    """
+
+    edges: list[Edge]
+    is_data: list[bool]
+    output_is_data: list[bool]
+
+
+def _iterate(
+    loop: _Loop,
+    is_data: Sequence[bool],
+    one: _One,
+    inputs: Sequence[Any],
+) -> tuple[list[Any], list[bool]]:
+    """Computes the body once.
+
+    Args:
+      loop: the scan.
+      is_data: for each input, whether it depends on the inputs of the model.
+      one: returns the 1 of each edge.
+      inputs: the arrays that enter the body.
+
+    Returns:
+      The arrays of the outputs, and whether each depends on the inputs of the model.
+    """
+    values = []
+    for array, depends, x in zip(inputs, is_data, loop.operands, strict=True):
+        value = _Value(array, BEGIN) if depends else _Value(array, None, x.leaves)
+        values.append(value)
+    # Every pass through the body records its steps anew, in place of those of the pass before.
+    steps = loop.state.steps
+    steps[loop.number :] = [loop.step]
+    outermost = loop.number if loop.state.scan == NO_SCAN else loop.state.scan
+    inner = _Pass(one, steps, outermost)
+    outputs = walk(_TABLE, inner, loop.scan.body, values)
+    output_is_data = [x.producer is not None for x in outputs]
+    return inner.end(outputs), output_is_data
+
+
+def _record_body(loop: _Loop, arrays: list[Any]) -> _Body:
+    """Finds the edges of the body, and which carried values depend on the inputs.
+
+    A carried value may depend on the inputs only from the second iteration on, so the body is
+    followed until that no longer changes.
+    """
+    before = arrays[: loop.carry.stop]
+    xs = arrays[loop.carry.stop :]
+    num_carry = len(loop.scan.carry)
+    at_start = [x.producer is not None for x in loop.operands]
+
+    def body(carry_is_data: list[bool]) -> list[Any]:
+        is_data = at_start.copy()
+        is_data[loop.carry] = carry_is_data
+        output_is_data: list[bool] = []
 
         def first(one: _One) -> list[Any]:
             slices = [x[0] for x in xs]
-            return self.iteration(one, [*before, *slices])
+            outputs, depend = _iterate(loop, is_data, one, [*before, *slices])
+            output_is_data.extend(depend)
+            return outputs
 
-        def body(carry_is_data: list[Any]) -> list[Any]:
-            self.is_data[self.carry] = carry_is_data
-            edges = _recorded(first)
-            return [*self.output_is_data[:num_carry], edges]
+        edges = _recorded(first)
+        found = _Body(edges, is_data, output_is_data)
+        return [*output_is_data[:num_carry], found]
 
-        start = self.is_data[self.carry]
-        _, (edges,) = fixed_point(body, start, join=operator.or_, same=operator.eq)
-        return edges
+    carry: list[Any] = at_start[loop.carry]
+    _, (found,) = fixed_point(body, carry, join=operator.or_, same=operator.eq)
+    return found
 
-    def take_first_state(self, arrays: list[Any]) -> list[Any]:
-        """Takes the flow of carried values that do not depend on the inputs before the scan.
 
-        Such a value, for example a first state that is learned, is a source.
-        """
-        taken = list(arrays)
-        for i in range(self.carry.start, self.carry.stop):
-            x = self.operands[i]
-            if self.is_data[i] and x.producer is None and x.is_float:
-                taken[i] = self.state.take(self.number, x)
-        return taken
+def _take_first_state(loop: _Loop, body: _Body, arrays: list[Any]) -> list[Any]:
+    """Takes the flow of carried values that do not depend on the inputs before the scan.
 
-    def compute(self, arrays: list[Any], ones: list[jax.Array]) -> list[Any]:
-        """Computes the scan. Returns the arrays of its outputs."""
-        consts = arrays[: self.carry.start]
-        xs = arrays[self.carry.stop :]
-        start = [jnp.asarray(array) for array in arrays[self.carry]]
+    Such a value, for example a first state that is learned, is a source.
+    """
+    taken = list(arrays)
+    for i in range(loop.carry.start, loop.carry.stop):
+        x = loop.operands[i]
+        is_source = x.producer is None and body.is_data[i]
+        if is_source and x.is_float:
+            taken[i] = loop.state.take(loop.number, x)
+    return taken
 
-        def body(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-            x_slices, one_slices = slices
-            inputs = [*consts, *carry, *x_slices]
-            outputs = self.iteration(_in_turn(one_slices), inputs)
-            return outputs[: len(carry)], outputs[len(carry) :]
 
-        carry, ys = self.scan.run(body, start, (xs, ones))
-        return [*carry, *ys]
+def _compute_scan(
+    loop: _Loop,
+    body: _Body,
+    arrays: list[Any],
+    ones: list[jax.Array],
+) -> list[Any]:
+    """Computes the scan. Returns the arrays of its outputs."""
+    consts = arrays[: loop.carry.start]
+    xs = arrays[loop.carry.stop :]
+    start = [jnp.asarray(array) for array in arrays[loop.carry]]
+    num_carry = len(start)
 
-    def results(self, arrays: list[Any]) -> _Values:
-        """Returns the scan's outputs as values, and completes its step."""
-        for step in self.state.steps[self.number :]:
-            if step.multiplies:
-                # The cut before a scan has the name of the first parameter in its body.
-                self.state.steps[self.number] = self.step._replace(multiplies=step.multiplies)
-                break
-        leaves = _leaves(self.operands)
-        results = []
-        for array, is_data in zip(arrays, self.output_is_data, strict=True):
-            producer = self.number if _is_float(array) else BEGIN
-            result = _Value(array, producer) if is_data else _Value(array, None, leaves)
-            results.append(result)
-        return results
+    def iteration(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+        x_slices, one_slices = slices
+        inputs = [*consts, *carry, *x_slices]
+        one = _in_turn(one_slices)
+        outputs, _ = _iterate(loop, body.is_data, one, inputs)
+        return outputs[:num_carry], outputs[num_carry:]
+
+    carry, ys = loop.scan.run(iteration, start, (xs, ones))
+    return [*carry, *ys]
+
+
+def _scan_results(loop: _Loop, body: _Body, arrays: list[Any]) -> _Values:
+    """Returns the scan's outputs as values, and completes its step."""
+    steps = loop.state.steps
+    # The cut before a scan has the name of the first parameter in its body.
+    for inner in steps[loop.number :]:
+        if inner.multiplies:
+            steps[loop.number] = loop.step._replace(multiplies=inner.multiplies)
+            break
+
+    leaves = _leaves(loop.operands)
+    results = []
+    for array, is_data in zip(arrays, body.output_is_data, strict=True):
+        result = _Value(array, None, leaves)
+        if is_data:
+            # An output that is no float has no flow, but still depends on the inputs.
+            producer = loop.number if _is_float(array) else BEGIN
+            result = _Value(array, producer)
+        results.append(result)
+    return results

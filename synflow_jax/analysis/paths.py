@@ -1,4 +1,4 @@
-"""Finds what a mask has left: paths, the maximal compression, collapse, work.
+"""Analyses a mask: collapse, path norm, maximal compression, effective mask, multiply-adds.
 
 A network has collapsed when no path of kept weights leads from its input to its output. An empty
 layer is neither necessary nor sufficient for that: a residual network survives without its shortcut
@@ -35,12 +35,12 @@ def log10_path_norm(
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode.
       params: tree of float arrays.
-      mask: bool arrays beside the prunable parameters, holes elsewhere.
+      mask: a tree like `params`, bool arrays for the prunable parameters and holes elsewhere.
       input_shape: of one example, without the batch axis.
 
     Returns:
       A float; -inf if the objective is 0. The objective itself is never formed, since it may be far
-      above what float32 or float64 hold.
+      above the range of float32 and float64.
 
     >>> params = {"w1": 10 * jnp.ones((2, 2)), "w2": 10 * jnp.ones((2, 1))}
     >>> apply_fn = lambda p, x: x @ p["w1"] @ p["w2"]
@@ -110,7 +110,7 @@ def shortest_path(
 
     def norm(evaluate: Callable[[Objective, Params], float], t: float) -> float:
         def filled(_: Any, weight: jax.Array) -> jax.Array:
-            # Divided by the fan-in, so that the flow through a layer is near t whatever its size.
+            # Divided by the fan-in, so that the gain of a layer is near t whatever its size.
             fan_in = max(1, weight.size // weight.shape[-1])
             return jnp.full_like(weight, t / fan_in)
 
@@ -123,6 +123,7 @@ def shortest_path(
             larger, smaller = norm(evaluate, t), norm(evaluate, t / 2)
             if smaller > 0 and math.isfinite(larger):
                 length = math.log2(larger / smaller)
+                # Far from an integer, longer paths still have a share in the ratio.
                 if abs(length - round(length)) < 0.05:
                     return round(length)
     raise ValueError(
@@ -138,10 +139,10 @@ def effective_mask(
     mask: Mask,
     input_shape: Sequence[int],
 ) -> Mask:
-    """Keeps only the weights that lie on a path from input to output; no other changes the output.
+    """Keeps only the weights on a path from input to output. No other weight changes the output.
 
     total / kept of the result is the *effective* compression, which is at least that of `mask`.
-    Weights that are 0 lie on no path. Arguments as `log10_path_norm`.
+    Weights that are 0 are on no path. Arguments as `log10_path_norm`.
     """
 
     def count_as_one(m: jax.Array, weight: jax.Array) -> jax.Array:
@@ -198,6 +199,7 @@ def critical_compression(
     mask = trees.prunable(params) if mask is None else mask
     rule = scores.as_rule(score_fn)
     usual = rule.num_iterations if num_iterations is None else num_iterations
+    # The scores of one iteration do not depend on the compression, so they are computed once.
     if usual == 1 and prune_fn is pruning.prune:
         key, score_dtype = options.get("key"), options.get("score_dtype")
         first = pruning.first_scores(rule, params, key=key, mask=mask, score_dtype=score_dtype)
@@ -214,6 +216,7 @@ def critical_compression(
         )
         return not collapsed(apply_fn, params, pruned, input_shape)
 
+    # Bisection in the logarithm: `low` survives, and `high` has collapsed.
     low = 1.0
     high = max_compression(apply_fn, params, mask, input_shape)
     if survives(high):
@@ -241,9 +244,11 @@ def multiply_adds(mask: Mask, positions: Mapping[str, int]) -> tuple[int, int]:
     (17, 33)
     """
     kept = total = 0
-    for name, leaf in zip(trees.names(mask), jax.tree.leaves(mask), strict=True):
+    names = trees.names(mask)
+    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
         num_positions = positions.get(name, 1)
-        kept += int(np.count_nonzero(np.asarray(leaf))) * num_positions
+        num_kept = int(np.count_nonzero(np.asarray(leaf)))
+        kept += num_kept * num_positions
         total += leaf.size * num_positions
     return kept, total
 
@@ -257,18 +262,19 @@ def _log10_norm(apply_fn: ApplyFn, params: Params, input_shape: Sequence[int]) -
     norm = _evaluate(objective, params)
     if norm > 0 and math.isfinite(norm):
         return math.log10(norm)
-    # 0 may be an underflow, and inf or NaN an overflow. Scaled evaluation tells, but compiles for
-    # longer.
+    # 0 may be an underflow, and inf or NaN an overflow. Scaled evaluation can tell, but it takes
+    # longer to compile, so it comes second.
     return scaling.log10(_jitted_scaled(objective, params))
 
 
+# An objective is a pytree that is passed as an argument, so that a bisection compiles only once.
 _jitted = jax.jit(lambda objective, params: objective(params))
 _jitted_scaled = jax.jit(lambda objective, params: scaling.evaluate(objective, params))
 _jitted_scores = jax.jit(lambda score_fn, params, mask: score_fn(params, mask, jax.random.key(0)))
 
 
 def _evaluate(objective: Objective, params: Params) -> float:
-    """Computes an objective."""
+    """Computes an objective in the dtype of the parameters."""
     return float(_jitted(objective, params))
 
 
@@ -276,10 +282,13 @@ def _evaluate_in_float64(objective: Objective, params: Params) -> float:
     """Computes an objective in float64, on the host: accelerators have slow float64, or none."""
 
     def widen(leaf: jax.Array) -> jax.Array:
-        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(np.asarray(leaf, np.float64)) if is_float else leaf
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return leaf
+        wide = np.asarray(leaf, np.float64)
+        return jnp.asarray(wide)
 
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu, *_ = jax.local_devices(backend="cpu")
     with jax.enable_x64(True), jax.default_device(cpu):
         wide_objective = jax.tree.map(widen, objective)
         wide_params = jax.tree.map(widen, params)

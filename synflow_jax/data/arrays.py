@@ -24,7 +24,9 @@ def decode_all(items: Sequence[Any], decode: Callable[[Any], Any]) -> list[Any]:
 
     Threads are enough: decoders of images release Python's lock.
     """
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    num_threads = os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        # `map` keeps the order, whichever thread is done first.
         return list(pool.map(decode, items))
 
 
@@ -32,12 +34,14 @@ def stack(images: Sequence[np.ndarray], where: str) -> np.ndarray:
     """Stacks images of one shape.
 
     Raises:
-      ValueError: the shapes differ; names `where`, the folder they are from.
+      ValueError: the shapes differ; names `where`, the folder that they are from.
     """
     shapes = {image.shape for image in images}
+    # Also raised without any image, which NumPy would explain less well.
     if len(shapes) != 1:
+        examples = sorted(shapes)[:4]
         raise ValueError(
-            f"data.dir={where!r} has images of {len(shapes)} shapes: {sorted(shapes)[:4]}. "
+            f"data.dir={where!r} has images of {len(shapes)} shapes: {examples}. "
             "Download the data set again."
         )
     return np.stack(images)

@@ -20,27 +20,30 @@ def augment(key: chex.PRNGKey, images: jax.Array, dataset: DataSpec) -> jax.Arra
     Returns:
       float32 [batch, height, width, channels].
     """
-    # Both keys are drawn in any case: a data set without crops flips as one with them.
+    # Both keys are drawn in any case, so that flips do not depend on whether a data set has crops.
     crop_key, flip_key = jax.random.split(key)
     if dataset.padding:
         images = _random_crop(crop_key, images, dataset.padding)
     if dataset.flip:
-        flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+        one_per_image = (len(images), 1, 1, 1)
+        is_flipped = jax.random.bernoulli(flip_key, shape=one_per_image)
         mirrored = images[:, :, ::-1]
-        images = jnp.where(flipped, mirrored, images)
+        images = jnp.where(is_flipped, mirrored, images)
     return normalise(images, dataset)
 
 
 def _random_crop(key: chex.PRNGKey, images: jax.Array, padding: int) -> jax.Array:
-    """Moves each image by up to `padding` pixels in each direction. Zeros, black, fill the gap."""
-    largest = 2 * padding
-    offsets = jax.random.randint(key, (len(images), 2), 0, largest + 1)
-    unpadded, both_sides = (0, 0), (padding, padding)
+    """Moves each image by up to `padding` pixels in each direction. Black pixels fill the gap."""
+    # Images are padded as bytes, before they are normalised: the gap is black, not the mean colour.
+    unpadded = (0, 0)
+    both_sides = (padding, padding)
     padded = jnp.pad(images, (unpadded, both_sides, both_sides, unpadded))
+    num_offsets = 2 * padding + 1
+    offsets = jax.random.randint(key, (len(images), 2), 0, num_offsets)
 
     def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
-        start = (offset[0], offset[1], 0)
-        return jax.lax.dynamic_slice(image, start, images.shape[1:])
+        down, across = offset
+        return jax.lax.dynamic_slice(image, (down, across, 0), images.shape[1:])
 
     return jax.vmap(crop)(padded, offsets)
 
@@ -52,9 +55,12 @@ def normalise(images: chex.Array, dataset: DataSpec) -> jax.Array:
     >>> normalise(jnp.full((1, 1, 1, 1), 255, jnp.uint8), data.spec("mnist")).round(3)
     Array([[[[2.821]]]], dtype=float32)
     """
-    # Broadcasting by rank is an error in the tests: the axes are written out.
+    # The axes are written out: the tests make broadcasting between different ranks an error.
     shape = (1,) * (images.ndim - 1) + (-1,)
     mean = jnp.asarray(dataset.mean, jnp.float32)
     deviation = jnp.asarray(dataset.deviation, jnp.float32)
-    pixels = jnp.asarray(images).astype(jnp.float32) / 255
-    return (pixels - mean.reshape(shape)) / deviation.reshape(shape)
+    # The published means and deviations are of values from 0 to 1.
+    pixels = jnp.asarray(images).astype(jnp.float32)
+    values = pixels / 255
+    centred = values - mean.reshape(shape)
+    return centred / deviation.reshape(shape)

@@ -25,8 +25,8 @@ def prune_batches(
     Args:
       dataset, image_shape, directory: as `load` takes them.
       examples_per_class: 10 in the paper.
-      batch_size: 256 in the paper; the last batch may be smaller.
-      seed: decides which examples, and their order.
+      batch_size: 256 in the paper. The last batch may be smaller.
+      seed: decides the choice and the order of the examples.
 
     Returns:
       Batches (images float32 [batch, height, width, channels], normalised; labels int32 [batch]).
@@ -52,6 +52,7 @@ def prune_batches(
         num_classes = spec(dataset).num_classes
         chosen = _choose_balanced(arrays.train_labels, examples_per_class, seed, num_classes)
         images, labels = arrays.train_images[chosen], arrays.train_labels[chosen]
+    # Not augmented, so that scores depend on the images and not on another key.
     normalised = normalise(images, spec(dataset))
     batches = []
     for start in range(0, len(labels), batch_size):
@@ -77,6 +78,7 @@ def _choose_balanced(
                 f"examples_per_class={examples_per_class} is more than the {len(places)} training "
                 f"examples of class {label}: choose a smaller number."
             )
-        chosen.append(rng.choice(places, examples_per_class, replace=False))
-    # Batches must not hold one class each.
+        of_class = rng.choice(places, examples_per_class, replace=False)
+        chosen.append(of_class)
+    # Without a shuffle, each batch would hold only a few classes.
     return rng.permutation(np.concatenate(chosen))

@@ -9,7 +9,7 @@ import numpy as np
 from synflow_jax.data.arrays import Arrays
 from synflow_jax.data.specs import ImageShape
 
-_BRIGHTEST = 16  # the pixels go from 0 to 16
+_BRIGHTEST = 16  # pixel values are 0 to 16
 
 
 def read(image_shape: ImageShape) -> Arrays:
@@ -24,10 +24,17 @@ def read(image_shape: ImageShape) -> Arrays:
     height, width, channels = image_shape
     small = jnp.asarray(digits.images, jnp.float32)
     enlarged = jax.image.resize(small, (len(small), height, width), "linear")
+    # Bytes, as all other data sets have: they are augmented and normalised alike.
     scaled = np.asarray(enlarged) * (255 / _BRIGHTEST)
     pixels = np.rint(scaled).astype(np.uint8)
     images = np.repeat(pixels[..., None], channels, axis=-1)
     labels = digits.target.astype(np.int32)
     # The set has no published split. This one has no seed, so that all runs share it.
-    test = np.arange(len(labels)) % 5 == 4
-    return Arrays(images[~test], labels[~test], images[test], labels[test])
+    is_test = np.arange(len(labels)) % 5 == 4
+    is_train = ~is_test
+    return Arrays(
+        images[is_train],
+        labels[is_train],
+        images[is_test],
+        labels[is_test],
+    )

@@ -21,7 +21,7 @@ _BYTES = b"\0\0\x08"  # how a file of unsigned bytes begins
 
 
 def find(dataset: str, directory: str | None) -> pathlib.Path | None:
-    """Returns the folder of IDX files, or None if tensorflow-datasets is to read the data set.
+    """Returns the folder of IDX files, or None if tensorflow-datasets has to read the data set.
 
     Raises:
       ValueError: `directory` is not a folder, or has some of the four files but not all.
@@ -37,8 +37,10 @@ def find(dataset: str, directory: str | None) -> pathlib.Path | None:
             f"data.dir={directory!r} is not a folder. It should hold {dataset}'s four IDX files "
             "(train-images-idx3-ubyte.gz and so on), or what tensorflow-datasets prepared."
         )
+    # Without any IDX file the folder is taken for one that tensorflow-datasets prepared.
     if not any(folder.glob("*-ubyte*")):
         return None
+    # A set that is incomplete is an error here, before a run has started.
     for name in _FILES:
         _path(folder, name)
     return folder
@@ -52,6 +54,7 @@ def read(folder: pathlib.Path) -> Arrays:
     """
     found = [_read_file(_path(folder, name)) for name in _FILES]
     train_images, train_labels, test_images, test_labels = found
+    # The files have no axis for the single channel.
     return Arrays(
         train_images[..., None],
         train_labels.astype(np.int32),
@@ -91,8 +94,9 @@ def _read_file(path: pathlib.Path) -> np.ndarray:
         raise _damaged(path, "it has no IDX header")
     shape = struct.unpack(f">{num_axes}I", content[4:values_start])
     values = np.frombuffer(content, np.uint8, offset=values_start)
-    if values.size != math.prod(shape):
-        raise _damaged(path, f"its header promises {math.prod(shape)} bytes, it has {values.size}")
+    size = math.prod(shape)
+    if values.size != size:
+        raise _damaged(path, f"its header promises {size} bytes, it has {values.size}")
     return values.reshape(shape)
 
 

@@ -1,6 +1,7 @@
 """Reads data sets that tensorflow-datasets has prepared.
 
-TensorFlow prepares a data set once, in any environment. Reading it here does not need TensorFlow.
+A data set is prepared once, in any environment that has TensorFlow. Reading it does not need
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from synflow_jax.data import arrays, idx
 from synflow_jax.data.arrays import Arrays
 
-# Names that differ in tensorflow-datasets.
+# Data sets that have another name in tensorflow-datasets.
 _NAMES = {"imagenet": "imagenet2012"}
 
 
@@ -31,9 +32,10 @@ def find(dataset: str, directory: str | None) -> Any:
         ) from error
     name = _NAMES.get(dataset, dataset)
     try:
-        # Only this format is read without TensorFlow.
+        # Only this format can be read without TensorFlow.
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         splits = set(builder.info.splits)
+    # Unknown names, unreadable folders and other versions all raise errors of different types.
     except Exception as error:
         raise ValueError(
             f"dataset={dataset!r} cannot be opened by tensorflow-datasets: {error} "
@@ -64,7 +66,8 @@ def source(dataset: str, split: str, directory: str | None = None, *, decode: bo
         return builder.as_data_source(split=split)
     import tensorflow_datasets as tfds
 
-    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return builder.as_data_source(split=split, decoders=decoders)
 
 
 def read(dataset: str, directory: str | None) -> Arrays:

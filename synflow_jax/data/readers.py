@@ -1,8 +1,8 @@
 """Reads any data set by its name, and checks what was read.
 
-Each source has a file of its own: scikit-learn's digits, IDX files (MNIST and Fashion-MNIST), the
+There is one module per source: scikit-learn's digits, IDX files (MNIST and Fashion-MNIST), the
 unpacked folder of Tiny ImageNet, and tensorflow-datasets for everything else. If something is
-missing or damaged, the error says what to do.
+missing or damaged, the error says how to repair it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def check_readable(dataset: str, directory: str | None = None) -> None:
     Raises:
       ValueError: files are missing; says how to get them.
     """
-    spec(dataset)
+    spec(dataset)  # raises for an unknown name
+    # The digits are installed with scikit-learn.
     if dataset == "digits":
         return
     if dataset == "tiny_imagenet":
@@ -60,7 +61,7 @@ def _read(dataset: str, image_shape: ImageShape, directory: str | None) -> Array
         return digits.read(image_shape)
     if dataset == "tiny_imagenet":
         return tiny_imagenet.read(tiny_imagenet.find(directory))
-    # IDX files, where there are some, need no preparation.
+    # IDX files come first, because they need no preparation.
     folder = idx.find(dataset, directory)
     if folder is not None:
         return idx.read(folder)
@@ -70,10 +71,11 @@ def _read(dataset: str, image_shape: ImageShape, directory: str | None) -> Array
 def _check_split(
     dataset: str, split: str, images: np.ndarray, labels: np.ndarray, image_shape: ImageShape
 ) -> None:
-    """Raises ValueError if a split cannot be what the network takes."""
+    """Raises ValueError if a split does not fit the network or its labels are out of range."""
     what = f"the {split} split of {dataset!r}"
     wrong_folder = "Is --config.data.dir the folder of another data set?"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != tuple(image_shape):
+    are_images = images.dtype == np.uint8 and images.ndim == 4
+    if not are_images or images.shape[1:] != tuple(image_shape):
         found = f"{images.dtype}{list(images.shape[1:])}"
         raise ValueError(
             f"{what} has images {found}; the network takes uint8{list(image_shape)}. {wrong_folder}"
@@ -84,7 +86,7 @@ def _check_split(
             "download them again."
         )
     num_classes = spec(dataset).num_classes
-    # On the device nothing checks labels any more.
+    # On the device nothing checks labels: one that is too large would silently index another value.
     out_of_range = (labels < 0) | (labels >= num_classes)
     if out_of_range.any():
         place = int(np.argmax(out_of_range))

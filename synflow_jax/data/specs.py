@@ -1,4 +1,4 @@
-"""Lists the data sets, and what is known of each without reading it."""
+"""Lists the data sets, with everything that is known of each without reading it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ImageShape = tuple[int, int, int]  # height, width, channels
 
 
 class DataSpec(NamedTuple):
-    """A data set.
+    """The facts about a data set that do not depend on its files.
 
     Attributes:
       num_classes: the number of labels, which count from 0.
@@ -16,7 +16,7 @@ class DataSpec(NamedTuple):
         input.
       mean, deviation: of each channel, for values from 0 to 1, as published with the networks.
       padding: how many pixels of zeros go on every side before a random crop.
-      flip: whether an image and its mirror image mean the same.
+      flip: whether a mirrored image is still of the same class, so that training may flip it.
     """
 
     num_classes: int
@@ -27,6 +27,7 @@ class DataSpec(NamedTuple):
     flip: bool = False
 
 
+# The augmentation is that of the published runs. Digits of any kind are never flipped.
 DATASETS = {
     "cifar10": DataSpec(
         10, (32, 32, 3), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), padding=4, flip=True
@@ -44,11 +45,12 @@ DATASETS = {
     "fashion_mnist": DataSpec(10, (28, 28, 1), (0.2860,), (0.3530,), padding=2, flip=True),
     "digits": DataSpec(10, None, (0.3053,), (0.3760,)),
 }
-STREAMED = ("imagenet",)  # too large for the memory of a device
+# Too large for the memory of a device: `data.streaming` reads these while the network trains.
+STREAMED = ("imagenet",)
 
 
 def spec(dataset: str) -> DataSpec:
-    """Returns what is known of a data set.
+    """Returns the facts about a data set.
 
     Raises:
       ValueError: the data set is unknown.
@@ -57,5 +59,6 @@ def spec(dataset: str) -> DataSpec:
     10
     """
     if dataset not in DATASETS:
-        raise ValueError(f"dataset={dataset!r} is unknown. Choose one of {sorted(DATASETS)}.")
+        known = sorted(DATASETS)
+        raise ValueError(f"dataset={dataset!r} is unknown. Choose one of {known}.")
     return DATASETS[dataset]

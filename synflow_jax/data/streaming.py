@@ -1,6 +1,6 @@
 """Reads a data set while the network trains: threads decode and crop ahead of the device.
 
-The order depends on the seed and the step alone. A run that resumes at a step sees the same batches
+The order depends only on the seed and the step. A run that resumes at a step sees the same batches
 as a run that was not interrupted.
 """
 
@@ -19,8 +19,8 @@ Batch = tuple[np.ndarray, np.ndarray]
 Example = tuple[np.ndarray, np.int32]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
-# The random crops of training, as published: area and aspect of the crop.
-_AREAS = (0.08, 1.0)  # parts of the image
+# The random crops of training, as published: the ranges of their area and of their aspect.
+_AREAS = (0.08, 1.0)  # as fractions of the image
 _ASPECTS = (3 / 4, 4 / 3)  # width over height
 _TRIES = 10
 # For testing, the shorter side before the central crop, as a multiple of the crop.
@@ -58,7 +58,8 @@ def train_batches(
         return _train_example(record, image_shape, rng)
 
     # Every step below is indexed by position, so that a stream can start at any batch.
-    examples = grain.MapDataset.source(records).seed(seed).shuffle().random_map(example)
+    shuffled = grain.MapDataset.source(records).seed(seed).shuffle()
+    examples = shuffled.random_map(example)
     batches = examples.batch(batch_size, drop_remainder=True)
     # Another seed per epoch gives another order and other crops.
     epochs = batches.repeat(reseed_each_epoch=True)
@@ -84,12 +85,15 @@ def test_batches(
         return _test_example(record, image_shape)
 
     examples = grain.MapDataset.source(records).map(example)
-    yield from examples.batch(batch_size).to_iter_dataset()
+    # Every example counts in an accuracy, so a smaller last batch is kept.
+    batches = examples.batch(batch_size)
+    yield from batches.to_iter_dataset()
 
 
 def num_examples(dataset: str, split: str, directory: str | None) -> int:
     """Returns the number of examples of a split."""
-    return len(prepared.source(dataset, split, directory, decode=False))
+    records = prepared.source(dataset, split, directory, decode=False)
+    return len(records)
 
 
 def balanced_examples(
@@ -103,7 +107,8 @@ def balanced_examples(
       ValueError: a class has too few examples.
     """
     records = prepared.source(dataset, "train", directory, decode=False)
-    missing = dict.fromkeys(range(spec(dataset).num_classes), examples_per_class)
+    labels_of_set = range(spec(dataset).num_classes)
+    missing = dict.fromkeys(labels_of_set, examples_per_class)
     images, labels = [], []
     order = np.random.default_rng(seed).permutation(len(records))
     for index in order:
@@ -113,10 +118,10 @@ def balanced_examples(
         label = int(record["label"])
         # Decoding takes time: only the images that are needed are decoded.
         if missing[label]:
-            missing[label] -= 1
             image, _ = _test_example(record, image_shape)
             images.append(image)
             labels.append(label)
+            missing[label] -= 1
     short = [label for label, number in missing.items() if number]
     if short:
         raise ValueError(
@@ -139,6 +144,7 @@ def _train_example(record: Any, image_shape: ImageShape, rng: np.random.Generato
 
     image = _open(record)
     height, width, _ = image_shape
+    # `rng` is grain's, of this example and epoch: threads in any order draw the same boxes.
     box = _random_box(image.width, image.height, rng)
     resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized), np.int32(record["label"])
@@ -146,24 +152,27 @@ def _train_example(record: Any, image_shape: ImageShape, rng: np.random.Generato
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     """Draws a box of random area and aspect inside an image; its central square if tries fail."""
+    # The logarithm of the aspect is uniform: a tall box is as likely as a wide one.
     narrowest, widest = (np.log(aspect) for aspect in _ASPECTS)
     for _ in range(_TRIES):
         area = width * height * rng.uniform(*_AREAS)
         aspect = np.exp(rng.uniform(narrowest, widest))
         box_width = round(np.sqrt(area * aspect))
         box_height = round(np.sqrt(area / aspect))
-        # A long box of a large area does not fit: it is drawn again.
-        if 0 < box_width <= width and 0 < box_height <= height:
+        # A long box of a large area does not fit. Another one is drawn.
+        fits = 0 < box_width <= width and 0 < box_height <= height
+        if fits:
             left = rng.integers(width - box_width + 1)
             top = rng.integers(height - box_height + 1)
             return (left, top, left + box_width, top + box_height)
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    left = (width - side) // 2
+    top = (height - side) // 2
     return (left, top, left + side, top + side)
 
 
 def _test_example(record: Any, image_shape: ImageShape) -> Example:
-    """Resizes the shorter side to a little more than the crop, and crops at the centre."""
+    """Resizes an image to a little more than the crop, and crops it at the centre."""
     import PIL.Image
 
     image = _open(record)
@@ -173,6 +182,8 @@ def _test_example(record: Any, image_shape: ImageShape) -> Example:
     resized_width = max(width, round(image.width * scale))
     resized_height = max(height, round(image.height * scale))
     image = image.resize((resized_width, resized_height), PIL.Image.Resampling.BILINEAR)
-    left, top = (resized_width - width) // 2, (resized_height - height) // 2
-    cropped = image.crop((left, top, left + width, top + height))
+    left = (resized_width - width) // 2
+    top = (resized_height - height) // 2
+    box = (left, top, left + width, top + height)
+    cropped = image.crop(box)
     return np.asarray(cropped), np.int32(record["label"])

@@ -16,7 +16,7 @@ Labelled = list[tuple[pathlib.Path, int]]
 
 
 def find(directory: str | None) -> pathlib.Path:
-    """Returns the folder of the data set; ./tiny-imagenet-200 by default.
+    """Returns the folder of the data set, by default ./tiny-imagenet-200.
 
     Raises:
       ValueError: it is not the unpacked folder.
@@ -39,10 +39,14 @@ def read(folder: pathlib.Path) -> Arrays:
     Raises:
       ValueError: a file is damaged or missing.
     """
+    # A label is the place of its class in this file.
     names = (folder / "wnids.txt").read_text().split()
     classes = {name: label for label, name in enumerate(names)}
-    train_images, train_labels = _read_split(_train_files(folder, classes), folder)
-    test_images, test_labels = _read_split(_test_files(folder, classes), folder)
+    train_files = _train_files(folder, classes)
+    # The labels of the test split were never published: the validation split is used instead.
+    test_files = _test_files(folder, classes)
+    train_images, train_labels = _read_split(train_files, folder)
+    test_images, test_labels = _read_split(test_files, folder)
     return Arrays(train_images, train_labels, test_images, test_labels)
 
 
@@ -50,7 +54,9 @@ def _train_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
     """Lists the training images: a folder per class."""
     found: Labelled = []
     for name, label in classes.items():
-        paths = sorted((folder / "train" / name).rglob("*.JPEG"))
+        of_class = folder / "train" / name
+        # Sorted, because the order in a folder depends on the file system.
+        paths = sorted(of_class.rglob("*.JPEG"))
         found += [(path, label) for path in paths]
     return found
 
@@ -58,7 +64,8 @@ def _train_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
 def _test_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
     """Lists the validation images, whose classes are in one file: NAME<tab>CLASS<tab>box."""
     found: Labelled = []
-    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    validation = folder / "val"
+    lines = (validation / "val_annotations.txt").read_text().splitlines()
     for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
         class_name, _, _ = rest.partition("\t")
@@ -67,7 +74,9 @@ def _test_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
                 f"val_annotations.txt, line {number}: {class_name!r} is not a class of wnids.txt. "
                 "Unpack the data set again."
             )
-        found.append((folder / "val" / "images" / name, classes[class_name]))
+        path = validation / "images" / name
+        label = classes[class_name]
+        found.append((path, label))
     return found
 
 
@@ -76,7 +85,8 @@ def _read_split(files: Labelled, folder: pathlib.Path) -> tuple[np.ndarray, np.n
     paths = [path for path, _ in files]
     labels = [label for _, label in files]
     images = arrays.decode_all(paths, _decode)
-    return arrays.stack(images, str(folder)), np.array(labels, np.int32)
+    stacked = arrays.stack(images, str(folder))
+    return stacked, np.array(labels, np.int32)
 
 
 def _decode(path: pathlib.Path) -> np.ndarray:

@@ -93,10 +93,11 @@ def verify(
     num_iterations = len(certificate["iterations"])
     fractions = []
     with jax.enable_x64(True):
-        replay = _Replay(network, removed_in)
+        replay = _make_replay(network, removed_in)
         for i in range(1, num_iterations + 1):
-            fraction = replay.fraction(i)
-            # Also refuses NaN.
+            pruned, cut = replay(i)
+            fraction = pruned / cut if cut > 0 else math.inf
+            # Not `fraction >= 1`, which accepts NaN.
             if not fraction < 1:
                 raise ValueError(
                     f"certificate {str(path)!r} does not hold: iteration {i} pruned {fraction:.6g} "
@@ -106,7 +107,9 @@ def verify(
             fractions.append(fraction)
             if on_progress is not None:
                 on_progress(i, num_iterations)
-        if not replay.has_path_after(num_iterations):
+        # The cut before an iteration that never was is the cut after the last one.
+        _, cut = replay(num_iterations + 1)
+        if not cut > 0:
             raise ValueError(
                 f"certificate {str(path)!r} does not hold: no path is left in the end."
             )
@@ -135,7 +138,9 @@ def _check_layers(
         raise ValueError(
             f"certificate {str(path)!r} is of other layers ({found}) than its network has."
         )
-    if max(int(leaf.max()) for leaf in removed_in.values()) > len(certificate["iterations"]):
+    # Weights of an iteration that is not listed would never be looked at.
+    last_iterations = [int(leaf.max()) for leaf in removed_in.values()]
+    if max(last_iterations) > len(certificate["iterations"]):
         raise ValueError(
             f"certificate {str(path)!r} prunes weights in iterations that it does not list."
         )
@@ -145,31 +150,28 @@ def _check_layers(
         raise ValueError(f"certificate {str(path)!r} is of another mask than it says.")
 
 
-class _Replay:
-    """Recomputes the scores before each iteration of a run. To be used with float64 enabled."""
+def _make_replay(
+    network: Network, removed_in: Mapping[str, np.ndarray]
+) -> Callable[[int], tuple[float, float]]:
+    """Returns a function of an iteration that computes its `_pruned_and_cut`.
 
-    def __init__(self, network: Network, removed_in: Mapping[str, np.ndarray]) -> None:
-        apply_fn = models.synflow_fn(network.model, network.batch_stats)
-        rule = scores.synflow(apply_fn, network.input_shape)
-        assert rule.flow is not None
-        # Biases count as 0: what flows from them passes no path from the input.
-        params = trees.without_biases(network.params)
-        self._flow_fn, self._params = jax.tree.map(_widen, (rule.flow, params))
-        iterations = [jnp.asarray(removed_in[name]) for name in trees.names(network.mask)]
-        self._removed_in = jax.tree.unflatten(jax.tree.structure(network.mask), iterations)
+    It is to be used with float64 enabled.
+    """
+    apply_fn = models.synflow_fn(network.model, network.batch_stats)
+    rule = scores.synflow(apply_fn, network.input_shape)
+    assert rule.flow is not None
+    # Biases count as 0: their flow does not come from the input, and a cut bounds only flow that
+    # does.
+    without_biases = trees.without_biases(network.params)
+    flow_fn, params = jax.tree.map(_widen, (rule.flow, without_biases))
+    iterations = [jnp.asarray(removed_in[name]) for name in trees.names(network.mask)]
+    tree = jax.tree.unflatten(jax.tree.structure(network.mask), iterations)
 
-    def fraction(self, iteration: int) -> float:
-        """Returns the score that an iteration pruned, as a fraction of the cut before it."""
-        pruned, cut = self._pruned_and_cut(iteration)
-        return float(pruned) / float(cut) if cut > 0 else math.inf
+    def replay(iteration: int) -> tuple[float, float]:
+        pruned, cut = _pruned_and_cut(flow_fn, params, tree, iteration)
+        return float(pruned), float(cut)
 
-    def has_path_after(self, iteration: int) -> bool:
-        """Returns whether a path is left after an iteration."""
-        _, cut = self._pruned_and_cut(iteration + 1)
-        return bool(cut > 0)
-
-    def _pruned_and_cut(self, iteration: int) -> tuple[jax.Array, jax.Array]:
-        return _pruned_and_cut(self._flow_fn, self._params, self._removed_in, iteration)
+    return replay
 
 
 def _widen(leaf: Any) -> jax.Array:

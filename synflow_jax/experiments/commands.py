@@ -19,7 +19,7 @@ from synflow_jax.experiments import (
     pictures,
     report,
 )
-from synflow_jax.experiments.events import Failed
+from synflow_jax.experiments.events import Failed, Outcome
 from synflow_jax.experiments.run import Run, resolve, resolve_one
 from synflow_jax.parallel import hosts
 from synflow_jax.storage import Workdir
@@ -47,6 +47,7 @@ def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
     folder.rows()  # a damaged row file is found now, not after the work
     runs = resolve(checked)
     output = report.console()
+    # A grid of one is shown with its layers, as any single run.
     if len(runs) > 1:
         _prune_grid(runs, folder, overwrite, output)
     else:
@@ -122,25 +123,26 @@ def train(config: Any, workdir: str, *, overwrite: bool) -> None:
       OSError: a file cannot be written.
       storage.Stopped: a signal came, and all runs are saved.
     """
-    from synflow_jax.experiments import consistency, engine, reporters
+    from synflow_jax.experiments import consistency, engine
 
     checked = cli.check_config(config)
     checks.check_train(checked)
     folder = cli.check_workdir(workdir)
     runs = resolve(checked)
+    # Before anything uses JAX: processes cannot join once it has started.
     job = cli.join_hosts()
     cli.use_compilation_cache()
     folder.rows()  # a damaged row file is found now, not after the work
     is_grid = len(runs) > 1 or job.count > 1
+    # The rows of a grid are compared with each other, so its runs must agree in all the rest.
     if is_grid and not overwrite:
         consistency.check_workdir(runs, folder)
-    output, own = report.console(), hosts.share(runs, job)
+    output = report.console()
+    own = hosts.share(runs, job)
     if job.count > 1:
         output.print(f"process {job.index} of {job.count}: {len(own)} of {len(runs)} runs")
-    with (
-        cli.stop_signals() as should_stop,
-        reporters.reporter(output, own, folder, is_grid=is_grid) as emit,
-    ):
+    shown = report.training_grid(output, own) if is_grid else report.training_run(output, folder)
+    with cli.stop_signals() as should_stop, shown as emit:
         outcomes = engine.run(
             own,
             folder,
@@ -149,7 +151,38 @@ def train(config: Any, workdir: str, *, overwrite: bool) -> None:
             emit=emit,
             should_stop=should_stop,
         )
-    reporters.finish(output, outcomes, folder, is_grid=is_grid)
+    if is_grid:
+        _finish_grid(outcomes, folder, output)
+    else:
+        _finish_run(outcomes[0], folder, output)
+
+
+def _finish_grid(outcomes: Sequence[Outcome], workdir: Workdir, output: Console) -> None:
+    """Lists the files of a grid that was trained.
+
+    Raises:
+      ValueError: some runs failed. The others are done.
+    """
+    report.sweep_files(output, workdir.path)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    failures.check(failed, len(outcomes), workdir)
+
+
+def _finish_run(outcome: Outcome, workdir: Workdir, output: Console) -> None:
+    """Prints the result of a single run, and draws its curve.
+
+    Raises:
+      Exception: the error of a run that failed.
+    """
+    from synflow_jax.experiments import results
+
+    if isinstance(outcome, Failed):
+        raise outcome.error
+    row = outcome.row
+    curve = results.read_curve(workdir.curve_path(row["run_id"]))
+    pictures.save(pictures.curve(row, curve), workdir.curve_picture_path)
+    report.trained(output, row, workdir.timing(row["run_id"]))
+    report.train_files(output, workdir.path, row["run_id"])
 
 
 def export(

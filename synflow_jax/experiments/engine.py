@@ -7,12 +7,10 @@ time, and however often it was stopped.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
+import functools
 import itertools
 import json
-import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -28,10 +26,11 @@ from synflow_jax.experiments import (
     masks,
     programs,
     results,
+    spreading,
     starts,
 )
 from synflow_jax.experiments.events import Event, EventFn, Failed, Finished, Outcome
-from synflow_jax.experiments.initialization import Builder
+from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.loop import StopFn
 from synflow_jax.experiments.programs import Layout, Programs, Recipe
 from synflow_jax.experiments.run import Run
@@ -61,6 +60,29 @@ class _Task:
     form: Form
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """The settings of a call, and the caches that its runs share.
+
+    Attributes:
+      workdir, devices, split, overwrite, emit, should_stop: as `run` takes them.
+      build: returns the network of a run; from `initialization.builder`.
+      recipes: the data and the optimizer, by `_recipe_key`. Filled by `_recipe`.
+      programs: the compiled programs, by network, recipe, and device or layout. Filled by
+        `_compiled`.
+    """
+
+    workdir: Workdir
+    devices: tuple[jax.Device, ...]
+    split: bool
+    overwrite: bool
+    emit: EventFn
+    should_stop: StopFn
+    build: BuildFn
+    recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
+    programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
+
+
 def run(
     runs: Sequence[Run],
     workdir: Workdir,
@@ -76,7 +98,7 @@ def run(
     1. Find the runs that have a row. They are finished.
     2. Read the data, so that an error is found before long work.
     3. Prune the others. Runs of one network follow one another on one device.
-    4. Train them; see `_Engine.train`. The row of a run is written last of all.
+    4. Train them; see `_train`. The row of a run is written last of all.
 
     A run that fails is listed in failed.json, and the others continue.
 
@@ -99,9 +121,10 @@ def run(
       storage.Stopped: see `should_stop`.
     """
     devices = tuple(jax.local_devices() if devices is None else devices)
-    engine = _Engine(workdir, devices, split, overwrite, emit, should_stop)
+    build = initialization.builder(emit)
+    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build)
     outcomes: dict[str, Outcome] = {}
-    for outcome in failures.listed(engine.outcomes(runs), workdir, lambda run: run.train_id):
+    for outcome in failures.listed(_outcomes(shared, runs), workdir, lambda run: run.train_id):
         outcomes[outcome.run.train_id] = outcome
         emit(outcome)
     return [outcomes[run.train_id] for run in runs]
@@ -135,349 +158,341 @@ def train(
       storage.Stopped: see `should_stop`.
     """
     devices = tuple(jax.local_devices())
-    engine = _Engine(workdir, devices, True, False, emit, should_stop)
+    build = initialization.builder(emit)
+    shared = _Shared(workdir, devices, True, False, emit, should_stop, build)
     form = starts.choose_form(run, network, mask) if form is None else form
-    (outcome,) = engine.train_on_all_devices(_Task(run, mask, form))
+    (outcome,) = _train_on_all_devices(shared, _Task(run, mask, form))
     if isinstance(outcome, Failed):
         raise outcome.error
     return dict(outcome.row)
 
 
-class _Engine:
-    """Holds what the runs of one call share: devices, networks, recipes and programs."""
+def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Yields the outcome of each run as it comes; see `run`."""
+    rows: dict[str, Any] = {}
+    if not shared.overwrite:
+        rows = {row["run_id"]: row for row in shared.workdir.rows()}
+    ready = []
+    for run in runs:
+        if run.train_id in rows:
+            yield Finished(run, rows[run.train_id], found=True)
+            continue
+        failed = _prepare(shared, run)
+        if failed is None:
+            ready.append(run)
+        else:
+            yield failed
+    # All are pruned before any is trained: their masks decide which runs train together.
+    pruned = []
+    for result in _prune(shared, ready):
+        if isinstance(result, Failed):
+            yield result
+        else:
+            pruned.append(result.run)
+    yield from _train(shared, pruned)
 
-    def __init__(
-        self,
-        workdir: Workdir,
-        devices: tuple[jax.Device, ...],
-        split: bool,
-        overwrite: bool,
-        emit: EventFn,
-        should_stop: StopFn,
-    ) -> None:
-        self.workdir = workdir
-        self.devices = devices
-        self.split = split
-        self.overwrite = overwrite
-        self.emit = emit
-        self.should_stop = should_stop
-        self._recipes: dict[Any, Recipe] = {}
-        self._programs: dict[Any, Programs] = {}
-        self._builder = Builder(emit)
 
-    def outcomes(self, runs: Sequence[Run]) -> Iterator[Outcome]:
-        """Yields the outcome of each run as it comes; see `run`."""
-        rows: dict[str, Any] = {}
-        if not self.overwrite:
-            rows = {row["run_id"]: row for row in self.workdir.rows()}
-        ready = []
-        for run in runs:
-            if run.train_id in rows:
-                yield Finished(run, rows[run.train_id], found=True)
-                continue
-            # The mask, and IMP's levels, are overwritten when they are made.
-            if self.overwrite:
-                checkpoints.delete(self.workdir.checkpoint_path(run.train_id))
-            try:
-                if self.split:
-                    # The network of a single run is shown first, even if the folder has its mask.
-                    self._builder(run)
-                self.recipe(run)
-            except ValueError as error:
-                yield Failed(run, error)
-            else:
-                ready.append(run)
-        pruned = []
-        for result in self.prune(ready):
-            if isinstance(result, Failed):
-                yield result
-            else:
-                pruned.append(result.run)
-        yield from self.train(pruned)
+def _prepare(shared: _Shared, run: Run) -> Failed | None:
+    """Reads the data of a run that is to be done. Returns its failure if it cannot be used."""
+    # The mask, and IMP's levels, are overwritten when they are made.
+    if shared.overwrite:
+        checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
+    try:
+        if shared.split:
+            # The network of a single run is shown first, even if the folder has its mask.
+            shared.build(run)
+        _recipe(shared, run)
+    except ValueError as error:
+        return Failed(run, error)
+    return None
 
-    # Pruning
 
-    def prune(self, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
-        """Prunes runs: those of one network on one device, IMP's each on a device."""
-        at_once = [run for run in runs if not run.pruner.trains]
-        by_training = [run for run in runs if run.pruner.trains]
-        groups = [
-            list(group) for _, group in itertools.groupby(at_once, lambda run: run.network_key)
-        ]
-        for same_network in self._spread(self._prune_group, groups):
-            yield from same_network
-        yield from self._spread(self._prune_by_training, by_training)
+# Pruning
 
-    def _prune_group(
-        self, runs: list[Run], device: jax.Device | None
-    ) -> list[events.Pruned | Failed]:
-        """Prunes runs of one network, one after another."""
-        del device  # a mask is the same on every device
 
-        def emit_or_stop(event: Event) -> None:
-            self.emit(event)
-            if isinstance(event, events.Pruning) and self.should_stop():
-                raise storage.Stopped(
-                    "stopped while pruning. Run the same command without --overwrite to resume."
-                )
+def _prune(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
+    """Prunes runs. A device prunes all runs of one network, or one run of IMP, at a time."""
+    at_once = [run for run in runs if not run.pruner.trains]
+    by_training = [run for run in runs if run.pruner.trains]
+    # Only neighbours share a network: the builder of networks keeps a single one.
+    by_network = itertools.groupby(at_once, lambda run: run.network_key)
+    groups = [list(group) for _, group in by_network]
+    for same_network in _spread(shared, functools.partial(_prune_group, shared), groups):
+        yield from same_network
+    yield from _spread(shared, functools.partial(_prune_by_training, shared), by_training)
 
-        outcomes = masks.prune_all(
-            runs, self.workdir, overwrite=self.overwrite, emit=emit_or_stop, builder=self._builder
+
+def _prune_group(
+    shared: _Shared, runs: list[Run], device: jax.Device | None
+) -> list[events.Pruned | Failed]:
+    """Prunes runs of one network, one after another."""
+    del device  # a mask is the same on every device
+
+    def emit_or_stop(event: Event) -> None:
+        shared.emit(event)
+        if isinstance(event, events.Pruning) and shared.should_stop():
+            raise storage.Stopped(
+                "stopped while pruning. Run the same command without --overwrite to resume."
+            )
+
+    outcomes = masks.prune_all(
+        runs, shared.workdir, overwrite=shared.overwrite, emit=emit_or_stop, build=shared.build
+    )
+    found: list[events.Pruned | Failed] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Failed):
+            found.append(outcome)
+        else:
+            found.append(_pruned(shared, outcome.run, outcome.row))
+    return found
+
+
+def _prune_by_training(
+    shared: _Shared, run: Run, device: jax.Device | None
+) -> events.Pruned | Failed:
+    """Prunes a run by IMP."""
+    try:
+        built = shared.build(run)
+        network, recipe = built.network, _recipe(shared, run)
+        # Before the levels are trained, which takes time.
+        initialization.check_compression(run, network, built.max_compression)
+        key = (network.model, _recipe_key(run), device)
+        compile_fn = lambda: programs.one(run, network.model, recipe, split=shared.split)
+        compiled = _compiled(shared, key, compile_fn)
+        _, row = levels.find_or_make_mask(
+            run,
+            network,
+            shared.workdir,
+            recipe,
+            compiled,
+            maximum=built.max_compression,
+            overwrite=shared.overwrite,
+            emit=shared.emit,
+            should_stop=shared.should_stop,
         )
-        found: list[events.Pruned | Failed] = []
-        for outcome in outcomes:
-            if isinstance(outcome, Failed):
-                found.append(outcome)
-            else:
-                found.append(self._pruned(outcome.run, outcome.row))
-        return found
+    except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        return Failed(run, error)
+    return _pruned(shared, run, row)
 
-    def _prune_by_training(self, run: Run, device: jax.Device | None) -> events.Pruned | Failed:
-        """Prunes a run by IMP."""
+
+def _pruned(shared: _Shared, run: Run, row: Mapping[str, Any]) -> events.Pruned:
+    event = events.Pruned(run, row)
+    shared.emit(event)
+    return event
+
+
+# Training
+
+
+def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Trains runs that are pruned, and yields their outcomes as they come.
+
+    - With `split`, or if the data is streamed, a run trains alone on all devices.
+    - A compact network shares its shape with no other, so it trains alone on one device.
+    - Masked networks of one kind share a program, and train together on all devices.
+    """
+    whole, masked, undecided = [], [], []
+    # A form is chosen after pruning, but some configs decide on it before.
+    for run in runs:
+        if shared.split or run.config.dataset in data.STREAMED:
+            whole.append(run)
+        elif run.config.train.compact is False:
+            masked.append(run)
+        else:
+            undecided.append(run)
+
+    # Those that may be compact come first, since some of them turn out to train masked.
+    for result in _spread(shared, functools.partial(_train_if_compact, shared), undecided):
+        if isinstance(result, Run):
+            masked.append(result)
+        else:
+            yield from result
+    for run in whole:
+        task = _task(shared, run)
+        if isinstance(task, Failed):
+            yield task
+        else:
+            yield from _train_on_all_devices(shared, task)
+    for same_kind in _grouped(masked, functools.partial(_kind, shared)):
+        yield from _train_kind(shared, same_kind)
+
+
+def _train_if_compact(shared: _Shared, run: Run, device: jax.Device | None) -> list[Outcome] | Run:
+    """Trains a run whose form is the compact one; returns the run itself if it trains masked."""
+    assert device is not None
+    task = _task(shared, run)
+    if isinstance(task, Failed):
+        return [task]
+    if not task.form.compact:
+        return run
+    return _train_together(shared, [task], Layout((device,), 1, run.config.sweep.batching))
+
+
+def _train_on_all_devices(shared: _Shared, task: _Task) -> list[Outcome]:
+    """Trains a run by itself, its batches split over all devices of this process."""
+    run, model = task.run, task.form.network.model
+    batch_size = run.config.train.batch_size
+    is_split = training.batch_sharding(batch_size) is not None
+    shared.emit(events.Started(run, task.form, len(shared.devices) if is_split else 1))
+    recipe = _recipe(shared, run)
+    key = (model, _recipe_key(run), None)
+    compile_fn = lambda: programs.one(run, model, recipe, split=True)
+    return _train_tasks(shared, [task], key, compile_fn, shared.devices, 1)
+
+
+def _kind(shared: _Shared, run: Run) -> str:
+    """Returns a key that is equal for masked runs that can train together.
+
+    Such runs share a program, and are at the same step.
+    """
+    config = run.config
+    # The holes of a mask are part of a program's input, and these decide where they are.
+    names = ("kernels", "biases", "norms", "exclude", "dense_classifier")
+    prunable = {name: getattr(config.prune, name) for name in names}
+    # The loop counts the steps of a batch once, so runs that resume elsewhere train apart.
+    step = checkpoints.latest_step(shared.workdir.checkpoint_path(run.train_id))
+    model = (config.model, config.dataset, config.width_multiplier)
+    recipe = run.train_dict["train"]
+    return json.dumps((*model, prunable, recipe, dataclasses.asdict(config.sweep), step))
+
+
+def _train_kind(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Trains runs of one kind in batches on all devices.
+
+    Where a device has no memory for its runs, it is given half as many.
+    """
+    options = runs[0].config.sweep
+    per_device = min(options.runs_per_device, len(runs))
+    # No more devices than have a run: each would train a copy of the last one.
+    num_needed = -(-len(runs) // options.runs_per_device)
+    num_devices = min(len(shared.devices), num_needed)
+    layout = Layout(shared.devices[:num_devices], per_device, options.batching)
+    left = list(runs)
+    while left:
+        batch = left[: num_devices * layout.per_device]
+        found = [_task(shared, run) for run in batch]
+        failed = [task for task in found if isinstance(task, Failed)]
+        tasks = [task for task in found if isinstance(task, _Task)]
         try:
-            built = self._builder(run)
-            network, recipe = built.network, self.recipe(run)
-            # Before the levels are trained, which takes time.
-            initialization.check_compression(run, network, built.max_compression)
-            key = (network.model, _recipe_key(run), device)
-            compiled = self._compiled(
-                key, lambda: programs.one(run, network.model, recipe, split=self.split)
-            )
-            _, row = levels.find_or_make_mask(
-                run,
-                network,
-                self.workdir,
-                recipe,
-                compiled,
-                maximum=built.max_compression,
-                overwrite=self.overwrite,
-                emit=self.emit,
-                should_stop=self.should_stop,
-            )
-        except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
-            return Failed(run, error)
-        return self._pruned(run, row)
-
-    def _pruned(self, run: Run, row: Mapping[str, Any]) -> events.Pruned:
-        event = events.Pruned(run, row)
-        self.emit(event)
-        return event
-
-    # Training
-
-    def train(self, runs: Sequence[Run]) -> Iterator[Outcome]:
-        """Trains runs that are pruned, and yields their outcomes as they come.
-
-        - With `split`, or if the data is streamed, a run trains alone on all devices.
-        - A compact network shares its shape with no other, so it trains alone on one device.
-        - Masked networks of one kind share a program, and train together on all devices.
-        """
-        whole, masked, undecided = [], [], []
-        # A form is chosen after pruning, but some configs decide on it before.
-        for run in runs:
-            if self.split or run.config.dataset in data.STREAMED:
-                whole.append(run)
-            elif run.config.train.compact is False:
-                masked.append(run)
-            else:
-                undecided.append(run)
-
-        def train_if_compact(run: Run, device: jax.Device | None) -> list[Outcome]:
-            assert device is not None
-            task = self._task(run)
-            if isinstance(task, Failed):
-                return [task]
-            if not task.form.compact:
-                masked.append(run)
-                return []
-            return self._train_together([task], Layout((device,), 1, run.config.sweep.batching))
-
-        # Compact ones first: this adds the others to those that train masked.
-        for outcomes in self._spread(train_if_compact, undecided):
-            yield from outcomes
-        for run in whole:
-            task = self._task(run)
-            yield from [task] if isinstance(task, Failed) else self.train_on_all_devices(task)
-        for same_kind in _grouped(masked, self._kind):
-            yield from self._train_kind(same_kind)
-
-    def train_on_all_devices(self, task: _Task) -> list[Outcome]:
-        """Trains a run by itself, its batches split over all devices of this process."""
-        run, model = task.run, task.form.network.model
-        batch_size = run.config.train.batch_size
-        is_split = training.batch_sharding(batch_size) is not None
-        self.emit(events.Started(run, task.form, len(self.devices) if is_split else 1))
-        recipe = self.recipe(run)
-        key = (model, _recipe_key(run), None)
-        compile_fn = lambda: programs.one(run, model, recipe, split=True)
-        return self._train_tasks([task], key, compile_fn, self.devices, 1)
-
-    def _kind(self, run: Run) -> str:
-        """Returns a key that is equal for masked runs that can train together.
-
-        Such runs share a program, and are at the same step.
-        """
-        config = run.config
-        names = ("kernels", "biases", "norms", "exclude", "dense_classifier")
-        prunable = {name: getattr(config.prune, name) for name in names}
-        step = checkpoints.latest_step(self.workdir.checkpoint_path(run.train_id))
-        model = (config.model, config.dataset, config.width_multiplier)
-        recipe = run.train_dict["train"]
-        return json.dumps((*model, prunable, recipe, dataclasses.asdict(config.sweep), step))
-
-    def _train_kind(self, runs: Sequence[Run]) -> Iterator[Outcome]:
-        """Trains runs of one kind in batches on all devices.
-
-        Where a device has no memory for its runs, it is given half as many.
-        """
-        options = runs[0].config.sweep
-        per_device = min(options.runs_per_device, len(runs))
-        num_devices = min(len(self.devices), -(-len(runs) // options.runs_per_device))
-        layout = Layout(self.devices[:num_devices], per_device, options.batching)
-        left = list(runs)
-        while left:
-            batch = left[: num_devices * layout.per_device]
-            found = [self._task(run) for run in batch]
-            failed = [task for task in found if isinstance(task, Failed)]
-            tasks = [task for task in found if isinstance(task, _Task)]
-            try:
-                outcomes = self._train_together(tasks, layout) if tasks else []
-            except OutOfMemory as error:
-                num_left = layout.per_device // 2
-                self.emit(events.Halved(str(error), layout.per_device, num_left))
-                layout = layout._replace(per_device=num_left)
-                continue
-            left = left[len(batch) :]
-            yield from failed
-            yield from outcomes
-
-    def _train_together(self, tasks: Sequence[_Task], layout: Layout) -> list[Outcome]:
-        """Trains runs of one kind on some devices.
-
-        Raises:
-          OutOfMemory: a device cannot hold its runs. What was saved stays.
-        """
-        run, model = tasks[0].run, tasks[0].form.network.model
-        recipe = self.recipe(run)
-        for task in tasks:
-            self.emit(events.Started(task.run, task.form, 1))
-        key = (model, _recipe_key(run), layout)
-        compile_fn = lambda: programs.many(run, model, recipe, layout)
-        return self._train_tasks(tasks, key, compile_fn, layout.devices, layout.per_device)
-
-    def _train_tasks(
-        self,
-        tasks: Sequence[_Task],
-        key: Any,
-        compile_fn: Callable[[], Programs],
-        devices: tuple[jax.Device, ...],
-        per_device: int,
-    ) -> list[Outcome]:
-        """Trains runs by one program, and writes their rows when all else is on the disk.
-
-        Raises:
-          OutOfMemory: a device cannot hold its runs, and has more than one.
-        """
-        run = tasks[0].run
-        recipe = self.recipe(run)
-        jobs = [
-            starts.make_job(task.run, task.mask, task.form, recipe, self.workdir) for task in tasks
-        ]
-        try:
-            compiled = self._compiled(key, compile_fn)
-            trained = loop.train(
-                jobs, recipe, compiled, emit=self.emit, should_stop=self.should_stop
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            first_line = str(error).splitlines()[0][:200]
-            runs = "a run" if per_device == 1 else f"{per_device} runs"
-            problem = OutOfMemory(
-                f"{runs} of {run.config.model} do not fit into the memory of {devices[0]}: "
-                f"{first_line}."
-            )
-            if per_device == 1:
-                return [Failed(task.run, problem) for task in tasks]
-            raise problem from error
-        outcomes: list[Outcome] = []
-        for task, result in zip(tasks, trained, strict=True):
-            if isinstance(result, Exception):
-                outcomes.append(Failed(task.run, result))
-            else:
-                row = results.write(task.run, task.mask, task.form, result, self.workdir)
-                outcomes.append(Finished(task.run, row))
-        return outcomes
-
-    def _task(self, run: Run) -> _Task | Failed:
-        """Reads the mask of a pruned run, and chooses the form in which it trains."""
-        try:
-            network = self._builder(run).network
-            found = masks.find_mask(run, network, self.workdir)
-            assert found is not None, "it was pruned before"
-            mask, _ = found
-            return _Task(run, mask, starts.choose_form(run, network, mask))
-        except ValueError as error:
-            return Failed(run, error)
-
-    # Shared by runs
-
-    def recipe(self, run: Run) -> Recipe:
-        """Returns the optimizer and the data of a run, which many runs share."""
-        key = _recipe_key(run)
-        if key not in self._recipes:
-            self._recipes[key] = programs.make_recipe(run)
-        return self._recipes[key]
-
-    def _compiled(self, key: Any, compile_fn: Callable[[], Programs]) -> Programs:
-        """Returns the programs of a key, compiled when they are first needed."""
-        if key not in self._programs:
-            self._programs[key] = compile_fn()
-        return self._programs[key]
-
-    def _spread(
-        self, function: Callable[[_Item, jax.Device | None], _Result], items: Iterable[_Item]
-    ) -> Iterator[_Result]:
-        """Yields function(item, device) of each item as it comes, one at a time on each device.
-
-        With `split` there is one item at a time, and no default device.
-        """
-        if self.split:
-            yield from (function(item, None) for item in items)
-            return
-        if len(self.devices) == 1:
-            (device,) = self.devices
-            with jax.default_device(device):
-                yield from (function(item, device) for item in items)
-            return
-        yield from _on_free_devices(function, items, self.devices)
+            outcomes = _train_together(shared, tasks, layout) if tasks else []
+        except OutOfMemory as error:
+            num_left = layout.per_device // 2
+            shared.emit(events.Halved(str(error), layout.per_device, num_left))
+            # The runs of this batch stay in `left`, and resume from what they have saved.
+            layout = layout._replace(per_device=num_left)
+            continue
+        left = left[len(batch) :]
+        yield from failed
+        yield from outcomes
 
 
-def _on_free_devices(
-    function: Callable[[_Item, jax.Device | None], _Result],
-    items: Iterable[_Item],
-    devices: Sequence[jax.Device],
+def _train_together(shared: _Shared, tasks: Sequence[_Task], layout: Layout) -> list[Outcome]:
+    """Trains runs of one kind on some devices.
+
+    Raises:
+      OutOfMemory: a device cannot hold its runs. What was saved stays.
+    """
+    run, model = tasks[0].run, tasks[0].form.network.model
+    recipe = _recipe(shared, run)
+    for task in tasks:
+        shared.emit(events.Started(task.run, task.form, 1))
+    key = (model, _recipe_key(run), layout)
+    compile_fn = lambda: programs.many(run, model, recipe, layout)
+    return _train_tasks(shared, tasks, key, compile_fn, layout.devices, layout.per_device)
+
+
+def _train_tasks(
+    shared: _Shared,
+    tasks: Sequence[_Task],
+    key: Any,
+    compile_fn: Callable[[], Programs],
+    devices: tuple[jax.Device, ...],
+    per_device: int,
+) -> list[Outcome]:
+    """Trains runs by one program, and writes their rows when all else is on the disk.
+
+    Raises:
+      OutOfMemory: a device cannot hold its runs, and has more than one.
+    """
+    run = tasks[0].run
+    recipe = _recipe(shared, run)
+    jobs = [
+        starts.make_job(task.run, task.mask, task.form, recipe, shared.workdir) for task in tasks
+    ]
+    try:
+        compiled = _compiled(shared, key, compile_fn)
+        trained = loop.train(
+            jobs, recipe, compiled, emit=shared.emit, should_stop=shared.should_stop
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        problem = _out_of_memory(error, run, devices[0], per_device)
+        # Fewer runs would not help, and the other runs may be smaller.
+        if per_device == 1:
+            return [Failed(task.run, problem) for task in tasks]
+        raise problem from error
+    outcomes: list[Outcome] = []
+    for task, result in zip(tasks, trained, strict=True):
+        if isinstance(result, Exception):
+            outcomes.append(Failed(task.run, result))
+        else:
+            row = results.write(task.run, task.mask, task.form, result, shared.workdir)
+            outcomes.append(Finished(task.run, row))
+    return outcomes
+
+
+def _out_of_memory(error: Exception, run: Run, device: jax.Device, per_device: int) -> OutOfMemory:
+    """Returns the error that says which runs do not fit into the memory of a device."""
+    first_line = str(error).splitlines()[0][:200]
+    runs = "a run" if per_device == 1 else f"{per_device} runs"
+    return OutOfMemory(
+        f"{runs} of {run.config.model} do not fit into the memory of {device}: {first_line}."
+    )
+
+
+def _task(shared: _Shared, run: Run) -> _Task | Failed:
+    """Reads the mask of a pruned run, and chooses the form in which it trains."""
+    try:
+        network = shared.build(run).network
+        found = masks.find_mask(run, network, shared.workdir)
+        assert found is not None, "it was pruned before"
+        mask, _ = found
+        return _Task(run, mask, starts.choose_form(run, network, mask))
+    except ValueError as error:
+        return Failed(run, error)
+
+
+# Shared by runs
+
+
+def _recipe(shared: _Shared, run: Run) -> Recipe:
+    """Returns the optimizer and the data of a run, which many runs share."""
+    # No lock: `_prepare` fills it before threads begin.
+    key = _recipe_key(run)
+    if key not in shared.recipes:
+        shared.recipes[key] = programs.make_recipe(run)
+    return shared.recipes[key]
+
+
+def _compiled(shared: _Shared, key: Any, compile_fn: Callable[[], Programs]) -> Programs:
+    """Returns the programs of a key, compiled when they are first needed."""
+    # No lock: keys of different threads name different devices.
+    if key not in shared.programs:
+        shared.programs[key] = compile_fn()
+    return shared.programs[key]
+
+
+def _spread(
+    shared: _Shared, function: Callable[[_Item, jax.Device | None], _Result], items: Iterable[_Item]
 ) -> Iterator[_Result]:
-    """Calls the function in one thread per device, each on the next device that is free."""
-    free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
+    """Yields function(item, device) of each item as it comes, one at a time on each device.
 
-    def call(item: _Item) -> _Result:
-        device = free.get()
-        try:
-            with jax.default_device(device):
-                return function(item, device)
-        finally:
-            free.put(device)
-
-    with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
-        futures = [pool.submit(call, item) for item in items]
-        with contextlib.ExitStack() as stack:
-            # After an error, the items that have not begun are left out.
-            stack.callback(pool.shutdown, cancel_futures=True)
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+    With `split` there is one item at a time, and no default device.
+    """
+    if shared.split:
+        return (function(item, None) for item in items)
+    return spreading.over_devices(function, items, shared.devices)
 
 
 def _grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:

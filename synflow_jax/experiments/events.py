@@ -60,7 +60,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """The mask is there. row: of the pruning run, perhaps from an earlier command."""
+    """The run has its mask. row: of the pruning run; it may be from an earlier command."""
 
     run: Run
     row: Mapping[str, Any]
@@ -120,7 +120,7 @@ class EpochEnded:
 
 @dataclasses.dataclass(frozen=True)
 class Halved:
-    """Runs did not fit into the memory of a device, and fewer are tried. problem: what it said."""
+    """Runs did not fit into the memory of a device, and fewer are tried. problem: says which."""
 
     problem: str
     num_runs: int
@@ -138,7 +138,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """A run failed. The others go on."""
+    """A run failed. The others continue."""
 
     run: Run
     error: Exception
@@ -152,5 +152,5 @@ EventFn = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Prints nothing."""
+    """Does nothing with an event."""
     del event

@@ -46,6 +46,7 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
             "--config and --run are missing: give the config of the run, or its run_id, "
             "--run=RUN_ID."
         )
+    # The last row of an id is the one that --overwrite wrote.
     rows = {row["run_id"]: row for row in workdir.rows()}
     for name in wanted:
         if name in rows:
@@ -94,12 +95,14 @@ def _read_pruned(run: Run, path: pathlib.Path) -> Network:
 def _read_trained(run: Run, folder: pathlib.Path) -> Network:
     """Reads the network of a training run from its last checkpoint."""
     arrays, _ = checkpoints.read_latest(folder)
-    parameters, statistics = _part(arrays, "params"), _part(arrays, "batch_stats")
+    parameters = _part(arrays, "params")
+    statistics = _part(arrays, "batch_stats")
     params, batch_stats = flat.unflatten({**parameters, **statistics})
     mask = _unflatten_mask(_part(arrays, "mask"), params)
     model: Any
     model, input_shape = initialization.architecture(run)
-    found = {name: array.shape for name, array in flat.flatten(params, batch_stats).items()}
+    arrays_by_name = flat.flatten(params, batch_stats)
+    found = {name: array.shape for name, array in arrays_by_name.items()}
     if flat.shapes_of(model, input_shape) != found:
         # It was trained in its compact form.
         model = model.resized(params)
@@ -113,7 +116,7 @@ def _part(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 
 def _unflatten_mask(masks: Mapping[str, np.ndarray], params: Params) -> Mask:
-    """Returns the mask as a tree beside the parameters, with holes where it has no array."""
+    """Returns the mask in the structure of the parameters, with holes where it has no array."""
 
     def find(path: Any, _: Any) -> jax.Array | None:
         array = masks.get(f"mask/{trees.path_name(path)}")

@@ -27,6 +27,7 @@ def listed(
     for outcome in outcomes:
         if isinstance(outcome, Failed):
             failed.append({"run_id": name(outcome.run), "error": str(outcome.error)})
+            # At once, so that a grid that is killed leaves the list so far.
             storage.write_json(workdir.failed_path, failed)
         yield outcome
 

@@ -87,6 +87,7 @@ def deciding_values(config: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
+        # Such a setting may differ between runs that are compared.
         if field.metadata["identity"] is never:
             continue
         value = getattr(config, field.name)
@@ -116,6 +117,7 @@ def file_digest(path: str | None) -> str | None:
     """
     if path is None or (path.startswith(_DIGEST) and not os.path.exists(path)):
         return path
+    # A file of weights can be large, and a grid asks for its digest once per run.
     try:
         status = os.stat(path)
         return _file_digest(path, status.st_mtime_ns, status.st_size)
@@ -137,6 +139,7 @@ def source_digest(function: Any) -> Any:
     """Returns the name of a function and a hash of its source; other values are unchanged."""
     if not callable(function):
         return function
+    # The name alone would not tell an edited function from the one that a run has used.
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):  # the function was not defined in a file

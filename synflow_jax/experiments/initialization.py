@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,8 @@ from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
 from synflow_jax.storage import networks
 from synflow_jax.trees import Mask, Params
+
+BuildFn = Callable[[Run], Built]
 
 # The maximal compression may be asked for as it is printed, rounded.
 _ROUNDING = 1e-5
@@ -49,28 +51,20 @@ def build(run: Run, *, bounded: bool = True) -> Network:
     return network
 
 
-class Builder:
-    """Builds the networks of runs; keeps the last one, since neighbouring runs share it.
+def builder(emit: EventFn = events.ignore) -> BuildFn:
+    """Returns a function that builds the network of a run and finds its maximal compression.
 
-    Compressions are not checked: a run above the maximum must not stop the others.
+    It keeps the last network, since neighbouring runs share it, and emits each new one. It does not
+    check compressions: a run above the maximum must not stop the others.
     """
 
-    def __init__(self, emit: EventFn = events.ignore) -> None:
-        self._emit = emit
-        self._last: tuple[Any, Built] | None = None
-
-    def __call__(self, run: Run) -> Built:
-        """Returns the network of a run, and emits it if it is new."""
-        last = self._last
-        if last is not None and last[0] == run.network_key:
-            return last[1]
-        # Frees the last network before the next one is made: two may not fit into memory.
-        last = self._last = None
+    def build_and_emit(run: Run) -> Built:
         network = build(run, bounded=False)
         built = Built(run, network, max_compression(network))
-        self._last = run.network_key, built
-        self._emit(built)
+        emit(built)
         return built
+
+    return memory.keep_last(build_and_emit, key=lambda run: run.network_key)
 
 
 def architecture(run: Run) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -147,6 +141,7 @@ def _prunable(run: Run, params: Params) -> Mask:
       ValueError: none is left, or prune.exclude is not a regular expression.
     """
     prune = run.config.prune
+    # An empty pattern would match every name.
     patterns = [prune.exclude] if prune.exclude else []
     if prune.dense_classifier:
         patterns.append(f"^{models.HEAD}/")

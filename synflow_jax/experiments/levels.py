@@ -1,4 +1,4 @@
-"""Prunes a run by iterative magnitude pruning (IMP): trains level after level, and keeps files.
+"""Prunes a run by iterative magnitude pruning (IMP): trains its levels, and keeps them in files.
 
 It leaves the files that any pruning run leaves, so that the masked network is then trained like any
 other. It can be stopped at any moment: a finished level is known by its files, and an unfinished
@@ -7,6 +7,7 @@ one resumes from its last checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -75,6 +76,7 @@ def find_or_make_mask(
         if found is not None:
             return found
     options = run.config.prune
+    # Checked here, since the number of steps is known only when the data has been read.
     if options.rewind_step >= recipe.num_steps:
         raise ValueError(
             f"prune.rewind_step={options.rewind_step} must be below {recipe.num_steps}, the steps "
@@ -82,13 +84,15 @@ def find_or_make_mask(
         )
     if compiled is None:
         compiled = programs.one(run, network.model, recipe, split=True)
-    levels = _Levels(run, network, workdir, recipe, compiled, emit, should_stop)
-    start = levels.start()
+    form = forms.choose(network, compact=False)
+    levels = _Levels(run, network, form, workdir, recipe, compiled, emit, should_stop)
+    start = _start(levels)
     mask: Mask = network.mask
     records: list[dict[str, Any]] = []
     for number, counts in enumerate(_counts(run, mask), 1):
-        mask, record = levels.find_or_make(number, start, mask, counts)
+        mask, record = _find_or_make(levels, number, start, mask, counts)
         records.append(record)
+    # The row says that the run is complete, so its checkpoints are deleted after it.
     _write_run(run, network, mask, records, workdir, maximum)
     checkpoints.delete(workdir.checkpoint_path(run.prune_id))
     made = masks.find_mask(run, network, workdir)
@@ -97,7 +101,7 @@ def find_or_make_mask(
 
 
 def _delete(run: Run, workdir: Workdir) -> None:
-    """Removes what an earlier command left of a run's levels."""
+    """Removes the levels that an earlier command has trained."""
     shutil.rmtree(workdir.levels_path(run.prune_id), ignore_errors=True)
     checkpoints.delete(workdir.checkpoint_path(run.prune_id))
     workdir.rewind_path(run.prune_id).unlink(missing_ok=True)
@@ -110,141 +114,154 @@ def _counts(run: Run, mask: Mask) -> np.ndarray:
     return schedule(shapes, run.config.prune.compression, run.num_iterations)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Levels:
-    """The levels of a run: each one is found in its files, or made by training."""
+    """The arguments that all levels of a run share.
 
-    def __init__(
-        self,
-        run: Run,
-        network: Network,
-        workdir: Workdir,
-        recipe: Recipe,
-        compiled: Programs,
-        emit: EventFn,
-        should_stop: StopFn,
-    ) -> None:
-        self.run, self.network, self.workdir = run, network, workdir
-        self.recipe, self.compiled = recipe, compiled
-        self.emit, self.should_stop = emit, should_stop
-        self.form: Form = forms.choose(network, compact=False)
+    Attributes:
+      run, network, workdir, recipe, compiled, emit, should_stop: as `find_or_make_mask` takes them.
+      form: the full, masked network.
+    """
 
-    def start(self) -> TrainState:
-        """Returns the state that every level starts from.
+    run: Run
+    network: Network
+    form: Form
+    workdir: Workdir
+    recipe: Recipe
+    compiled: Programs
+    emit: EventFn
+    should_stop: StopFn
 
-        It is the initial state, or the state after the first steps, which are trained here.
-        """
-        initial = starts.initial_state(self.run, self.recipe, self.form)
-        num_steps = self.run.config.prune.rewind_step
-        if not num_steps:
-            return initial
-        if not self.workdir.rewind_path(self.run.prune_id).exists():
-            recipe = self.recipe._replace(num_steps=num_steps)
-            # A copy, since training uses up the memory of its first state.
-            trained = self._train(0, recipe, jax.tree.map(jnp.copy, initial))
-            starts.save_rewind(self.run, self.workdir, trained.state)
-            checkpoints.delete(self.workdir.level_checkpoint_path(self.run.prune_id, 0))
-        return starts.load_rewind(self.run, self.workdir, initial)
 
-    def find_or_make(
-        self, number: int, start: TrainState, mask: Mask, counts: np.ndarray
-    ) -> tuple[Mask, dict[str, Any]]:
-        """Returns the mask after a level and the record of it.
+def _start(levels: _Levels) -> TrainState:
+    """Returns the state that every level starts from.
 
-        Args:
-          number: of the level, from 1.
-          start: from `start`.
-          mask: from the level before.
-          counts: how many weights are pruned after the level.
-        """
-        found = self._read(number)
-        if found is not None:
-            return found
-        began = time.perf_counter()
-        score_fn = scores.magnitude()
-        if self.run.ablation.inverts:
-            score_fn = scores.inverted(score_fn)
-        tested: dict[str, float] = {}
+    It is the initial state, or the state after the first steps, which are trained here.
+    """
+    run, workdir = levels.run, levels.workdir
+    initial = starts.initial_state(run, levels.recipe, levels.form)
+    num_steps = run.config.prune.rewind_step
+    if not num_steps:
+        return initial
+    if not workdir.rewind_path(run.prune_id).exists():
+        recipe = levels.recipe._replace(num_steps=num_steps)
+        # A copy, since training uses up the memory of its first state.
+        copied = jax.tree.map(jnp.copy, initial)
+        trained = _train(levels, 0, recipe, copied)
+        starts.save_rewind(run, workdir, trained.state)
+        checkpoints.delete(workdir.level_checkpoint_path(run.prune_id, 0))
+    # From the file even if it was just written, so that a run that resumes has the same state.
+    return starts.load_rewind(run, workdir, initial)
 
-        def train(state: TrainState) -> TrainState:
-            trained = self._train(number, self.recipe, state)
-            for name in ("top1", "loss"):
-                tested[f"test_{name}"] = float(trained.info.curve[f"test_{name}"][-1])
-            return trained.state
 
-        level = imp.level(train, start, mask, counts.tolist(), score_fn=score_fn)
-        record = _record(number, level, tested, time.perf_counter() - began)
-        self._write(number, level.mask, record)
-        return level.mask, record
+def _find_or_make(
+    levels: _Levels, number: int, start: TrainState, mask: Mask, counts: np.ndarray
+) -> tuple[Mask, dict[str, Any]]:
+    """Returns the mask after a level and the record of it.
 
-    def _train(self, number: int, recipe: Recipe, state: TrainState) -> Trained:
-        """Trains a level from its newest checkpoint, or else from `state`."""
-        run_id = self.run.prune_id
-        job = Job(
-            run=self.run,
-            form=self.form,
-            first_state=lambda: state,
-            folder=self.workdir.level_checkpoint_path(run_id, number),
-            description={
-                "run_id": run_id,
-                "level": number,
-                "config": self.run.prune_dict,
-                "mask_sha256": storage.mask_digest(state.mask),
-            },
-            curve=self.workdir.level_curve_path(run_id, number),
+    Args:
+      number: of the level, from 1.
+      start: from `_start`.
+      mask: from the level before.
+      counts: how many weights are pruned after the level.
+    """
+    found = _read(levels, number)
+    if found is not None:
+        return found
+    began = time.perf_counter()
+    score_fn = scores.magnitude()
+    if levels.run.ablation.inverts:
+        score_fn = scores.inverted(score_fn)
+    # `imp.level` wants only the state of a training; its test results are kept here.
+    tested: dict[str, float] = {}
+
+    def train(state: TrainState) -> TrainState:
+        trained = _train(levels, number, levels.recipe, state)
+        for name in ("test_top1", "test_loss"):
+            values = trained.info.curve[name]
+            tested[name] = float(values[-1])
+        return trained.state
+
+    level = imp.level(train, start, mask, counts.tolist(), score_fn=score_fn)
+    record = _record(number, level, tested, time.perf_counter() - began)
+    _write(levels, number, level.mask, record)
+    return level.mask, record
+
+
+def _train(levels: _Levels, number: int, recipe: Recipe, state: TrainState) -> Trained:
+    """Trains a level from its newest checkpoint, or else from `state`."""
+    run, workdir = levels.run, levels.workdir
+    description = {
+        "run_id": run.prune_id,
+        "level": number,
+        "config": run.prune_dict,
+        "mask_sha256": storage.mask_digest(state.mask),
+    }
+    job = Job(
+        run=run,
+        form=levels.form,
+        first_state=lambda: state,
+        folder=workdir.level_checkpoint_path(run.prune_id, number),
+        description=description,
+        curve=workdir.level_curve_path(run.prune_id, number),
+    )
+
+    def emit(event: Event) -> None:
+        assert isinstance(event, events.Resumed | events.Progress | events.EpochEnded)
+        levels.emit(events.Level(run, number, event))
+
+    (result,) = loop.train(
+        [job], recipe, levels.compiled, emit=emit, should_stop=levels.should_stop
+    )
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _write(levels: _Levels, number: int, mask: Mask, record: Mapping[str, Any]) -> None:
+    """Writes the files of a level, and removes its checkpoints."""
+    run_id, workdir = levels.run.prune_id, levels.workdir
+    metadata = {"run_id": run_id, "level": number}
+    digest = storage.save_mask(workdir.level_mask_path(run_id, number), mask, metadata)
+    # After the mask: this file says that the level is finished.
+    path = workdir.level_path(run_id, number)
+    storage.write_json(path, {**record, "mask_sha256": digest})
+    # Last of all: until the level is finished, it resumes from these.
+    checkpoints.delete(workdir.level_checkpoint_path(run_id, number))
+
+
+def _read(levels: _Levels, number: int) -> tuple[Mask, dict[str, Any]] | None:
+    """Reads the files of a finished level, or returns None if it is not finished.
+
+    Raises:
+      ValueError: a file is damaged, or the two do not belong together.
+    """
+    run_id, workdir = levels.run.prune_id, levels.workdir
+    path = workdir.level_path(run_id, number)
+    if not path.exists():
+        return None
+    mask_path = workdir.level_mask_path(run_id, number)
+    try:
+        record = dict(json.loads(path.read_text()))
+        mask = storage.load_mask(mask_path, levels.network.params)
+        is_whole = record["mask_sha256"] == storage.mask_digest(mask)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{str(path)!r} or its mask {mask_path.name!r} is damaged: {error!r}. --overwrite "
+            "runs all levels again."
+        ) from error
+    if not is_whole:
+        raise ValueError(
+            f"{str(path)!r} does not belong to its mask {mask_path.name!r}. --overwrite runs "
+            "all levels again."
         )
-
-        def emit(event: Event) -> None:
-            assert isinstance(event, events.Resumed | events.Progress | events.EpochEnded)
-            self.emit(events.Level(self.run, number, event))
-
-        (result,) = loop.train(
-            [job], recipe, self.compiled, emit=emit, should_stop=self.should_stop
-        )
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _write(self, number: int, mask: Mask, record: Mapping[str, Any]) -> None:
-        """Writes the files of a level, and removes its checkpoints."""
-        run_id = self.run.prune_id
-        metadata = {"run_id": run_id, "level": number}
-        digest = storage.save_mask(self.workdir.level_mask_path(run_id, number), mask, metadata)
-        # After the mask: this file says that the level is finished.
-        path = self.workdir.level_path(run_id, number)
-        storage.write_json(path, {**record, "mask_sha256": digest})
-        checkpoints.delete(self.workdir.level_checkpoint_path(run_id, number))
-
-    def _read(self, number: int) -> tuple[Mask, dict[str, Any]] | None:
-        """Reads the files of a finished level, or returns None if it is not finished.
-
-        Raises:
-          ValueError: a file is damaged, or the two do not belong together.
-        """
-        path = self.workdir.level_path(self.run.prune_id, number)
-        if not path.exists():
-            return None
-        mask_path = self.workdir.level_mask_path(self.run.prune_id, number)
-        try:
-            record = dict(json.loads(path.read_text()))
-            mask = storage.load_mask(mask_path, self.network.params)
-            is_whole = record["mask_sha256"] == storage.mask_digest(mask)
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise ValueError(
-                f"{str(path)!r} or its mask {mask_path.name!r} is damaged: {error!r}. --overwrite "
-                "runs all levels again."
-            ) from error
-        if not is_whole:
-            raise ValueError(
-                f"{str(path)!r} does not belong to its mask {mask_path.name!r}. --overwrite runs "
-                "all levels again."
-            )
-        return mask, record
+    return mask, record
 
 
 def _record(
     number: int, level: imp.Level, tested: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Returns what is recorded of a level, as plain values."""
+    """Returns the record of a level, as plain values."""
     kept = np.asarray(level.info.kept[0])
     num_kept = int(kept.sum())
     return {

@@ -17,7 +17,7 @@ import jax
 from synflow_jax import certified, masking, pruning, scores, storage
 from synflow_jax.experiments import certificates, events, initialization, memory, rows, rules
 from synflow_jax.experiments.events import Built, EventFn, Failed, Finished
-from synflow_jax.experiments.initialization import Builder
+from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
 from synflow_jax.parallel import sharded
@@ -122,7 +122,7 @@ def _make_mask(
     }
     if run.is_certified:
         with warnings.catch_warnings():
-            # The report tells it from the row.
+            # The report says so, from the row.
             warnings.simplefilter("ignore", certified.Shortfall)
             return certified.prune(
                 rule, network.params, cut_fraction=options.cut_fraction, **common
@@ -180,6 +180,7 @@ def record(
     """
     if maximum is None:
         maximum = initialization.max_compression(network)
+    # The row and the scores are of the rule; only the places of the kept weights change.
     if run.ablation.shuffles:
         mask = masking.shuffle(mask, run.shuffle_key)
     row = rows.prune_row(run, network, mask, info, initial=scoring.initial, maximum=maximum)
@@ -207,7 +208,7 @@ def record(
 
 
 def find_row(run: Run, workdir: Workdir) -> Row | None:
-    """Returns the row that an earlier command left of a run, if its files are complete.
+    """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
       ValueError: the mask is damaged.
@@ -215,6 +216,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     row = workdir.find_row(run.prune_id)
     if row is None:
         return None
+    # A row is written last, but someone may have deleted or not copied the files.
     needed = [workdir.mask_path(run.prune_id)]
     if run.config.prune.record_units:
         needed.append(workdir.units_path(run.prune_id))
@@ -222,6 +224,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
         needed.append(workdir.rewind_path(run.prune_id))
     if not all(path.exists() for path in needed):
         return None
+    # Read, since a damaged mask is better found now than after the training of others.
     try:
         storage.load_mask(workdir.mask_path(run.prune_id))
     except ValueError as error:
@@ -230,7 +233,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
 
 
 def find_mask(run: Run, network: Network, workdir: Workdir) -> tuple[Mask, Row] | None:
-    """Returns the mask and the row that an earlier command left of a run, if any.
+    """Returns the mask and the row of a run from an earlier command, or None.
 
     Raises:
       ValueError: the mask is damaged, or does not fit the network.
@@ -250,7 +253,7 @@ def prune_all(
     *,
     overwrite: bool = False,
     emit: EventFn = events.ignore,
-    builder: Builder | None = None,
+    build: BuildFn | None = None,
 ) -> Iterator[Finished | Failed]:
     """Prunes run after run, and yields the outcome of each.
 
@@ -263,43 +266,40 @@ def prune_all(
       workdir: the folder of all runs.
       overwrite: prune again what the folder holds.
       emit: gets an `events.Built` for each network, and an `events.Pruning` as each run advances.
-      builder: builds the networks, if they are used elsewhere too.
+      build: from `initialization.builder`, if the networks are used elsewhere too.
 
     Raises:
       OSError: a file cannot be written.
     """
-    builder = Builder(emit) if builder is None else builder
-    scored = _Scored()
+    build = initialization.builder(emit) if build is None else build
+    find_scoring = memory.keep_last(make_scoring, key=_scoring_key)
     for run in runs:
         try:
             row = None if overwrite else find_row(run, workdir)
             found = row is not None
             if row is None:
-                row = _prune_shared(run, builder(run), scored, workdir, emit)
+                row = _prune_shared(run, build(run), find_scoring, workdir, emit)
         except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
             yield Failed(run, error)
         else:
             yield Finished(run, row, found=found)
 
 
-class _Scored:
-    """Holds the last scoring, which neighbouring runs may share."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, Scoring] | None = None
-
-    def __call__(self, run: Run, network: Network) -> Scoring:
-        """Returns the rule of a run, and its scores if there is only one iteration."""
-        prune = run.config.prune
-        rule_key = (prune.pruner, prune.mode, run.ablation.inverts, run.num_iterations == 1)
-        key = (run.network_key, rule_key)
-        if self._last is None or self._last[0] != key:
-            self._last = None  # frees its memory before the next one is made
-            self._last = key, make_scoring(run, network)
-        return self._last[1]
+def _scoring_key(run: Run, network: Network) -> tuple[Any, ...]:
+    """Returns a key that is equal for runs with the same `make_scoring`."""
+    del network  # the run names it
+    prune = run.config.prune
+    has_scores = run.num_iterations == 1
+    return run.network_key, prune.pruner, prune.mode, run.ablation.inverts, has_scores
 
 
-def _prune_shared(run: Run, built: Built, scored: _Scored, workdir: Workdir, emit: EventFn) -> Row:
+def _prune_shared(
+    run: Run,
+    built: Built,
+    find_scoring: Callable[[Run, Network], Scoring],
+    workdir: Workdir,
+    emit: EventFn,
+) -> Row:
     """Prunes one run of a grid, and returns its row."""
     network, maximum = built.network, built.max_compression
     # Before the scores are made, which takes time.
@@ -308,7 +308,7 @@ def _prune_shared(run: Run, built: Built, scored: _Scored, workdir: Workdir, emi
         run,
         network,
         workdir,
-        scoring=scored(run, network),
+        scoring=find_scoring(run, network),
         maximum=maximum,
         on_progress=lambda num_done, info: emit(events.Pruning(run, num_done, info)),
     )

@@ -36,6 +36,7 @@ def layers(row: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    names = [layer["name"] for layer in row["layers"]]
     kept = [layer["kept"] for layer in row["layers"]]
     fractions = [layer["kept"] / layer["size"] for layer in row["layers"]]
     density = row["kept"] / row["total"]
@@ -43,15 +44,17 @@ def layers(row: Mapping[str, Any]) -> Figure:
     positive = [fraction for fraction in fractions if fraction > 0]
     floor = min([*positive, density or 1.0]) / 4
 
-    width = min(18, max(6, 0.42 * len(kept) + 1.5))
+    num_layers = len(names)
+    # Wide enough for the names, and still a picture that a screen can show.
+    width = min(18, max(6, 0.42 * num_layers + 1.5))
     figure = Figure(figsize=(width, 4.2), layout="constrained")
     axes = figure.subplots()
     heights = [max(fraction, floor) for fraction in fractions]
     colors = [BLUE if number else "none" for number in kept]
-    axes.bar(range(len(kept)), heights, color=colors, width=0.75)
+    axes.bar(range(num_layers), heights, color=colors, width=0.75)
     _label_bars(axes, kept, heights, floor)
     _draw_density(axes, density)
-    _dress_layers(axes, [layer["name"] for layer in row["layers"]], floor)
+    _dress_layers(axes, names, floor)
     _add_layers_title(axes, row)
     return figure
 
@@ -93,28 +96,36 @@ def _draw_density(axes: Axes, density: float) -> None:
 
 def _dress_layers(axes: Axes, names: Sequence[str], floor: float) -> None:
     axes.set_yscale("log")
-    axes.set_ylim(floor, (1 / floor) ** 0.25)  # room above 1 for the labels of full layers
+    # Room above 1 for the labels of full layers.
+    top = (1 / floor) ** 0.25
+    axes.set_ylim(floor, top)
     powers = [10.0**-power for power in range(9)]
-    axes.set_yticks([power for power in powers if power >= floor])
+    ticks = [power for power in powers if power >= floor]
+    axes.set_yticks(ticks)
     axes.minorticks_off()
     axes.set_ylabel("fraction of weights kept")
 
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    step = -(-len(names) // _MAX_NAMES)
+    num_layers = len(names)
+    axes.set_xlim(-0.6, num_layers - 0.4)
+    step = -(-num_layers // _MAX_NAMES)
+    places = range(0, num_layers, step)
     shown = [name.removesuffix("/kernel") for name in names[::step]]
-    rotation = 90 if len(names) > 8 else 0
-    axes.set_xticks(range(0, len(names), step), shown, rotation=rotation, fontsize=7)
+    rotation = 90 if num_layers > 8 else 0
+    axes.set_xticks(places, shown, rotation=rotation, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _add_layers_title(axes: Axes, row: Mapping[str, Any]) -> None:
+    kept, total, reached = row["kept"], row["total"], row["reached_compression"]
     title = (
-        f"{row['model']}, {row['pruner']}, compression {row['reached_compression']:,.4g}: "
-        f"{row['kept']:,} of {row['total']:,} weights"
+        f"{row['model']}, {row['pruner']}, compression {reached:,.4g}: "
+        f"{kept:,} of {total:,} weights"
     )
+    color = "black"
     if row["collapsed"]:
         title += ", COLLAPSED"
-    axes.set_title(title, fontsize=9, color=RED if row["collapsed"] else "black")
+        color = RED
+    axes.set_title(title, fontsize=9, color=color)
 
 
 def curve(row: Mapping[str, Any], epochs: Sequence[Mapping[str, float]]) -> Figure:
@@ -130,12 +141,13 @@ def curve(row: Mapping[str, Any], epochs: Sequence[Mapping[str, float]]) -> Figu
     left, right = figure.subplots(1, 2)
     _draw_metric(left, epochs, "loss", "loss", 1)
     _draw_metric(right, epochs, "top1", "top-1 accuracy, %", 100)
-    last, best = row["last"], row["best"]
+    kept, total = row["kept"], row["total"]
+    last = 100 * row["last"]["test_top1"]
+    best = 100 * row["best"]["test_top1"]
+    best_epoch = row["best"]["epoch"]
     figure.suptitle(
-        f"{row['model']} on {row['dataset']}, {row['pruner']}, "
-        f"{row['kept']:,} of {row['total']:,} weights: "
-        f"test top-1 {100 * last['test_top1']:.2f} % at the end, "
-        f"{100 * best['test_top1']:.2f} % in epoch {best['epoch']}",
+        f"{row['model']} on {row['dataset']}, {row['pruner']}, {kept:,} of {total:,} weights: "
+        f"test top-1 {last:.2f} % at the end, {best:.2f} % in epoch {best_epoch}",
         fontsize=9,
     )
     return figure
@@ -153,12 +165,13 @@ def _draw_metric(
       label: of the axis.
       factor: what values are multiplied by: 100 for per cent.
     """
-    number = [epoch["epoch"] for epoch in epochs]
+    numbers = [epoch["epoch"] for epoch in epochs]
     # One or two points make no visible line.
-    marker = "o" if len(number) < 3 else None
+    marker = "o" if len(numbers) < 3 else None
     for split, color in (("train", GREY), ("test", BLUE)):
-        values = [factor * epoch[f"{split}_{metric}"] for epoch in epochs]
-        axes.plot(number, values, color=color, label=split, marker=marker, markersize=4)
+        name = f"{split}_{metric}"
+        values = [factor * epoch[name] for epoch in epochs]
+        axes.plot(numbers, values, color=color, label=split, marker=marker, markersize=4)
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.locator_params("x", integer=True)

@@ -1,19 +1,20 @@
 """Compiles what the training loop calls: for one run on all devices, or many runs on many devices.
 
-The loop (`loop.train`) knows a single interface, `Programs`. Behind it are three ways to train:
+The loop (`loop.train`) calls the functions of a `Programs`. There are three ways to make them:
 
-- `OneRun`: the data is on the devices, and each batch is split over them.
-- `StreamedRun`: the same, with batches that are read and decoded while the network trains.
-- `ManyRuns`: runs of one shape share one program. It is pmapped over the devices, and the runs of a
+- One run: the data is on the devices, and each batch is split over them.
+- A streamed run: the same, with batches that are read and decoded while the network trains.
+- Many runs: runs of one shape share one program. It is pmapped over the devices, and the runs of a
   device follow one another (`lax.map`) or are computed side by side (`vmap`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,42 +33,22 @@ from synflow_jax.trees import Tree
 Pair = tuple[TrainState, TrainInfo]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class DataSet:
     """A data set that fits into memory.
 
-    Its copies on devices are made when they are first needed, and shared by all programs there.
-
     Attributes:
       arrays: on the host.
+      copies: on devices, by where they are. Each is made when a program first needs it, and shared
+        by all programs there: copies for every program would fill the devices.
     """
 
-    def __init__(self, arrays: data.Arrays) -> None:
-        self.arrays = arrays
-        self._placed: dict[Any, tuple[jax.Array, ...]] = {}
-
-    def replicated(self, sharding: jax.sharding.NamedSharding | None) -> tuple[jax.Array, ...]:
-        """Returns the arrays on all devices of a split batch, or on the default device."""
-        key = sharding, jnp.empty(()).device
-        if key not in self._placed:
-            whole = None
-            if sharding is not None:
-                whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-            self._placed[key] = jax.device_put(tuple(self.arrays), whole)
-        return self._placed[key]
-
-    def stacked(self, devices: tuple[jax.Device, ...]) -> tuple[jax.Array, ...]:
-        """Returns the arrays with a copy on each device, [device, ...]."""
-        if devices not in self._placed:
-            copies = []
-            for array in self.arrays:
-                repeated = np.broadcast_to(array, (len(devices), *array.shape))
-                copies.append(jax.device_put(repeated, _over_devices(devices)))
-            self._placed[devices] = tuple(copies)
-        return self._placed[devices]
+    arrays: data.Arrays
+    copies: dict[Any, tuple[jax.Array, ...]] = dataclasses.field(default_factory=dict)
 
 
 class Recipe(NamedTuple):
-    """What all runs of one training config share.
+    """The optimizer and the data, which all runs of one training config share.
 
     Attributes:
       optimizer: any optax chain.
@@ -98,30 +79,28 @@ class Layout(NamedTuple):
     batching: str
 
 
-class Programs(Protocol):
-    """What the loop calls.
+class Programs(NamedTuple):
+    """The functions that the loop calls, compiled.
 
-    The loop holds one state and one info. `ManyRuns` gives their leaves the leading axes
+    The loop holds one state and one info. With many runs, their leaves have the leading axes
     [device, run]; with one run there are no such axes. `place` and `fetch` convert between that
     and one (state, info) for each place.
 
     Attributes:
       num_places: how many runs train together.
+      place: `place(pairs)` puts one (state, info) for each place on the devices.
+      advance: `advance(state, info, start, stop)` takes the steps `start` to `stop` - 1, which are
+        of one epoch, and returns the new (state, info). It uses up the memory of its input.
+      finish_epoch: `finish_epoch(state, info, epoch)` evaluates, and returns the info with the
+        epoch (from 0) in its curve.
+      fetch: `fetch(tree)` returns the tree of each place, without the leading axes.
     """
 
     num_places: int
-
-    def place(self, pairs: Sequence[Pair]) -> Pair:
-        """Puts one (state, info) for each place on the devices."""
-
-    def advance(self, state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
-        """Takes the steps `start` to `stop` - 1, of one epoch. Uses up the memory of its input."""
-
-    def finish_epoch(self, state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
-        """Evaluates, and writes the epoch (from 0) into the curves."""
-
-    def fetch(self, tree: Tree) -> list[Tree]:
-        """Returns the tree of each place, without the leading axes."""
+    place: Callable[[Sequence[Pair]], Pair]
+    advance: Callable[[TrainState, TrainInfo, int, int], Pair]
+    finish_epoch: Callable[[TrainState, TrainInfo, int], TrainInfo]
+    fetch: Callable[[Tree], list[Tree]]
 
 
 def make_recipe(run: Run) -> Recipe:
@@ -144,6 +123,7 @@ def make_recipe(run: Run) -> Recipe:
         arrays = data.load(config.dataset, input_shape, config.data.dir)
         data_set = DataSet(arrays)
         num_examples = len(arrays.train_labels)
+    # The training wing does not know that its argument is a key of the config.
     try:
         per_epoch = training.steps_per_epoch(num_examples, config.train.batch_size)
     except ValueError as error:
@@ -179,8 +159,8 @@ def one(run: Run, model: nn.Module, recipe: Recipe, *, split: bool) -> Programs:
     """
     sharding = training.batch_sharding(run.config.train.batch_size) if split else None
     if recipe.data_set is None:
-        return StreamedRun(run, model, recipe, sharding)
-    return OneRun(run, model, recipe, recipe.data_set, sharding)
+        return _streamed_run(run, model, recipe, sharding)
+    return _one_run(run, model, recipe, recipe.data_set, sharding)
 
 
 def many(run: Run, model: nn.Module, recipe: Recipe, layout: Layout) -> Programs:
@@ -193,115 +173,129 @@ def many(run: Run, model: nn.Module, recipe: Recipe, layout: Layout) -> Programs
       layout: where they are trained.
     """
     assert recipe.data_set is not None, "one device cannot hold a data set that is streamed"
-    return ManyRuns(run, model, recipe, recipe.data_set, layout)
+    return _many_runs(run, model, recipe, recipe.data_set, layout)
 
 
-class _Single:
-    """Places and fetches the state of one run: as it is."""
-
-    num_places = 1
-
-    def place(self, pairs: Sequence[Pair]) -> Pair:
-        (pair,) = pairs
-        return pair
-
-    def fetch(self, tree: Tree) -> list[Tree]:
-        return [tree]
+# One run
 
 
-class OneRun(_Single):
-    """Trains one run on data that is on the devices; see `Programs`."""
+def _one_run(
+    run: Run,
+    model: nn.Module,
+    recipe: Recipe,
+    data_set: DataSet,
+    sharding: jax.sharding.NamedSharding | None,
+) -> Programs:
+    """Compiles the training of one run on data that is on the devices."""
+    num_examples = len(data_set.arrays.train_labels)
+    epoch_fn = _epoch_fn(run, model, recipe, num_examples, sharding)
+    # Donation: the new state takes the memory of the old one.
+    train_steps = jax.jit(epoch_fn, donate_argnums=(0, 1))
+    evaluate = jax.jit(_evaluate_fn(run, model, sharding))
+    on_devices = _replicated(data_set, sharding)
+    train_split, test_split = on_devices[:2], on_devices[2:]
 
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        recipe: Recipe,
-        data_set: DataSet,
-        sharding: jax.sharding.NamedSharding | None,
-    ) -> None:
-        epoch = _epoch_fn(run, model, recipe, len(data_set.arrays.train_labels), sharding)
-        evaluate = _evaluate_fn(run, model, sharding)
-        self._epoch = jax.jit(epoch, donate_argnums=(0, 1))
-        self._evaluate = jax.jit(evaluate)
-        on_devices = data_set.replicated(sharding)
-        self._train_split, self._test_split = on_devices[:2], on_devices[2:]
+    def advance(state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
+        return train_steps(state, info, *train_split, start, stop)
 
-    def advance(self, state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
-        return self._epoch(state, info, *self._train_split, start, stop)
+    def finish_epoch(state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
+        return training.finish_epoch(info, epoch, evaluate(state, *test_split))
 
-    def finish_epoch(self, state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
-        test = self._evaluate(state, *self._test_split)
-        return training.finish_epoch(info, epoch, test)
+    return Programs(1, _place_one, advance, finish_epoch, _fetch_one)
 
 
-class StreamedRun(_Single):
-    """Trains one run on batches that are read while it trains; see `Programs`."""
+def _place_one(pairs: Sequence[Pair]) -> Pair:
+    """Returns the state of the only run, which is already on the devices."""
+    (pair,) = pairs
+    return pair
 
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        recipe: Recipe,
-        sharding: jax.sharding.NamedSharding | None,
-    ) -> None:
-        config = run.config
-        dataset = data.spec(config.dataset)
-        step_fn = _step_fn(run, model, recipe)
 
-        def one_step(
-            state: TrainState, info: TrainInfo, images: jax.Array, labels: jax.Array
-        ) -> Pair:
-            batch = training.prepare_batch(
-                state.key, state.step, images, dataset, augment=config.train.augment
-            )
-            return training.record_step(step_fn, state, info, batch, labels)
+def _fetch_one(tree: Tree) -> list[Tree]:
+    return [tree]
 
-        dtype = jnp.dtype(config.train.compute_dtype)
-        evaluate = training.make_evaluate_batch(model, dataset, compute_dtype=dtype)
-        self._one_step = jax.jit(one_step, donate_argnums=(0, 1))
-        self._evaluate = jax.jit(evaluate)
-        self._batch_size = config.train.batch_size
-        self._sharding = sharding
-        where = (config.dataset, recipe.input_shape, config.data.dir)
-        self._open_train = functools.partial(
-            streaming.train_batches, *where, batch_size=self._batch_size, seed=config.seed
+
+def _replicated(
+    data_set: DataSet, sharding: jax.sharding.NamedSharding | None
+) -> tuple[jax.Array, ...]:
+    """Returns the arrays on all devices of a split batch, or on the default device."""
+    # Threads of a grid have different default devices, and nothing names them but this.
+    default_device = jnp.empty(()).device
+    key = sharding, default_device
+    if key not in data_set.copies:
+        whole = None
+        if sharding is not None:
+            whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        data_set.copies[key] = jax.device_put(tuple(data_set.arrays), whole)
+    return data_set.copies[key]
+
+
+# A streamed run
+
+
+def _streamed_run(
+    run: Run,
+    model: nn.Module,
+    recipe: Recipe,
+    sharding: jax.sharding.NamedSharding | None,
+) -> Programs:
+    """Compiles the training of one run on batches that are read while it trains."""
+    config, options = run.config, run.config.train
+    dataset = data.spec(config.dataset)
+    step_fn = _step_fn(run, model, recipe)
+
+    def one_step(state: TrainState, info: TrainInfo, images: jax.Array, labels: jax.Array) -> Pair:
+        batch = training.prepare_batch(
+            state.key, state.step, images, dataset, augment=options.augment
         )
-        self._open_test = functools.partial(
-            streaming.test_batches, *where, batch_size=self._batch_size
-        )
-        # The open stream, and the step whose batch comes next.
-        self._stream: Iterator[Any] = iter(())
-        self._next_step: int | None = None
+        return training.record_step(step_fn, state, info, batch, labels)
 
-    def advance(self, state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
+    train_step = jax.jit(one_step, donate_argnums=(0, 1))
+    dtype = jnp.dtype(options.compute_dtype)
+    evaluate = jax.jit(training.make_evaluate_batch(model, dataset, compute_dtype=dtype))
+    where = (config.dataset, recipe.input_shape, config.data.dir)
+    # The stream of training batches stays open from one call to the next, since opening it is slow.
+    # It is a cache: `next_step` is the step whose batch comes next, and a call for another step
+    # opens the stream anew.
+    stream: Iterator[Any] = iter(())
+    next_step: int | None = None
+
+    def advance(state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
+        nonlocal stream, next_step
+        # The loop's first call takes no step; there is nothing to compile before the first batch.
         if start == stop:
             return state, info
-        if self._next_step != start:
-            batches = self._open_train(first_step=start)
-            self._stream = _on_device(batches, self._sharding)
-        for images, labels in itertools.islice(self._stream, stop - start):
-            state, info = self._one_step(state, info, images, labels)
-        self._next_step = stop
+        if next_step != start:
+            batches = streaming.train_batches(
+                *where, batch_size=options.batch_size, seed=config.seed, first_step=start
+            )
+            stream = _on_device(batches, sharding)
+        for images, labels in itertools.islice(stream, stop - start):
+            state, info = train_step(state, info, images, labels)
+        next_step = stop
         return state, info
 
-    def finish_epoch(self, state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
-        batches = (self._padded(*batch) for batch in self._open_test())
-        parts = [self._evaluate(state, *batch) for batch in _on_device(batches, self._sharding)]
+    def finish_epoch(state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
+        batches = streaming.test_batches(*where, batch_size=options.batch_size)
+        padded = (_padded(*batch, options.batch_size) for batch in batches)
+        parts = [evaluate(state, *batch) for batch in _on_device(padded, sharding)]
         total = functools.reduce(_add, parts)
         return training.finish_epoch(info, epoch, total)
 
-    def _padded(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fills the last batch up, so that all have one shape; the third array says what counts."""
-        num_missing = self._batch_size - len(labels)
-        counts = np.arange(self._batch_size) < len(labels)
-        return _pad(images, num_missing), _pad(labels, num_missing), counts
+    return Programs(1, _place_one, advance, finish_epoch, _fetch_one)
+
+
+def _padded(
+    images: np.ndarray, labels: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fills the last batch up, so that all have one shape; the third array says what counts."""
+    num_missing = batch_size - len(labels)
+    counts = np.arange(batch_size) < len(labels)
+    return _pad(images, num_missing), _pad(labels, num_missing), counts
 
 
 def _pad(array: np.ndarray, num_missing: int) -> np.ndarray:
-    return np.pad(array, [(0, num_missing)] + [(0, 0)] * (array.ndim - 1))
+    other_axes = [(0, 0)] * (array.ndim - 1)
+    return np.pad(array, [(0, num_missing), *other_axes])
 
 
 def _add(total: Sums, part: Sums) -> Sums:
@@ -312,6 +306,7 @@ def _on_device(
     batches: Iterator[Any], sharding: jax.sharding.NamedSharding | None
 ) -> Iterator[Any]:
     """Yields the batches, each put on the device (in the background) two ahead of its use."""
+    # The copy to the device overlaps with the steps before.
     ahead: list[Any] = []
     for batch in batches:
         ahead.append(jax.device_put(batch, sharding))
@@ -320,79 +315,107 @@ def _on_device(
     yield from ahead
 
 
-class ManyRuns:
-    """Trains many runs of one program on many devices; see `Programs`. The only pmap."""
+# Many runs
 
-    def __init__(
-        self, run: Run, model: nn.Module, recipe: Recipe, data_set: DataSet, layout: Layout
-    ) -> None:
-        self.num_places = len(layout.devices) * layout.per_device
-        self._layout = layout
-        epoch_fn = _epoch_fn(run, model, recipe, len(data_set.arrays.train_labels), None)
-        evaluate = _evaluate_fn(run, model, None)
-        each = _vmapped if layout.batching == "vmap" else jax.lax.map
 
-        def advance(
-            states: TrainState,
-            infos: TrainInfo,
-            images: jax.Array,
-            labels: jax.Array,
-            start: jax.Array,
-            stop: jax.Array,
-        ) -> Pair:
-            one_run = lambda pair: epoch_fn(*pair, images, labels, start, stop)
-            return each(one_run, (states, infos))
+def _many_runs(
+    run: Run, model: nn.Module, recipe: Recipe, data_set: DataSet, layout: Layout
+) -> Programs:
+    """Compiles the training of many runs of one program on many devices. The only pmap."""
+    num_examples = len(data_set.arrays.train_labels)
+    epoch_fn = _epoch_fn(run, model, recipe, num_examples, None)
+    evaluate = _evaluate_fn(run, model, None)
+    # vmap is faster where a single run leaves the device idle; it needs the memory of all runs.
+    map_runs = _vmapped if layout.batching == "vmap" else jax.lax.map
 
-        def finish(
-            states: TrainState,
-            infos: TrainInfo,
-            images: jax.Array,
-            labels: jax.Array,
-            epoch: jax.Array,
-        ) -> TrainInfo:
-            def one_run(pair: Pair) -> TrainInfo:
-                state, info = pair
-                return training.finish_epoch(info, epoch, evaluate(state, images, labels))
+    def advance_device(
+        states: TrainState,
+        infos: TrainInfo,
+        images: jax.Array,
+        labels: jax.Array,
+        start: jax.Array,
+        stop: jax.Array,
+    ) -> Pair:
+        one_run = lambda pair: epoch_fn(*pair, images, labels, start, stop)
+        return map_runs(one_run, (states, infos))
 
-            return each(one_run, (states, infos))
+    def finish_device(
+        states: TrainState,
+        infos: TrainInfo,
+        images: jax.Array,
+        labels: jax.Array,
+        epoch: jax.Array,
+    ) -> TrainInfo:
+        def one_run(pair: Pair) -> TrainInfo:
+            state, info = pair
+            return training.finish_epoch(info, epoch, evaluate(state, images, labels))
 
-        self._advance = jax.pmap(
-            advance, in_axes=(0, 0, 0, 0, None, None), devices=layout.devices, donate_argnums=(0, 1)
-        )
-        self._finish = jax.pmap(
-            finish, in_axes=(0, 0, 0, 0, None), devices=layout.devices, donate_argnums=(1,)
-        )
-        copies = data_set.stacked(layout.devices)
-        self._train_split, self._test_split = copies[:2], copies[2:]
-        self._sharding = _over_devices(layout.devices)
+        return map_runs(one_run, (states, infos))
 
-    def place(self, pairs: Sequence[Pair]) -> Pair:
-        return jax.tree.map(self._stacked, *pairs)
+    devices = layout.devices
+    advance_all = jax.pmap(
+        advance_device, in_axes=(0, 0, 0, 0, None, None), devices=devices, donate_argnums=(0, 1)
+    )
+    # The states are not donated: training continues from them.
+    finish_all = jax.pmap(
+        finish_device, in_axes=(0, 0, 0, 0, None), devices=devices, donate_argnums=(1,)
+    )
+    copies = _on_each(data_set, devices)
+    train_split, test_split = copies[:2], copies[2:]
 
-    def advance(self, state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
-        return self._advance(state, info, *self._train_split, start, stop)
+    def advance(state: TrainState, info: TrainInfo, start: int, stop: int) -> Pair:
+        return advance_all(state, info, *train_split, start, stop)
 
-    def finish_epoch(self, state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
-        return self._finish(state, info, *self._test_split, epoch)
+    def finish_epoch(state: TrainState, info: TrainInfo, epoch: int) -> TrainInfo:
+        return finish_all(state, info, *test_split, epoch)
 
-    def fetch(self, tree: Tree) -> list[Tree]:
-        on_host = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), tree)
+    return Programs(
+        num_places=len(devices) * layout.per_device,
+        place=functools.partial(_place_many, layout),
+        advance=advance,
+        finish_epoch=finish_epoch,
+        fetch=functools.partial(_fetch_many, layout),
+    )
 
-        def at(place: int) -> Tree:
-            index = divmod(place, self._layout.per_device)
-            return jax.tree.map(lambda leaf: leaf[index], on_host)
 
-        return [at(place) for place in range(self.num_places)]
+def _place_many(layout: Layout, pairs: Sequence[Pair]) -> Pair:
+    """Stacks the states of all runs, [device, run, ...], each device with its own."""
+    axes = len(layout.devices), layout.per_device
+    sharding = _over_devices(layout.devices)
 
-    def _stacked(self, *leaves: Any) -> jax.Array:
-        """Stacks a leaf of all runs, [device, run, ...]."""
-        axes = len(self._layout.devices), self._layout.per_device
+    def stack(*leaves: Any) -> jax.Array:
         if _is_key(leaves[0]):
-            return jax.device_put(jnp.stack(leaves).reshape(axes), self._sharding)
+            return jax.device_put(jnp.stack(leaves).reshape(axes), sharding)
         # On the host, where another shape needs no other program.
         stacked = np.stack([np.asarray(leaf) for leaf in leaves])
         shape = (*axes, *np.shape(leaves[0]))
-        return jax.device_put(stacked.reshape(shape), self._sharding)
+        return jax.device_put(stacked.reshape(shape), sharding)
+
+    return jax.tree.map(stack, *pairs)
+
+
+def _fetch_many(layout: Layout, tree: Tree) -> list[Tree]:
+    """Copies a tree to the host, and returns the part of each run."""
+    # Keys have no form on the host.
+    on_host = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), tree)
+
+    def at(place: int) -> Tree:
+        index = divmod(place, layout.per_device)
+        return jax.tree.map(lambda leaf: leaf[index], on_host)
+
+    num_places = len(layout.devices) * layout.per_device
+    return [at(place) for place in range(num_places)]
+
+
+def _on_each(data_set: DataSet, devices: tuple[jax.Device, ...]) -> tuple[jax.Array, ...]:
+    """Returns the arrays with a copy on each device, [device, ...]."""
+    if devices not in data_set.copies:
+        copies = []
+        for array in data_set.arrays:
+            repeated = np.broadcast_to(array, (len(devices), *array.shape))
+            copies.append(jax.device_put(repeated, _over_devices(devices)))
+        data_set.copies[devices] = tuple(copies)
+    return data_set.copies[devices]
 
 
 def _over_devices(devices: tuple[jax.Device, ...]) -> jax.sharding.NamedSharding:
@@ -408,6 +431,9 @@ def _vmapped(function: Callable[[Any], Any], runs: Any) -> Any:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+# Shared by all three
 
 
 def _step_fn(run: Run, model: nn.Module, recipe: Recipe) -> training.StepFn:

@@ -24,7 +24,7 @@ from synflow_jax.trees import Mask
 
 
 class Timing(NamedTuple):
-    """How long a call of `loop.train` took for each of its runs.
+    """The time that a call of `loop.train` took for each of its runs.
 
     Attributes:
       seconds: of one run. The time of runs that train together is divided evenly among them.
@@ -54,10 +54,12 @@ def write_curve(path: pathlib.Path, info: TrainInfo) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["epoch", *training.CURVE])
     for epoch, test_loss in enumerate(curve["test_loss"]):
-        if not np.isnan(test_loss):
-            # repr keeps every bit of a float.
-            values = [repr(float(curve[name][epoch])) for name in training.CURVE]
-            writer.writerow([epoch + 1, *values])
+        # Epochs to come are NaN.
+        if np.isnan(test_loss):
+            continue
+        values = [float(curve[name][epoch]) for name in training.CURVE]
+        # repr keeps every bit of a float.
+        writer.writerow([epoch + 1, *map(repr, values)])
     storage.write_bytes(path, text.getvalue().encode())
 
 
@@ -113,8 +115,10 @@ def _row(run: Run, mask: Mask, form: Form, trained: Trained) -> dict[str, Any]:
         return {"epoch": epoch + 1, **values}
 
     last = config.train.num_epochs - 1
+    # The best epoch is selected by test accuracy, as in the paper. The row has the last one too.
     best = int(np.nanargmax(curve["test_top1"]))
-    kept = [np.count_nonzero(np.asarray(leaf)) for leaf in jax.tree.leaves(mask)]
+    masks = map(np.asarray, jax.tree.leaves(mask))
+    kept = sum(np.count_nonzero(leaf) for leaf in masks)
     return {
         "run_id": run.train_id,
         "prune_run_id": run.prune_id,
@@ -125,7 +129,7 @@ def _row(run: Run, mask: Mask, form: Form, trained: Trained) -> dict[str, Any]:
         "seed": config.seed,
         "width_multiplier": config.width_multiplier,
         "total": sum(trees.sizes(mask)),
-        "kept": int(sum(kept)),
+        "kept": int(kept),
         "compact": form.compact,
         "size": form.size,
         "num_epochs": config.train.num_epochs,
@@ -149,7 +153,8 @@ def _mean_squares(form: Form, trained: trees.Tree) -> list[dict[str, Any]]:
     before, after = _by_name(form.network.params), _by_name(trained)
     layers = []
     for name, kept in masks.items():
-        initial, final = _mean_square(before[name], kept), _mean_square(after[name], kept)
+        initial = _mean_square(before[name], kept)
+        final = _mean_square(after[name], kept)
         layers.append({"name": name, "size": kept.size, "initial": initial, "final": final})
     return layers
 
@@ -158,7 +163,9 @@ def _mean_square(weights: np.ndarray, kept: np.ndarray) -> float:
     """Returns the mean square of the kept weights; 0 if none is kept."""
     if not kept.any():
         return 0.0
-    return float(np.mean(np.square(weights.astype(np.float64)), where=kept))
+    # In float64, so that the sum over millions of weights is not rounded by its order.
+    squares = np.square(weights.astype(np.float64))
+    return float(np.mean(squares, where=kept))
 
 
 def _by_name(tree: trees.Tree) -> dict[str, np.ndarray]:
@@ -168,5 +175,6 @@ def _by_name(tree: trees.Tree) -> dict[str, np.ndarray]:
 
 def digest(tree: trees.Tree) -> str:
     """Returns the sha256, in hex, of all arrays of a tree in order."""
-    content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+    arrays = map(np.asarray, jax.tree.leaves(tree))
+    content = b"".join(array.tobytes() for array in arrays)
     return hashlib.sha256(content).hexdigest()

@@ -42,6 +42,7 @@ def prune_row(
     masked = (apply_fn, network.params, mask, network.input_shape)
     positions = models.output_positions(network.model, network.input_shape)
     multiply_adds_kept, multiply_adds = analysis.multiply_adds(mask, positions)
+    magnitudes = _initial_magnitudes(run, info, initial)
     total = sum(trees.sizes(mask))
     num_kept = int(np.sum(info.kept[-1]))
     return {
@@ -61,7 +62,7 @@ def prune_row(
         "total": total,
         "kept": num_kept,
         "reached_compression": total / max(1, num_kept),
-        "layers": _layers(mask, info, _initial_magnitudes(run, info, initial), positions),
+        "layers": _layers(mask, info, magnitudes, positions),
         "multiply_adds": multiply_adds,
         "multiply_adds_kept": multiply_adds_kept,
         "collapsed": analysis.collapsed(*masked),
@@ -80,21 +81,24 @@ def _layers(
     positions: dict[str, int],
 ) -> list[dict[str, Any]]:
     """Returns, for each layer, its size and its scores."""
-    names, leaves = trees.names(mask), jax.tree.leaves(mask)
     kept, totals = np.asarray(info.kept), np.asarray(info.score_total)
-    return [
-        {
+    named = zip(trees.names(mask), jax.tree.leaves(mask), strict=True)
+    layers = []
+    for i, (name, leaf) in enumerate(named):
+        layer = {
             "name": name,
             "shape": list(leaf.shape),
             "size": leaf.size,
             "kept": int(kept[-1, i]),
             "initial_score": float(totals[0, i]),
             "initial_magnitude": magnitudes[i],
-            "score": float(totals[-1, i]),  # of the weights that the last iteration found kept
+            # Of the weights that were kept before the last iteration.
+            "score": float(totals[-1, i]),
+            # A layer that is no convolution is applied once.
             "positions": positions.get(name, 1),
         }
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-    ]
+        layers.append(layer)
+    return layers
 
 
 def _iterations(info: PruneInfo) -> dict[str, list[Any]]:
@@ -120,19 +124,23 @@ def cut_fractions(info: PruneInfo) -> list[float]:
     pruned = np.asarray(info.pruned_score, np.float64)
     cut = np.asarray(info.cut, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(cut == 0, np.inf, pruned / cut).tolist()
+        fractions = pruned / cut
+    return np.where(cut == 0, np.inf, fractions).tolist()
 
 
 def _largest(fractions: list[float]) -> float | None:
     """Returns the largest fraction of a cut; None for a rule without cuts."""
-    return max((fraction for fraction in fractions if math.isfinite(fraction)), default=None)
+    finite = [fraction for fraction in fractions if math.isfinite(fraction)]
+    return max(finite, default=None)
 
 
 def _log10_cut(info: PruneInfo) -> list[float]:
     """Returns log10 of the smallest cut before each iteration, its unit included."""
     with np.errstate(divide="ignore"):
         digits = np.log10(np.asarray(info.cut, np.float64))
-    return (digits + np.log10(2) * np.asarray(info.exponent)).tolist()
+    # Scores are in units of 2^exponent, which as a number can overflow.
+    unit = np.log10(2) * np.asarray(info.exponent)
+    return (digits + unit).tolist()
 
 
 def _initial_magnitudes(run: Run, info: PruneInfo, initial: Scores | None) -> list[float | None]:
@@ -143,8 +151,8 @@ def _initial_magnitudes(run: Run, info: PruneInfo, initial: Scores | None) -> li
         return [abs(float(total)) for total in info.score_total[0]]
     if initial is None:
         return [None] * info.score_total.shape[1]
-    magnitudes = [np.abs(np.asarray(leaf)) for leaf in jax.tree.leaves(initial)]
-    return [float(np.sum(leaf, dtype=np.float64)) for leaf in magnitudes]
+    arrays = map(np.asarray, jax.tree.leaves(initial))
+    return [float(np.sum(np.abs(array), dtype=np.float64)) for array in arrays]
 
 
 def unit_scores(network: Network, initial: Scores) -> dict[str, dict[str, list[float]]]:

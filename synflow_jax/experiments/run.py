@@ -219,7 +219,9 @@ def from_dict(values: Mapping[str, Any], init: str | None = None) -> Run:
     """
     try:
         prune = PruneConfig(**values["prune"])
-        train = TrainConfig(**_with_tuples(values.get("train", {})))
+        # A pruning row has no recipe.
+        train_values = values.get("train", {})
+        train = TrainConfig(**_with_tuples(train_values))
         config = Config(**{**values, "prune": prune, "train": train})
     except (TypeError, KeyError) as error:
         raise ValueError(f"this is no config of prune.py: {error}.") from error
@@ -235,9 +237,10 @@ def from_dict(values: Mapping[str, Any], init: str | None = None) -> Run:
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turns the lists that JSON has made of tuples back into tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
+    found = {}
+    for name, value in values.items():
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def combinations(config: Config) -> Iterator[Config]:
@@ -251,7 +254,8 @@ def combinations(config: Config) -> Iterator[Config]:
         for combination in itertools.product(*values.values()):
             # A deep copy, since the parts of a config can be changed.
             single = copy.deepcopy(config)
-            single.grid, single.grids = Grid(), ()
+            single.grid = Grid()
+            single.grids = ()
             for key, value in zip(values, combination, strict=True):
                 part, _, name = key.rpartition(".")
                 owner = getattr(single, part) if part else single
@@ -303,8 +307,11 @@ def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     grids = [_values(config, grid) for grid in config.grids or (config.grid,)]
     for key in grid_fields():
-        values = [value for grid in grids for value in grid.get(key, ())]
+        values: list[Any] = []
+        for grid in grids:
+            values += grid.get(key, ())
         if values:
+            # Without duplicates, in their order, which a set would lose.
             found[key] = tuple(dict.fromkeys(values))
     return found
 
@@ -328,8 +335,10 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     """Returns the value as the config's field would hold it: 10 and 10.0 must be one run."""
     # A list of words without quotes arrives as a single word.
     is_joined = isinstance(value, str) and "," in value
+    # To Python, True is a whole number.
     is_bool = isinstance(value, bool)
-    if not isinstance(value, _KINDS[kind]) or is_bool != (kind is bool) or is_joined:
+    is_of_kind = isinstance(value, _KINDS[kind]) and is_bool == (kind is bool)
+    if not is_of_kind or is_joined:
         problem = "several values in one" if is_joined else f"not of type {kind.__name__}"
         raise ValueError(
             f"grid.{name} holds {value!r}, which is {problem}. Values are given as "

@@ -99,10 +99,9 @@ def first_state(run: Run, recipe: Recipe, form: Form, workdir: Workdir) -> Train
 def initial_state(run: Run, recipe: Recipe, form: Form) -> TrainState:
     """Returns the state of a network that was just initialized."""
     network = form.network
+    arrays = (network.params, network.batch_stats, network.mask)
     # Copies, since training reuses the memory of the state that it is given.
-    params, batch_stats, mask = jax.tree.map(
-        jnp.copy, (network.params, network.batch_stats, network.mask)
-    )
+    params, batch_stats, mask = jax.tree.map(jnp.copy, arrays)
     return training.init_state(params, batch_stats, mask, recipe.optimizer, run.train_key)
 
 
@@ -127,9 +126,11 @@ def load_rewind(run: Run, workdir: Workdir, initial: TrainState) -> TrainState:
     path = workdir.rewind_path(run.prune_id)
     arrays = storage.load_arrays(path)
     like = _without_key_and_mask(initial)
-    if _layout(arrays) != _layout(checkpoints.flatten(like)):
+    expected = checkpoints.flatten(like)
+    if _layout(arrays) != _layout(expected):
         raise ValueError(f"{str(path)!r} is the state of another network. --overwrite begins anew.")
     state = checkpoints.unflatten(arrays, like)._replace(key=initial.key)
+    # The file is of the unpruned network: `rewind` sets what is pruned since to 0.
     return imp.rewind(state, initial.mask)
 
 
@@ -139,7 +140,8 @@ def _without_key_and_mask(state: TrainState) -> Any:
 
 
 def _layout(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    return {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in arrays.items()}
+    on_host = {name: np.asarray(leaf) for name, leaf in arrays.items()}
+    return {name: (array.shape, array.dtype) for name, array in on_host.items()}
 
 
 def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> TrainState:
@@ -168,18 +170,19 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
     recipe = programs.make_recipe(run)
     full = _trained(run, network, mask)
     masked = forms.choose(full, compact=False)
+    # Not the form that the config would choose now: an earlier command may have had another flag.
     form = forms.choose(full, compact=True) if _was_compact(run, workdir) else masked
-    like = (
-        first_state(run, recipe, form, workdir),
-        training.init_info(run.config.train.num_epochs),
-    )
-    path, keep = workdir.checkpoint_path(run.train_id), run.config.train.keep_checkpoints
-    with checkpoints.open_folder(path, describe(run, mask, form), keep) as folder:
+    options = run.config.train
+    info = training.init_info(options.num_epochs)
+    like = first_state(run, recipe, form, workdir), info
+    path, description = workdir.checkpoint_path(run.train_id), describe(run, mask, form)
+    with checkpoints.open_folder(path, description, options.keep_checkpoints) as folder:
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None, "its description was read above"
     _, (state, _) = restored
     if form.plan is None:
         return state
+    # Weights that the compact network leaves out are as they were before the first step.
     rest = first_state(run, recipe, masked, workdir)
     expanded: TrainState = compaction.expand_tree(form.plan, state, rest)
     return expanded

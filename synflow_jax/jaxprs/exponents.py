@@ -1,10 +1,10 @@
 """Plans how each primitive acts on powers of two, before any array is computed.
 
-Scaled evaluation holds each array as x * 2^e. The number e is known only when the program runs,
-but its composition is known beforehand: it is a sum of exponents that were found earlier. A product
-adds the exponents of its operands, a reshape keeps that of its operand, and a sum needs one
-exponent for both. `plan` returns the exponents of an equation's outputs, and says how its arrays
-are to be treated.
+Scaled evaluation holds each array as x * 2^e. The number e is known only when the program runs, but
+its composition is known beforehand: it is a sum of numbers that the program has found earlier, the
+*atoms*. A product adds the exponents of its operands, a reshape keeps that of its operand, and a
+sum needs one exponent for both. `plan` returns the exponents of an equation's outputs, and says
+which of its operands must be aligned and whether its outputs must be rescaled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn, Literal
 
 from synflow_jax.jaxprs.interpreter import CALLS, AnyRule, Cond, Program, Table, called, walk
 
-# A sum of atoms, as pairs (atom, how often it counts). An atom is an int32 array in the program.
+# A sum of atoms, as pairs (atom, count). An atom is the index of an int32 number in the program.
 Exponent = frozenset[tuple[int, int]]
 PLAIN: Exponent = frozenset()  # the factor is 2^0
 ANY = None  # the exponent of zeros and infinities, which every power of two leaves as they are
@@ -29,10 +29,11 @@ class Plan(NamedTuple):
     """Says how to compute an equation.
 
     Attributes:
-      exponents: of the outputs. After an alignment the common exponent replaces them.
-      align: the operands that must have one exponent, if they do not have it yet.
-      num_products: how many products of arrays the equation computes one after another. The
-        outputs are rescaled if there is any.
+      exponents: the exponents of the outputs. If there is an alignment, the common exponent
+        replaces them.
+      align: the indices of the operands to bring to one exponent. Empty if they have one already.
+      num_products: the number of products of arrays that the equation computes one after another.
+        If it is not 0, the outputs are rescaled.
       plain: whether to compute the equation from the plain values x * 2^e, which may overflow.
     """
 
@@ -49,8 +50,8 @@ _RULES: dict[str, PlanRule] = {}
 def plan(eqn: JaxprEqn, exponents: Exponents) -> Plan | None:
     """Returns the plan of an equation for operands of these exponents.
 
-    It is None for what has to be entered: every scan, and a call or a `cond` whose programs hold
-    two products in a row or an alignment.
+    The plan is None if the program in the equation must be entered: for every scan, and for a call
+    or a `cond` whose programs hold two products in a row or an alignment.
     """
     name = eqn.primitive.name
     rule = _RULES.get(name, _plain)
@@ -63,7 +64,9 @@ def add(a: Exponent | None, b: Exponent | None, times: int = 1) -> Exponent:
     """Returns the exponent a + times * b."""
     total = dict(a or PLAIN)
     for atom, count in b or PLAIN:
-        total[atom] = total.get(atom, 0) + times * count
+        before = total.get(atom, 0)
+        total[atom] = before + times * count
+    # An atom that cancels must vanish, so that equal exponents are equal sets.
     return frozenset((atom, count) for atom, count in total.items() if count)
 
 
@@ -72,7 +75,8 @@ def of_literal(literal: Literal) -> Exponent | None:
     value = literal.val
     if not is_float(literal) or np.ndim(value) > 0:
         return PLAIN
-    return ANY if value == 0 or np.isinf(value) else PLAIN
+    is_neutral = value == 0 or np.isinf(value)
+    return ANY if is_neutral else PLAIN
 
 
 def is_float(variable: Any) -> bool:
@@ -96,8 +100,9 @@ def _rule(primitives: str) -> Callable[[AnyRule], AnyRule]:
 def _unscaled(eqn: JaxprEqn, exponents: Exponents) -> Plan:
     """Plans an equation none of whose operands has a power of two."""
     name = eqn.primitive.name
-    # What is made of zeros and infinities alone is again the same at every exponent.
-    is_neutral = set(exponents) == {ANY} and _RULES.get(name) in (_keep, _align)
+    # Zeros and infinities that are only moved, chosen or summed are still the same at any exponent.
+    keeps_neutral = _RULES.get(name) in (_keep, _align)
+    is_neutral = keeps_neutral and set(exponents) == {ANY}
     outputs = []
     for variable in eqn.outvars:
         outputs.append(ANY if is_neutral and is_float(variable) else PLAIN)
@@ -203,12 +208,13 @@ def _cond(eqn: JaxprEqn, exponents: Exponents) -> Plan | None:
     distinct = {tuple(found.exponents) for found in plans}
     if len(distinct) > 1:
         return None
+    # Any branch may be chosen. The outputs are rescaled if one of them holds a product.
     return max(plans, key=lambda found: found.num_products)
 
 
 @_rule("scan")
 def _scan(eqn: JaxprEqn, exponents: Exponents) -> None:
-    """Lets every scan be entered: its products may need a power of two that no operand has."""
+    """Returns None: every scan is entered. Its products may need powers that no operand has."""
 
 
 # These rules may give an exponent to outputs though no operand has one.
@@ -228,7 +234,11 @@ def _meeting(eqn: JaxprEqn, exponents: Exponents) -> tuple[int, ...]:
 
 
 class _Foreseen(NamedTuple):
-    """What is known of a value: its exponent, and how many products in a row led to it."""
+    """Describes a value before it is computed: its exponent, and the products in a row behind it.
+
+    exponent: of the value.
+    num_products: the most products that were computed one after another to get it.
+    """
 
     exponent: Exponent | None
     num_products: int = 0
@@ -245,17 +255,20 @@ def _look_ahead(program: Program, exponents: Exponents) -> Plan | None:
         outputs = walk(_LOOK_AHEAD, None, program, inputs)
     except _MustEnter:
         return None
-    num_products = max([output.num_products for output in outputs], default=0)
-    return Plan([output.exponent for output in outputs], num_products=num_products)
+    found = [output.exponent for output in outputs]
+    counts = [output.num_products for output in outputs]
+    return Plan(found, num_products=max(counts, default=0))
 
 
 def _foresee(_: None, eqn: JaxprEqn, operands: list[_Foreseen]) -> list[_Foreseen]:
     """Follows the plan of an equation, or raises `_MustEnter`."""
-    step = plan(eqn, [operand.exponent for operand in operands])
+    exponents = [operand.exponent for operand in operands]
+    counts = [operand.num_products for operand in operands]
+    step = plan(eqn, exponents)
+    # An alignment needs atoms that are made inside of the program. A plain step must be named.
     if step is None or step.align or step.plain:
         raise _MustEnter
-    before = max([operand.num_products for operand in operands], default=0)
-    num_products = before + step.num_products
+    num_products = max(counts, default=0) + step.num_products
     # Two products in a row could overflow before the call returns.
     if num_products > 1:
         raise _MustEnter

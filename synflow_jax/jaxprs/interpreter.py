@@ -1,8 +1,8 @@
 """Interprets the jaxpr of a traced function with a table of rules, one per primitive.
 
 `jax.make_jaxpr` turns a function into a program: equations such as `c = add a b`. An analysis of
-the program chooses what it wants to know of each variable (an array, an exponent, the units along
-an axis ...) and says how each primitive computes that from the operands:
+the program chooses a value for each variable (an array, an exponent, the units along an axis ...)
+and says how each primitive computes the values of its outputs from those of its operands:
 
     table = Table(constant=..., default=...)
 
@@ -13,11 +13,11 @@ an axis ...) and says how each primitive computes that from the operands:
 
     outputs = walk(table, state, jax.make_jaxpr(function)(*args), inputs)
 
-`walk` reads literals, goes through the equations in order and enters calls (`jit`, `checkpoint`,
-`custom_jvp_call` ...). To a table, `cond`, `scan` and `while` are primitives like any other:
-without a rule they go to `default` as one step. A rule that enters them finds their parts in
-`Cond`, `Scan` and `While`, walks their programs, and repeats the body of a loop with `fixed_point`
-until nothing changes. `state` is any object; `walk` hands it to every rule.
+`walk` reads literals, visits the equations in order and enters calls (`jit`, `checkpoint`,
+`custom_jvp_call` ...). To a table, `cond`, `scan` and `while` are primitives like any other. If
+they have no rule, the default rule takes each of them as one step. A rule that enters them reads
+their parts with `Cond`, `Scan` and `While`, walks their programs, and repeats the body of a loop
+with `fixed_point` until nothing changes. `state` is any object; `walk` passes it to every rule.
 """
 
 from __future__ import annotations
@@ -204,18 +204,19 @@ class Scan(Generic[Value]):
         """Reads the parts of an equation."""
         params = eqn.params
         body = params["jaxpr"]
-        reverse, unroll = params["reverse"], params["unroll"]
+        options = {name: params[name] for name in ("reverse", "unroll")}
         # The parameters that count the operands change their names between versions of JAX.
-        # Shapes tell the same: what is scanned has one more axis outside of the body.
+        # Shapes give the same counts: a scanned array has one more axis outside of the body.
         num_carry = _num_same_shape(eqn.outvars, body.jaxpr.outvars)
         stop = _num_same_shape(eqn.invars, body.jaxpr.invars)
+        start = stop - num_carry
         return cls(
             body=body,
-            consts=operands[: stop - num_carry],
-            carry=operands[stop - num_carry : stop],
+            consts=operands[:start],
+            carry=operands[start:stop],
             xs=operands[stop:],
             length=params["length"],
-            options={"reverse": reverse, "unroll": unroll},
+            options=options,
         )
 
     def run(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> Any:
@@ -276,12 +277,15 @@ def fixed_point(
         joined = list(map(join, carry, after))
         if all(map(same, joined, carry)):
             return joined, further
+        # `undo` also undoes the statements of the joins. They must outlive the round, so the joins
+        # are repeated.
         undo()
-        # Joins happen once more, because what they have recorded must outlive the round.
         carry = list(map(join, carry, after))
 
 
 def _num_same_shape(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """Counts the variables that have one shape outside of a scan's body and inside."""
-    same = [a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True)]
-    return sum(same)
+    """Counts the variables that have the same shape outside of a scan's body as inside."""
+    num_same = 0
+    for a, b in zip(outside, inside, strict=True):
+        num_same += a.aval.shape == b.aval.shape
+    return num_same

@@ -7,15 +7,16 @@ different exponents meet (in a sum, a maximum, a selection), they are first brou
 exponent. Powers of two are exact, so this adds no rounding. Only entries that are 2^126 times
 smaller than the entries they are added to vanish.
 
-The function itself needs no change, since its jaxpr is interpreted. The exponents are constants in
-the gradient: the derivative of the mantissa of f is that of f, divided by one power of two.
-Functions that are no sum of products of their inputs (exp, tanh, sqrt ...) are evaluated at the
-plain value, which may overflow. `unscaled` names them.
+The function itself needs no change, since its jaxpr is interpreted. Differentiation takes the
+exponents for constants. So the derivative of the mantissa of f is that of f, divided by one power
+of two. Functions that are no sum of products of their inputs (exp, tanh, sqrt ...) are evaluated at
+the plain value x * 2^e, which may overflow. `unscaled` names them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +31,8 @@ from synflow_jax.jaxprs import exponents
 from synflow_jax.jaxprs.exponents import PLAIN, Exponent, Plan, is_float
 from synflow_jax.jaxprs.interpreter import CALLS, Cond, Scan, Table, bind, walk
 
-_LOW = -(2**16)  # the exponent of an array of zeros, below that of every other
-_LIMIT = 126  # of one factor: 2^127 has no inverse in float32
+_LOW = -(2**16)  # the exponent of an array of zeros, below that of every other array
+_LIMIT = 126  # the largest exponent of one factor: 2^127 has no inverse in float32
 
 
 class Scaled(NamedTuple):
@@ -63,7 +64,7 @@ def evaluate(function: Callable[..., jax.Array], *args: Any) -> Scaled:
 def log10(scaled: Scaled) -> float:
     """Returns log10 of a scalar that is not negative; -inf for 0.
 
-    The scalar may be far beyond what a Python float holds.
+    The scalar may be far beyond the range of a Python float.
     """
     value = float(scaled.value)
     if value == 0:
@@ -79,6 +80,7 @@ def unscaled(function: Callable[..., jax.Array], *args: Any) -> tuple[str, ...]:
     """
     evaluation = _Evaluation()
     jax.eval_shape(lambda *args: _evaluate(evaluation, function, args), *args)
+    # A dictionary serves as an ordered set.
     return tuple(dict.fromkeys(evaluation.plain_primitives))
 
 
@@ -88,12 +90,14 @@ def unscaled(function: Callable[..., jax.Array], *args: Any) -> tuple[str, ...]:
 def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
     """Returns 2^exponent, exactly; 0 below 2^-126 and infinity above 2^126."""
     clipped = jnp.clip(exponent, -_LIMIT, _LIMIT)
-    # In a float32 the eight bits of the exponent stand above the 23 bits of the fraction.
+    # Made from bits, because `jnp.exp2` may round. In a float32 the eight bits of the exponent
+    # precede the 23 bits of the fraction.
     bits = (clipped + 127) << 23
     factor = jax.lax.bitcast_convert_type(bits, jnp.float32)
     is_within = exponent == clipped
     beyond = jnp.where(exponent < 0, 0, jnp.inf)
-    return jnp.where(is_within, factor, beyond).astype(dtype)
+    power = jnp.where(is_within, factor, beyond)
+    return power.astype(dtype)
 
 
 def _divided(value: Any, exponent: jax.Array) -> Any:
@@ -112,10 +116,13 @@ def _divided(value: Any, exponent: jax.Array) -> Any:
 def _multiplied(value: Any, exponent: jax.Array) -> Any:
     """Computes value * 2^exponent, as far as the dtype holds it."""
     # One factor reaches only to 2^126, so there are four. Clipped, so that zero stays zero.
-    clipped = jnp.clip(exponent, -4 * _LIMIT, 4 * _LIMIT)
+    limit = 4 * _LIMIT
+    clipped = jnp.clip(exponent, -limit, limit)
     quarter = clipped // 4
-    for part in (quarter, quarter, quarter, clipped - 3 * quarter):
-        value = value * power_of_two(part, value.dtype)
+    rest = clipped - 3 * quarter
+    for part in (quarter, quarter, quarter, rest):
+        factor = power_of_two(part, value.dtype)
+        value = value * factor
     return value
 
 
@@ -124,8 +131,10 @@ def _size(value: Any) -> jax.Array:
 
     It is `_LOW` if all entries are 0, and 0 if one is not finite.
     """
-    magnitudes = jnp.abs(jax.lax.stop_gradient(value))
-    largest = jnp.max(magnitudes, initial=0).astype(jnp.float32)
+    constant = jax.lax.stop_gradient(value)
+    magnitudes = jnp.abs(constant)
+    largest = jnp.max(magnitudes, initial=0)
+    largest = largest.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
     exponent = (bits >> 23) - 127
     is_finite = jnp.isfinite(largest)
@@ -147,117 +156,137 @@ class _Value(NamedTuple):
 _Values = list[_Value]
 
 
+@dataclasses.dataclass
 class _Evaluation:
-    """Holds the exponents found so far, as int32 arrays, while a program is evaluated."""
+    """Holds the state of an evaluation.
 
-    def __init__(self) -> None:
-        self.atoms: list[jax.Array] = []
-        self.plain_primitives: list[str] = []
+    Attributes:
+      atoms: the exponents found so far, int32 []. The exponent of a value is a sum of them.
+      plain_primitives: the primitives that were evaluated at plain values, in order.
+    """
 
-    def new_atom(self, number: jax.Array) -> Exponent:
-        """Makes an exponent of an int32 array."""
-        self.atoms.append(number)
-        last = len(self.atoms) - 1
-        return frozenset([(last, 1)])
+    atoms: list[jax.Array] = dataclasses.field(default_factory=list)
+    plain_primitives: list[str] = dataclasses.field(default_factory=list)
 
-    def number(self, exponent: Exponent | None) -> jax.Array:
-        """Computes an exponent, int32 []."""
-        total = jnp.int32(0)
-        for atom, count in sorted(exponent or PLAIN):
-            total = total + count * self.atoms[atom]
-        return total
 
-    def split(self, values: _Values) -> tuple[list[Any], list[jax.Array]]:
-        """Returns the arrays of these values, and their exponents as int32 arrays."""
-        arrays = [x.array for x in values]
-        numbers = [self.number(x.exponent) for x in values]
-        return arrays, numbers
+def _new_atom(evaluation: _Evaluation, number: jax.Array) -> Exponent:
+    """Adds an atom, int32 []. Returns it as an exponent."""
+    evaluation.atoms.append(number)
+    last = len(evaluation.atoms) - 1
+    return frozenset([(last, 1)])
 
-    def joined(
-        self,
-        arrays: Sequence[Any],
-        numbers: Sequence[jax.Array],
-        variables: Sequence[Any],
-    ) -> _Values:
-        """Makes values of arrays and exponents. Variables that are no floats have no exponent."""
-        values = []
-        for array, number, variable in zip(arrays, numbers, variables, strict=True):
-            exponent = self.new_atom(number) if is_float(variable) else PLAIN
-            values.append(_Value(array, exponent))
-        return values
 
-    @contextlib.contextmanager
-    def inner_program(self) -> Iterator[None]:
-        """Forgets the atoms of a branch or of a loop's body, whose arrays exist only there."""
-        num_atoms = len(self.atoms)
-        yield
-        del self.atoms[num_atoms:]
+def _number(evaluation: _Evaluation, exponent: Exponent | None) -> jax.Array:
+    """Computes an exponent, int32 []."""
+    total = jnp.int32(0)
+    # Sorted, so that the same network always gives the same program, which can be cached.
+    for atom, count in sorted(exponent or PLAIN):
+        total = total + count * evaluation.atoms[atom]
+    return total
 
-    def compute(
-        self,
-        eqn: JaxprEqn,
-        operands: _Values,
-        plan: Plan,
-    ) -> _Values:
-        """Computes an equation according to its plan."""
-        arrays = [x.array for x in operands]
-        outputs = plan.exponents
-        if plan.plain:
-            self.plain_primitives.append(eqn.primitive.name)
-            arrays = [self.plain(x) for x in operands]
-        if plan.align:
-            arrays, common = self.aligned(operands, plan.align)
-            outputs = [common if is_float(v) else PLAIN for v in eqn.outvars]
 
-        arrays = bind(eqn, arrays)
-        results = []
-        for array, exponent, variable in zip(arrays, outputs, eqn.outvars, strict=True):
-            result = _Value(array, exponent)
-            # Only a product makes a value much larger than its operands.
-            if plan.num_products and is_float(variable):
-                result = self.rescaled(result)
-            results.append(result)
-        return results
+def _split(evaluation: _Evaluation, values: _Values) -> tuple[list[Any], list[jax.Array]]:
+    """Returns the arrays of these values, and their exponents as int32 arrays."""
+    arrays = [x.array for x in values]
+    numbers = [_number(evaluation, x.exponent) for x in values]
+    return arrays, numbers
 
-    def plain(self, x: _Value) -> Any:
-        """Returns the array that a value stands for, which may overflow."""
-        if not x.exponent:
-            return x.array
-        return _multiplied(x.array, self.number(x.exponent))
 
-    def aligned(
-        self,
-        operands: _Values,
-        indices: Sequence[int],
-    ) -> tuple[list[Any], Exponent]:
-        """Brings operands to the largest of their exponents.
+def _joined(
+    evaluation: _Evaluation,
+    arrays: Sequence[Any],
+    numbers: Sequence[jax.Array],
+    variables: Sequence[Any],
+) -> _Values:
+    """Makes values of arrays and exponents. Only variables that are floats have an exponent."""
+    values = []
+    for array, number, variable in zip(arrays, numbers, variables, strict=True):
+        exponent = PLAIN
+        if is_float(variable):
+            exponent = _new_atom(evaluation, number)
+        values.append(_Value(array, exponent))
+    return values
 
-        indices: which operands; the others stay as they are. Returns all arrays, and the exponent.
-        """
-        # An operand without exponent counts by its size: one that is 0 throughout (a new bias) must
-        # not hold back the others.
-        sizes = []
-        for i in indices:
-            array, exponent = operands[i]
-            size = self.number(exponent) if exponent else _size(array)
-            sizes.append(size)
-        common = functools.reduce(jnp.maximum, sizes)
 
-        arrays = [x.array for x in operands]
-        for i in indices:
-            array, exponent = operands[i]
-            difference = common - self.number(exponent)
-            arrays[i] = _divided(array, difference)
-        return arrays, self.new_atom(common)
+@contextlib.contextmanager
+def _inner_program(evaluation: _Evaluation) -> Iterator[None]:
+    """Forgets the atoms of a branch or of a loop's body, whose arrays exist only there."""
+    num_atoms = len(evaluation.atoms)
+    yield
+    del evaluation.atoms[num_atoms:]
 
-    def rescaled(self, x: _Value) -> _Value:
-        """Divides a value by the power of two that brings its largest entry to between 1 and 2."""
-        size = _size(x.array)
-        # Nothing brings an array of zeros there.
-        shift = jnp.where(size > _LOW, size, 0)
-        array = _divided(x.array, shift)
-        atom = self.new_atom(size)
-        return _Value(array, exponents.add(x.exponent, atom))
+
+def _compute(
+    evaluation: _Evaluation,
+    eqn: JaxprEqn,
+    operands: _Values,
+    plan: Plan,
+) -> _Values:
+    """Computes an equation according to its plan."""
+    arrays = [x.array for x in operands]
+    outputs = plan.exponents
+    if plan.plain:
+        evaluation.plain_primitives.append(eqn.primitive.name)
+        arrays = [_plain(evaluation, x) for x in operands]
+    if plan.align:
+        arrays, common = _aligned(evaluation, operands, plan.align)
+        outputs = [common if is_float(v) else PLAIN for v in eqn.outvars]
+
+    arrays = bind(eqn, arrays)
+    results = []
+    for array, exponent, variable in zip(arrays, outputs, eqn.outvars, strict=True):
+        result = _Value(array, exponent)
+        # Only a product makes a value much larger than its operands.
+        if plan.num_products and is_float(variable):
+            result = _rescaled(evaluation, result)
+        results.append(result)
+    return results
+
+
+def _plain(evaluation: _Evaluation, x: _Value) -> Any:
+    """Returns the array that a value represents, which may overflow."""
+    if not x.exponent:
+        return x.array
+    number = _number(evaluation, x.exponent)
+    return _multiplied(x.array, number)
+
+
+def _aligned(
+    evaluation: _Evaluation,
+    operands: _Values,
+    indices: Sequence[int],
+) -> tuple[list[Any], Exponent]:
+    """Brings operands to the largest of their exponents.
+
+    indices: which operands; the others stay as they are. Returns all arrays, and the exponent.
+    """
+    # An operand without exponent counts by its size: one that is 0 throughout (a new bias) must
+    # not hold back the others.
+    sizes = []
+    for i in indices:
+        array, exponent = operands[i]
+        size = _number(evaluation, exponent) if exponent else _size(array)
+        sizes.append(size)
+    common = functools.reduce(jnp.maximum, sizes)
+
+    arrays = [x.array for x in operands]
+    for i in indices:
+        array, exponent = operands[i]
+        number = _number(evaluation, exponent)
+        arrays[i] = _divided(array, common - number)
+    return arrays, _new_atom(evaluation, common)
+
+
+def _rescaled(evaluation: _Evaluation, x: _Value) -> _Value:
+    """Divides a value by the power of two that brings its largest entry to between 1 and 2."""
+    size = _size(x.array)
+    # No power of two changes an array of zeros. It keeps the exponent `_LOW`, so that it does not
+    # count where it is aligned with others.
+    shift = jnp.where(size > _LOW, size, 0)
+    array = _divided(x.array, shift)
+    atom = _new_atom(evaluation, size)
+    exponent = exponents.add(x.exponent, atom)
+    return _Value(array, exponent)
 
 
 def _evaluate(
@@ -272,7 +301,8 @@ def _evaluate(
         raise ValueError(f"function has {num_outputs} outputs; it must return one array.")
     inputs = [_Value(leaf, PLAIN) for leaf in jax.tree.leaves(args)]
     (output,) = walk(_TABLE, evaluation, program, inputs)
-    return Scaled(output.array, evaluation.number(output.exponent))
+    number = _number(evaluation, output.exponent)
+    return Scaled(output.array, number)
 
 
 # ------------------------------------------------------------------------------------------ Rules
@@ -280,10 +310,11 @@ def _evaluate(
 
 def _planned(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values | None:
     """Computes an equation as one step, or returns None if it must be entered."""
-    plan = exponents.plan(eqn, [x.exponent for x in operands])
+    operand_exponents = [x.exponent for x in operands]
+    plan = exponents.plan(eqn, operand_exponents)
     if plan is None:
         return None
-    return evaluation.compute(eqn, operands, plan)
+    return _compute(evaluation, eqn, operands, plan)
 
 
 def _default(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
@@ -312,14 +343,14 @@ def _cond(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
     # Only arrays can leave a branch, so it returns the numbers that its exponents stand for.
     def evaluated(branch: ClosedJaxpr, *arrays: Any) -> Any:
         inputs = _replaced(cond.operands, arrays)
-        with evaluation.inner_program():
+        with _inner_program(evaluation):
             outputs = walk(_TABLE, evaluation, branch, inputs)
-            return evaluation.split(outputs)
+            return _split(evaluation, outputs)
 
     branches = [functools.partial(evaluated, branch) for branch in cond.branches]
     arrays = [x.array for x in cond.operands]
     results, numbers = jax.lax.switch(cond.index.array, branches, *arrays)
-    return evaluation.joined(results, numbers, eqn.outvars)
+    return _joined(evaluation, results, numbers, eqn.outvars)
 
 
 @_TABLE.rule("scan")
@@ -330,25 +361,28 @@ def _scan(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
     carry_variables = eqn.outvars[:num_carry]
     stacked_variables = eqn.outvars[num_carry:]
 
-    # What is carried takes a new exponent in every iteration, so its number is carried too.
+    # A carried value has another exponent in each iteration, so its number is carried too.
     def body(carry: Any, slices: Any) -> Any:
-        with evaluation.inner_program():
+        with _inner_program(evaluation):
             arrays, numbers = carry
-            carried = evaluation.joined(arrays, numbers, carry_variables)
-            inputs = [*scan.consts, *carried, *_replaced(scan.xs, slices)]
+            carried = _joined(evaluation, arrays, numbers, carry_variables)
+            xs = _replaced(scan.xs, slices)
+            inputs = [*scan.consts, *carried, *xs]
             outputs = walk(_TABLE, evaluation, scan.body, inputs)
-            arrays, numbers = evaluation.split(outputs)
+            arrays, numbers = _split(evaluation, outputs)
         new_carry = arrays[:num_carry], numbers[:num_carry]
         stacked = arrays[num_carry:], numbers[num_carry:]
         return new_carry, stacked
 
-    arrays, numbers = evaluation.split(scan.carry)
-    start = [jnp.asarray(array) for array in arrays], numbers
+    arrays, numbers = _split(evaluation, scan.carry)
+    arrays = [jnp.asarray(array) for array in arrays]
+    start = arrays, numbers
     xs = [x.array for x in scan.xs]
-    (arrays, numbers), stacked = scan.run(body, start, xs)
+    last, stacked = scan.run(body, start, xs)
 
-    results = evaluation.joined(arrays, numbers, carry_variables)
-    # Each slice of what is stacked has its own number. One array needs one for all.
+    arrays, numbers = last
+    results = _joined(evaluation, arrays, numbers, carry_variables)
+    # Each slice of a stacked output has its own exponent. The array of all slices needs one.
     for array, slice_numbers, variable in zip(*stacked, stacked_variables, strict=True):
         result = _Value(array, PLAIN)
         if is_float(variable):
@@ -369,4 +403,5 @@ def _stacked(evaluation: _Evaluation, array: jax.Array, numbers: jax.Array) -> _
     factors = power_of_two(numbers - largest, array.dtype)
     other_axes = [1] * (array.ndim - 1)
     per_slice = factors.reshape(-1, *other_axes)
-    return _Value(array * per_slice, evaluation.new_atom(largest))
+    exponent = _new_atom(evaluation, largest)
+    return _Value(array * per_slice, exponent)

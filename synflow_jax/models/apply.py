@@ -39,20 +39,23 @@ def synflow_fn(model: nn.Module, batch_stats: Tree) -> ApplyFn:
     initialization all running means are 0, and both functions are the same.
     """
 
-    def centred(path: tuple, leaf: jax.Array) -> jax.Array:
+    def without_mean(path: tuple, leaf: jax.Array) -> jax.Array:
         is_mean = getattr(path[-1], "key", None) == "mean"
         return jnp.zeros_like(leaf) if is_mean else leaf
 
-    return eval_fn(model, jax.tree_util.tree_map_with_path(centred, batch_stats))
+    # Variances stay: dividing by them only scales the flow of each channel.
+    centred_stats = jax.tree_util.tree_map_with_path(without_mean, batch_stats)
+    return eval_fn(model, centred_stats)
 
 
-# One function per module, so that functions compiled for it find their trace again.
+# JAX finds a compiled program by the function, so a module must always give the same function.
 @functools.cache
 def _eval_apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Array]:
     """Returns `apply(batch_stats, params, x)` in evaluation mode."""
 
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
-        logits = model.apply(variables(params, batch_stats), x, train=False)
+        collections = variables(params, batch_stats)
+        logits = model.apply(collections, x, train=False)
         return jnp.asarray(logits)
 
     return apply
@@ -63,13 +66,16 @@ def _train_apply(model: nn.Module) -> Callable[[Tree, Params, jax.Array], jax.Ar
     """Returns `apply(batch_stats, params, x)` in training mode."""
 
     def apply(batch_stats: Tree, params: Params, x: jax.Array) -> jax.Array:
+        collections = variables(params, batch_stats)
+        # A fixed key: a score must depend on nothing but the arguments of its rule.
+        dropout_key = jax.random.key(0)
         # The updated statistics are dropped: scoring does not train.
         logits, _ = model.apply(
-            variables(params, batch_stats),
+            collections,
             x,
             train=True,
             mutable=["batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
+            rngs={"dropout": dropout_key},
         )
         return jnp.asarray(logits)
 
@@ -93,12 +99,20 @@ def output_positions(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str
 
     def outputs(key: jax.Array) -> Tree:
         x = jnp.zeros((1, *input_shape))
-        _, state = model.init_with_output(key, x, train=False, capture_intermediates=is_layer)
+        # Layers in training mode have outputs of the same shape, but need keys for dropout.
+        _, state = model.init_with_output(
+            key,
+            x,
+            train=False,
+            capture_intermediates=is_layer,
+        )
         return state["intermediates"]
 
+    # Only shapes are needed: nothing is computed.
     shapes = jax.eval_shape(outputs, jax.random.key(0))
     positions = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        layer = path[:-2]  # a path ends in "__call__" and 0
-        positions[f"{path_name(layer)}/kernel"] = math.prod(leaf.shape[1:-1])
+        layer = path_name(path[:-2])  # a path ends in "__call__" and 0
+        height_and_width = leaf.shape[1:-1]
+        positions[f"{layer}/kernel"] = math.prod(height_and_width)
     return positions

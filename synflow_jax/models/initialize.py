@@ -27,21 +27,24 @@ def init(model: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tupl
     Returns:
       (params, batch_stats). The statistics are {} for a network without batch norm.
     """
+    # Shapes do not depend on the size of the batch, and 1 is the cheapest.
     x = jnp.zeros((1, *input_shape))
     if isinstance(key, jax.core.Tracer):
-        # The caller compiles this as a part of another program, which has options of its own.
+        # The caller compiles this as a part of another program, and sets the options of that.
         variables = model.init(key, x, train=False)
     elif _num_leaves(model, x) > _MAX_DRAWN_AT_ONCE:
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         variables = model.lazy_init(key, shape, train=False)
     else:
         variables = _draw(model)(key, x)
-    return variables["params"], variables.get("batch_stats", {})
+    batch_stats = variables.get("batch_stats", {})
+    return variables["params"], batch_stats
 
 
 def _num_leaves(model: nn.Module, x: jax.Array) -> int:
     """Counts the variables of a model without drawing them."""
-    shapes = jax.eval_shape(_draw(model), jax.random.key(0), x)
+    draw = _draw(model)
+    shapes = jax.eval_shape(draw, jax.random.key(0), x)
     return len(jax.tree.leaves(shapes))
 
 

@@ -113,32 +113,42 @@ class BatchNorm(nn.Module):
             mean, var = _batch_moments(x)
             # Drawing the variables of a new network must not change its statistics.
             if not self.is_initializing():
-                running_mean.value = self._updated(running_mean.value, mean)
-                num = x.size // x.shape[-1]
-                sample_var = var * (num / max(1, num - 1))
-                running_var.value = self._updated(running_var.value, sample_var)
+                num_values = x.size // x.shape[-1]
+                correction = num_values / max(1, num_values - 1)
+                sample_var = var * correction
+                running_mean.value = _updated(running_mean.value, mean, self.momentum)
+                running_var.value = _updated(running_var.value, sample_var, self.momentum)
         factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        # The mean is subtracted before scaling. Folding it into the bias would save a step, but
+        # lose digits where the mean is large.
         centred = x - _channels(mean, x.ndim)
-        y = centred * _channels(factor, x.ndim) + _channels(bias, x.ndim)
+        scaled = centred * _channels(factor, x.ndim)
+        y = scaled + _channels(bias, x.ndim)
         return y.astype(x.dtype)
 
-    def _updated(self, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Moves a running statistic towards that of the batch."""
-        return self.momentum * old + (1 - self.momentum) * new
+
+def _updated(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
+    """Moves a running statistic towards that of the batch."""
+    return momentum * old + (1 - momentum) * new
 
 
 def _batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes the mean and the variance of each channel over a batch."""
     axes = tuple(range(x.ndim - 1))
-    values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    values = x.astype(dtype)
     mean = jnp.mean(values, axis=axes)
+    # From deviations: E[x^2] - E[x]^2, which Flax uses by default, cancels and can be negative.
     deviations = values - _channels(mean, x.ndim)
-    return mean, jnp.mean(jnp.square(deviations), axis=axes)
+    var = jnp.mean(jnp.square(deviations), axis=axes)
+    return mean, var
 
 
 def _channels(vector: jax.Array, ndim: int) -> jax.Array:
     """Reshapes [channels] to [1, ..., 1, channels]."""
-    return vector.reshape((1,) * (ndim - 1) + (-1,))
+    # Written out, because the tests make broadcasting between different ranks an error.
+    shape = (1,) * (ndim - 1) + (-1,)
+    return vector.reshape(shape)
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
@@ -151,15 +161,16 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
       ValueError: the map is smaller than the window.
     """
     height, width = x.shape[1:3]
-    if min(height, width) + 2 * padding < window:
+    shorter = min(height, width) + 2 * padding
+    if shorter < window:
         raise ValueError(
             f"a map of {height}x{width} is too small for a {window}x{window} max pool: use larger "
             "images, or a network with fewer poolings, such as one of cifar_*."
         )
+    # Written out, so that the rule for ties is the same on every platform.
     lowest = jnp.array(-jnp.inf, x.dtype)
-    candidates = _windows(
-        x, (window, window), (stride, stride), [(padding, padding)] * 2, fill=lowest
-    )
+    both_sides = [(padding, padding)] * 2
+    candidates = _windows(x, (window, window), (stride, stride), both_sides, fill=lowest)
 
     def larger(best: jax.Array, new: jax.Array) -> jax.Array:
         # Not >=: of equal values the first one stays, and gets the gradient.
@@ -171,7 +182,11 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
 
 def widths(params: Params, names: Sequence[str]) -> tuple[int, ...]:
     """Returns the number of outputs of each layer of these names, from the shapes of kernels."""
-    return tuple(params[name]["kernel"].shape[-1] for name in names)
+    found = []
+    for name in names:
+        kernel = params[name]["kernel"]
+        found.append(kernel.shape[-1])
+    return tuple(found)
 
 
 # Convolution.
@@ -218,8 +233,9 @@ def convolution(
             **kwargs,
         )
 
-    dilated = any(dilation != 1 for dilation in (*lhs_dilation, *rhs_dilation))
-    if feature_group_count != 1 or dilated:
+    dilations = (*lhs_dilation, *rhs_dilation)
+    is_dilated = any(dilation != 1 for dilation in dilations)
+    if feature_group_count != 1 or is_dilated:
         return native(inputs, kernel)
     as_matrices = functools.partial(
         _convolution_as_matrices,
@@ -242,20 +258,24 @@ def _convolution_as_matrices(
     kernel_height, kernel_width, channels, features = kernel.shape
     # Whole patches are the only way with a vertical stride, and the cheaper one if they are smaller
     # than the outputs, as in a 1x1 convolution.
-    if strides[0] != 1 or kernel_height * kernel_width * channels <= features:
+    patch_size = kernel_height * kernel_width * channels
+    if strides[0] != 1 or patch_size <= features:
         return _by_patches(inputs, kernel, strides, padding, precision)
 
     by_rows = functools.partial(
         _by_rows, kernel=kernel, strides=strides, padding=padding, precision=precision
     )
-    # Rows and parts are several times as large as inputs and outputs. A few images at a time, they
-    # stay in the processor's cache, and the gradient gathers them again instead of keeping them.
-    row_bytes = (kernel_width * channels + kernel_height * features) * inputs.dtype.itemsize
-    image_bytes = math.prod(inputs.shape[1:3]) * row_bytes
+    # The gathered rows and the partial sums are several times as large as inputs and outputs. With
+    # a few images at a time they stay in the processor's cache.
+    num_pixels = math.prod(inputs.shape[1:3])
+    num_values = kernel_width * channels + kernel_height * features
+    image_bytes = num_pixels * num_values * inputs.dtype.itemsize
     num_chunks = _num_chunks(inputs.shape[0], image_bytes)
     if num_chunks == 1:
         return by_rows(inputs)
     chunks = inputs.reshape(num_chunks, -1, *inputs.shape[1:])
+    # The gradient gathers the rows again instead of keeping them. Inside a loop nothing merges the
+    # two gatherings, so that `prevent_cse` would only cost time.
     outputs = jax.lax.map(jax.checkpoint(by_rows, prevent_cse=False), chunks)
     return outputs.reshape(-1, *outputs.shape[2:])
 
@@ -274,54 +294,62 @@ def _by_patches(
 def _by_rows(
     inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Pairs, precision: Any
 ) -> jax.Array:
-    """Convolves with vertical stride 1 by one product, which yields what each kernel row adds.
+    """Convolves with vertical stride 1 by one product, which gives the part of each kernel row.
 
-    It gathers only what one row of the kernel covers: a third of the memory of 3x3 patches. The
-    sums over the rows of the kernel are taken on the outputs.
+    It gathers only the inputs that one row of the kernel covers: a third of the memory of 3x3
+    patches. The parts of the rows are shifted and added up afterwards.
     """
     kernel_height, kernel_width, _, features = kernel.shape
     zero = jnp.zeros((), inputs.dtype)
     window, stride = (1, kernel_width), (1, strides[1])
-    rows = _windows(inputs, window, stride, ((0, 0), padding[1]), fill=zero)
-    matrix = kernel.transpose(1, 2, 0, 3).reshape(-1, kernel_height * features)
-    parts = _product(jnp.concatenate(rows, axis=-1), matrix, precision)
+    windows = _windows(inputs, window, stride, ((0, 0), padding[1]), fill=zero)
+    rows = jnp.concatenate(windows, axis=-1)
+    by_row = kernel.transpose(1, 2, 0, 3)
+    matrix = by_row.reshape(-1, kernel_height * features)
+    parts = _product(rows, matrix, precision)
+    # Padding the parts is the same as padding the inputs, since padding contributes 0.
     unpadded = (0, 0, 0)
     parts = jax.lax.pad(parts, zero, [unpadded, (*padding[0], 0), unpadded, unpadded])
     height = parts.shape[1] - kernel_height + 1
     shifted = []
     for i in range(kernel_height):
         of_row = slice(i * features, (i + 1) * features)
-        shifted.append(parts[:, i : i + height, :, of_row])
+        moved = slice(i, i + height)
+        shifted.append(parts[:, moved, :, of_row])
     return functools.reduce(jnp.add, shifted)
 
 
 def _product(x: jax.Array, matrix: jax.Array, precision: Any) -> jax.Array:
     """Multiplies the last axis of x [..., in] by a matrix [in, out]."""
-    rows = x.reshape(-1, x.shape[-1])
+    *outer, num_inputs = x.shape
+    num_outputs = matrix.shape[-1]
+    rows = x.reshape(-1, num_inputs)
     products = jnp.dot(rows, matrix, precision=precision)
-    return products.reshape(*x.shape[:-1], matrix.shape[-1])
+    return products.reshape(*outer, num_outputs)
 
 
 def _num_chunks(batch: Any, image_bytes: int) -> int:
-    """Returns into how many parts of equal size a batch is cut.
+    """Returns the number of equal parts that a batch is cut into.
 
-    The size of the batch is unknown in `jax.export`; then it stays whole.
+    In `jax.export` the size of the batch can be unknown. The batch then stays whole.
 
     >>> _num_chunks(128, 2**20), _num_chunks(128, 2**16), _num_chunks(1, 2**30)
     (16, 1, 1)
     """
     if not isinstance(batch, int) or batch * image_bytes <= _CHUNK_BYTES:
         return 1
-    # The largest part that fits and divides the batch.
+    # The largest part that fits and divides the batch: `jax.lax.map` needs parts of one size.
     most = max(1, _CHUNK_BYTES // image_bytes)
-    sizes = [size for size in range(1, most + 1) if batch % size == 0]
-    return batch // max(sizes)
+    candidates = range(1, most + 1)
+    sizes = [size for size in candidates if batch % size == 0]
+    largest = max(sizes)
+    return batch // largest
 
 
 def _windows(
     x: jax.Array, window: Sequence[int], strides: Sequence[int], padding: Pairs, fill: jax.Array
 ) -> list[jax.Array]:
-    """Gathers, for each place in a window, the values at that place of every window.
+    """Gathers the values of all windows, one array for each place in a window.
 
     Args:
       x: [batch, height, width, channels].
@@ -330,20 +358,24 @@ def _windows(
       fill: the value of the padding.
 
     Returns:
-      For each place in row-major order [batch, windows down, windows across, channels].
+      An array [batch, windows down, windows across, channels] per place, in row-major order.
     """
     unpadded = (0, 0, 0)
     padded = [(low, high, 0) for low, high in padding]
     x = jax.lax.pad(x, fill, [unpadded, *padded, unpadded])
     batch, height, width, channels = x.shape
-    num_down = (height - window[0]) // strides[0] + 1
-    num_across = (width - window[1]) // strides[1] + 1
+    window_height, window_width = window
+    stride_down, stride_across = strides
+    num_down = (height - window_height) // stride_down + 1
+    num_across = (width - window_width) // stride_across + 1
     found = []
-    for row in range(window[0]):
-        for column in range(window[1]):
+    for row in range(window_height):
+        for column in range(window_width):
+            last_row = row + (num_down - 1) * stride_down
+            last_column = column + (num_across - 1) * stride_across
             start = (0, row, column, 0)
-            last_row = row + (num_down - 1) * strides[0]
-            last_column = column + (num_across - 1) * strides[1]
             stop = (batch, last_row + 1, last_column + 1, channels)
-            found.append(jax.lax.slice(x, start, stop, (1, *strides, 1)))
+            # A strided slice has a cheap gradient; a gather would scatter.
+            values = jax.lax.slice(x, start, stop, (1, *strides, 1))
+            found.append(values)
     return found

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 
 from synflow_jax.models import layers
-from synflow_jax.models.layers import TORCH_DEFAULT
 from synflow_jax.trees import Params
 
 
@@ -19,16 +18,18 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps [batch, ...] to logits [batch, num_classes]."""
-        del train
+        del train  # there is neither batch norm nor dropout
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths, 1):
-            x = nn.relu(layers.torch_dense(x, width, name=f"fc{i}"))
+            x = layers.torch_dense(x, width, name=f"fc{i}")
+            x = nn.relu(x)
         return layers.torch_dense(x, self.num_classes, name=layers.HEAD)
 
     def resized(self, params: Params) -> MLP:
         """Returns the network of the same layers for parameters of these shapes."""
-        names = [f"fc{i}" for i in range(1, len(self.widths) + 1)]
-        return self.clone(widths=layers.widths(params, names))
+        names = [f"fc{i}" for i, _ in enumerate(self.widths, 1)]
+        widths = layers.widths(params, names)
+        return self.clone(widths=widths)
 
 
 class ConvNet(nn.Module):
@@ -40,22 +41,25 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps [batch, height, width, channels] to logits [batch, num_classes]."""
-        del train
+        del train  # there is neither batch norm nor dropout
         for i, width in enumerate(self.widths, 1):
+            # An initializer of biases sees only their shape, so it is told the fan-in.
             fan_in = 9 * x.shape[-1]
             convolution = layers.conv(
                 width,
                 3,
                 bias=True,
-                init=TORCH_DEFAULT,
+                init=layers.TORCH_DEFAULT,
                 bias_init=layers.torch_default_bias(fan_in),
                 name=f"conv{i}",
             )
-            x = nn.relu(convolution(x))
+            x = convolution(x)
+            x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)
         return layers.torch_dense(x, self.num_classes, name=layers.HEAD)
 
     def resized(self, params: Params) -> ConvNet:
         """Returns the network of the same layers for parameters of these shapes."""
-        names = [f"conv{i}" for i in range(1, len(self.widths) + 1)]
-        return self.clone(widths=layers.widths(params, names))
+        names = [f"conv{i}" for i, _ in enumerate(self.widths, 1)]
+        widths = layers.widths(params, names)
+        return self.clone(widths=widths)

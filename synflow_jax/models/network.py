@@ -22,7 +22,8 @@ class Network(NamedTuple):
 
     Attributes:
       model: a Linen module, called as `module(x, train=...)`.
-      params: its parameters. Pruned weights may have any value: what counts is the mask.
+      params: its parameters. Pruned weights may have any value, because only the mask says which
+        weights are pruned.
       batch_stats: the running statistics of batch norm; {} for a network without it.
       mask: bool arrays (True = kept) at the prunable parameters, None elsewhere.
       input_shape: the shape of one example, (height, width, channels) for images.
@@ -41,6 +42,7 @@ class Network(NamedTuple):
 
 def variables(params: Params, batch_stats: Tree) -> dict[str, Tree]:
     """Returns the collections that `model.apply` takes, without empty batch statistics."""
+    # A network without batch norm was drawn without this collection.
     if not batch_stats:
         return {"params": params}
     return {"params": params, "batch_stats": batch_stats}

@@ -15,6 +15,7 @@ from synflow_jax.models.resnet import ResNet
 from synflow_jax.models.vgg import VGG, stage_widths, widen
 
 _VGG_DEPTHS = (11, 13, 16, 19)
+# 6 n + 2, from n blocks per stage; see `_cifar_resnet`.
 _CIFAR_RESNET_DEPTHS = (20, 32, 44, 56, 110, 1202)
 # Blocks in each of the four stages of a ResNet, by depth.
 _RESNET_BLOCKS = {
@@ -30,7 +31,12 @@ BuildFn = Callable[[int, float], nn.Module]
 
 
 class _Entry(NamedTuple):
-    """A published network. input_shape: (height, width, channels) of the images it was run on."""
+    """A published network.
+
+    Attributes:
+      build: builds its module.
+      input_shape: (height, width, channels) of the images that it was published for.
+    """
 
     build: BuildFn
     input_shape: tuple[int, int, int]
@@ -87,7 +93,8 @@ def _find(name: str) -> _Entry:
     """Returns the entry of a name, or raises ValueError with the names that are close."""
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(close)}? " if close else ""
+        listed = " or ".join(close)
+        hint = f"Did you mean {listed}? " if close else ""
         raise ValueError(f"model={name!r} is unknown. {hint}The networks are {_families()}.")
     return _REGISTRY[name]
 
@@ -96,15 +103,18 @@ def _families() -> str:
     """Returns `NAMES` in short: "cifar_vgg{11,13}[_bn]" stands for four of them."""
     depths: dict[str, list[str]] = {}
     for name in NAMES:
+        # The name without the ending stands for both.
         if name.endswith("_bn"):
             continue
         family = re.sub(r"\d+", "{}", name)
         if f"{name}_bn" in NAMES:
             family += "[_bn]"
-        depths.setdefault(family, []).extend(re.findall(r"\d+", name))
+        of_family = depths.setdefault(family, [])
+        of_family += re.findall(r"\d+", name)
     in_short = []
     for family, found in depths.items():
-        in_short.append(family.replace("{}", f"{{{','.join(found)}}}"))
+        listed = ",".join(found)
+        in_short.append(family.replace("{}", f"{{{listed}}}"))
     return ", ".join(in_short)
 
 
@@ -113,17 +123,26 @@ def _families() -> str:
 
 def _fc(num_classes: int, width_multiplier: float) -> nn.Module:
     """Builds the fully connected network."""
-    return MLP(num_classes, widths=(widen(100, width_multiplier),) * 5)
+    width = widen(100, width_multiplier)
+    return MLP(num_classes, widths=(width,) * 5)
 
 
 def _conv(num_classes: int, width_multiplier: float) -> nn.Module:
     """Builds the small convolutional network."""
-    return ConvNet(num_classes, widths=(widen(32, width_multiplier),) * 2)
+    width = widen(32, width_multiplier)
+    return ConvNet(num_classes, widths=(width, width))
 
 
 def _vgg(depth: int, *, batch_norm: bool, hidden: tuple[int, ...]) -> BuildFn:
-    """Returns the builder of a VGG. `hidden`: the widths of its dense layers; () for CIFAR."""
-    # Torchvision and OpenLTH initialize differently.
+    """Returns the builder of a VGG.
+
+    Args:
+      depth: a key of `vgg.STAGES`, which gives the number of convolutions.
+      batch_norm: whether a batch norm follows each convolution.
+      hidden: the widths of the dense layers before the head; () for CIFAR.
+    """
+    # The form with hidden layers is torchvision's, the other one OpenLTH's. They initialize
+    # differently, and the published results depend on it.
     kernel_init = layers.KAIMING_FAN_OUT if hidden else layers.KAIMING_FAN_IN
     dense_init = nn.initializers.normal(0.01) if hidden else layers.KAIMING_FAN_IN
 
@@ -142,13 +161,15 @@ def _vgg(depth: int, *, batch_norm: bool, hidden: tuple[int, ...]) -> BuildFn:
 
 def _cifar_resnet(depth: int, *, base: int) -> BuildFn:
     """Returns the builder of a ResNet of three stages. `base`: the width of the first stage."""
+    bases = (base, 2 * base, 4 * base)
+    # A block has two convolutions. The stem and the head are the other two layers.
+    num_blocks = (depth - 2) // 6
 
     def build(num_classes: int, width_multiplier: float) -> nn.Module:
-        widths = tuple(widen(base * factor, width_multiplier) for factor in (1, 2, 4))
+        widths = tuple(widen(base, width_multiplier) for base in bases)
         return ResNet(
             num_classes,
-            # A block has two convolutions. The stem and the head are the other two layers.
-            num_blocks=((depth - 2) // 6,) * 3,
+            num_blocks=(num_blocks,) * 3,
             widths=widths,
             stem_width=widths[0],
             kernel_init=layers.KAIMING_FAN_IN,
@@ -163,16 +184,18 @@ def _resnet(depth: int, *, wide: bool, imagenet: bool) -> BuildFn:
     bottleneck = depth >= 50
     # A wide bottleneck block doubles its inner width (torchvision's wide_resnet50_2). A wide basic
     # block has no inner width and doubles both convolutions (WRN-18-2, Zagoruyko & Komodakis 2016).
+    inner_factor = 2 if wide and bottleneck else 1
     factor = 2 if wide and not bottleneck else 1
     bases = tuple(factor * base for base in (64, 128, 256, 512))
 
     def build(num_classes: int, width_multiplier: float) -> nn.Module:
+        widths = tuple(widen(base, width_multiplier) for base in bases)
         return ResNet(
             num_classes,
             num_blocks=_RESNET_BLOCKS[depth],
-            widths=tuple(widen(base, width_multiplier) for base in bases),
+            widths=widths,
             bottleneck=bottleneck,
-            bottleneck_multiplier=2 if wide and bottleneck else 1,
+            bottleneck_multiplier=inner_factor,
             stem_width=widen(64, width_multiplier),
             imagenet_stem=imagenet,
         )
@@ -185,34 +208,41 @@ def _resnet(depth: int, *, wide: bool, imagenet: bool) -> BuildFn:
 
 def _vggs(family: str, side: int, hidden: tuple[int, ...]) -> dict[str, _Entry]:
     """Returns the VGGs of a data set, with and without batch norm."""
+    input_shape = (side, side, 3)
     entries = {}
     for depth in _VGG_DEPTHS:
-        for ending, batch_norm in (("", False), ("_bn", True)):
-            build = _vgg(depth, batch_norm=batch_norm, hidden=hidden)
-            entries[f"{family}_vgg{depth}{ending}"] = _Entry(build, (side, side, 3))
+        name = f"{family}_vgg{depth}"
+        plain = _vgg(depth, batch_norm=False, hidden=hidden)
+        normed = _vgg(depth, batch_norm=True, hidden=hidden)
+        entries[name] = _Entry(plain, input_shape)
+        entries[f"{name}_bn"] = _Entry(normed, input_shape)
     return entries
 
 
 def _cifar_resnets() -> dict[str, _Entry]:
     """Returns the ResNets of CIFAR."""
+    input_shape = (32, 32, 3)
     entries = {}
     for depth in _CIFAR_RESNET_DEPTHS:
-        for prefix, base in (("", 16), ("wide_", 32)):
-            build = _cifar_resnet(depth, base=base)
-            entries[f"cifar_{prefix}resnet{depth}"] = _Entry(build, (32, 32, 3))
+        plain = _cifar_resnet(depth, base=16)
+        wide = _cifar_resnet(depth, base=32)
+        entries[f"cifar_resnet{depth}"] = _Entry(plain, input_shape)
+        entries[f"cifar_wide_resnet{depth}"] = _Entry(wide, input_shape)
     return entries
 
 
 def _resnets(family: str, side: int, wide_depths: tuple[int, ...]) -> dict[str, _Entry]:
     """Returns the ResNets of a data set with larger images."""
+    # For images of 64x64 the published networks have the small stem, which keeps the maps' size.
     imagenet = family == "imagenet"
+    input_shape = (side, side, 3)
     entries = {}
     for depth in _RESNET_BLOCKS:
-        build = _resnet(depth, wide=False, imagenet=imagenet)
-        entries[f"{family}_resnet{depth}"] = _Entry(build, (side, side, 3))
+        plain = _resnet(depth, wide=False, imagenet=imagenet)
+        entries[f"{family}_resnet{depth}"] = _Entry(plain, input_shape)
     for depth in wide_depths:
-        build = _resnet(depth, wide=True, imagenet=imagenet)
-        entries[f"{family}_wide_resnet{depth}"] = _Entry(build, (side, side, 3))
+        wide = _resnet(depth, wide=True, imagenet=imagenet)
+        entries[f"{family}_wide_resnet{depth}"] = _Entry(wide, input_shape)
     return entries
 
 

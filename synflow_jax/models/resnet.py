@@ -9,6 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from synflow_jax.models import layers
 from synflow_jax.trees import Params
@@ -38,8 +39,8 @@ class ResNet(nn.Module):
         with bias 0.
       conv_widths: the output channels of every convolution, by stage and block, if they do not
         follow from `widths`. A compact network has them.
-      stem_shortcut: whether the first block has a shortcut. None: if stem and block differ in
-        width.
+      stem_shortcut: whether the first block has a shortcut. By default it has one if stem and block
+        differ in width.
     """
 
     num_classes: int
@@ -49,7 +50,7 @@ class ResNet(nn.Module):
     bottleneck_multiplier: int = 1
     stem_width: int = 64
     imagenet_stem: bool = False
-    kernel_init: nn.initializers.Initializer = layers.KAIMING_FAN_OUT
+    kernel_init: Initializer = layers.KAIMING_FAN_OUT
     torch_head: bool = True
     conv_widths: tuple[tuple[BlockWidths, ...], ...] | None = None
     stem_shortcut: bool | None = None
@@ -60,27 +61,37 @@ class ResNet(nn.Module):
         # The stem.
         size, stride = (7, 2) if self.imagenet_stem else (3, 1)
         stem = layers.conv(
-            self.stem_width, size, stride=stride, bias=False, init=self.kernel_init, name="conv1"
+            self.stem_width,
+            size,
+            stride=stride,
+            bias=False,
+            init=self.kernel_init,
+            name="conv1",
         )
-        x = layers.BatchNorm(train, name="conv1_norm")(stem(x))
+        norm = layers.BatchNorm(train, name="conv1_norm")
+        x = norm(stem(x))
         x = nn.relu(x)
         if self.imagenet_stem:
             x = layers.max_pool(x, 3, 2, padding=1)
 
-        # The stages. Maps are halved, and shapes change, in the first block of a stage.
+        # The stages.
         for i, stage in enumerate(self.all_widths()):
+            # The first block of a stage has a shortcut, because it changes the shape of its input.
+            # The first stage keeps the size of the maps: there only the width may differ.
+            halves = i > 0
+            has_shortcut = halves or self.has_stem_shortcut()
             for j, widths in enumerate(stage, 1):
                 first = j == 1
                 block = Block(
                     widths=widths,
-                    stride=2 if first and i > 0 else 1,
-                    shortcut=first and (i > 0 or self.has_stem_shortcut()),
+                    stride=2 if first and halves else 1,
+                    shortcut=first and has_shortcut,
                     kernel_init=self.kernel_init,
                     name=block_name(i, j, self.num_blocks[i]),
                 )
                 x = block(x, train=train)
 
-        # The head.
+        # The head. Averaging makes it independent of the size of the images.
         x = jnp.mean(x, axis=(1, 2))
         if self.torch_head:
             return layers.torch_dense(x, self.num_classes, name=layers.HEAD)
@@ -118,8 +129,11 @@ class ResNet(nn.Module):
             convolutions.append("conv3")
         stages = []
         for i, num_blocks in enumerate(self.num_blocks):
-            names = [block_name(i, j, num_blocks) for j in range(1, num_blocks + 1)]
-            blocks = [layers.widths(params[name], convolutions) for name in names]
+            blocks = []
+            for j in range(1, num_blocks + 1):
+                name = block_name(i, j, num_blocks)
+                of_block = layers.widths(params[name], convolutions)
+                blocks.append(of_block)
             stages.append(tuple(blocks))
         (stem_width,) = layers.widths(params, ["conv1"])
         return self.clone(
@@ -139,14 +153,17 @@ def block_name(stage: int, block: int, num_blocks: int) -> str:
     'conv2_07'
     """
     num_digits = len(str(num_blocks))
-    return f"conv{stage + 2}_{block:0{num_digits}d}"
+    number = str(block).zfill(num_digits)
+    # conv1 is the stem, so the first stage is conv2.
+    return f"conv{stage + 2}_{number}"
 
 
 class Block(nn.Module):
     """A residual block: relu(norm(conv(... x)) + shortcut(x)).
 
     Attributes:
-      widths: the output channels of its convolutions: two of 3x3, or three of 1x1, 3x3 and 1x1.
+      widths: the output channels of its convolutions. Two widths mean two 3x3 convolutions, three
+        mean a bottleneck of 1x1, 3x3 and 1x1.
       stride: the stride of the first 3x3 convolution and of the shortcut.
       shortcut: whether x passes a 1x1 convolution.
       kernel_init: the initializer of the convolutions.
@@ -155,20 +172,28 @@ class Block(nn.Module):
     widths: BlockWidths
     stride: int
     shortcut: bool
-    kernel_init: nn.initializers.Initializer
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [batch, height, width, in] to [batch, height / stride, width / stride, out]."""
         bottleneck = len(self.widths) == 3
         sizes = (1, 3, 1) if bottleneck else (3, 3)
+        # As in torchvision. The paper puts the stride of a bottleneck on its first convolution.
         strides = (1, self.stride, 1) if bottleneck else (self.stride, 1)
 
         def normed_conv(x: jax.Array, width: int, size: int, stride: int, name: str) -> jax.Array:
+            # No bias: the norm would subtract it again.
             convolution = layers.conv(
-                width, size, stride=stride, bias=False, init=self.kernel_init, name=name
+                width,
+                size,
+                stride=stride,
+                bias=False,
+                init=self.kernel_init,
+                name=name,
             )
-            return layers.BatchNorm(train, name=f"{name}_norm")(convolution(x))
+            norm = layers.BatchNorm(train, name=f"{name}_norm")
+            return norm(convolution(x))
 
         y = x
         for i, width in enumerate(self.widths):

@@ -26,7 +26,7 @@ class Compact(NamedTuple):
     Attributes:
       network: the smaller network. Its mask tells which of its weights are pruned.
       plan: which units of the full network are in it.
-      bounds: how much folding changed padded layers at most; see `compaction.Compacted`.
+      bounds: upper bounds of how much folding changed padded layers; see `compaction.Compacted`.
     """
 
     network: Network
@@ -35,11 +35,11 @@ class Compact(NamedTuple):
 
 
 def compact(network: Network, *, fold: bool = False, tolerance: float = 0.0) -> Compact:
-    """Returns the same function as a smaller dense network, without the units that are not used.
+    """Returns a smaller dense network that computes the same function, without unused units.
 
-    The network may be untrained or trained: biases and batch statistics count as they are. If the
-    mask leaves every unit in use, the network stays as it is. A residual block that has lost its
-    branch keeps one dead unit in each layer of the branch.
+    The network may be untrained or trained: biases and batch statistics count with their present
+    values. If the mask leaves every unit in use, the network does not change. A residual block that
+    has lost its branch keeps one dead unit in each layer of the branch.
 
     Args:
       network: its model is of this package, or a Linen module called as `module(x, train=...)`
@@ -71,6 +71,7 @@ def compact(network: Network, *, fold: bool = False, tolerance: float = 0.0) -> 
         )
     check_mask(network.mask, network.params)
 
+    # All variables are the tree to be made smaller: batch statistics shrink with their channels.
     def apply_fn(variables: Tree, x: jax.Array) -> jax.Array:
         return jnp.asarray(model.apply(variables, x, train=False))
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from synflow_jax.models import layers
 from synflow_jax.trees import Params
 
-# Convolutions in each of the five stages, by depth.
+# The number of convolutions in each of the five stages, by depth.
 STAGES = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -40,8 +41,8 @@ class VGG(nn.Module):
     widths: tuple[tuple[int, ...], ...]
     batch_norm: bool = True
     hidden: tuple[int, ...] = ()
-    kernel_init: nn.initializers.Initializer = layers.KAIMING_FAN_IN
-    dense_init: nn.initializers.Initializer = layers.KAIMING_FAN_IN
+    kernel_init: Initializer = layers.KAIMING_FAN_IN
+    dense_init: Initializer = layers.KAIMING_FAN_IN
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -49,25 +50,31 @@ class VGG(nn.Module):
 
         With hidden layers, training needs a "dropout" key.
         """
+        # The stages. Convolutions keep their biases before a batch norm too, as published.
         for i, stage in enumerate(self.widths, 1):
             for j, width in enumerate(stage, 1):
                 name = f"conv{i}_{j}"
                 conv = layers.conv(width, 3, bias=True, init=self.kernel_init, name=name)
                 x = conv(x)
                 if self.batch_norm:
-                    x = layers.BatchNorm(train, name=f"{name}_norm")(x)
+                    norm = layers.BatchNorm(train, name=f"{name}_norm")
+                    x = norm(x)
                 x = nn.relu(x)
             # The CIFAR form averages the maps of its last stage instead.
             if i < len(self.widths) or self.hidden:
                 x = layers.max_pool(x, 2, 2)
+
+        # The classifier. Dense layers need maps of one size; an average takes any.
         if self.hidden:
             x = x.reshape(x.shape[0], -1)
         else:
             x = jnp.mean(x, axis=(1, 2))
         for i, width in enumerate(self.hidden, 1):
             dense = nn.Dense(width, kernel_init=self.dense_init, name=f"fc{i}")
-            x = nn.relu(dense(x))
-            x = nn.Dropout(0.5, deterministic=not train)(x)
+            dropout = nn.Dropout(0.5, deterministic=not train)
+            x = dense(x)
+            x = nn.relu(x)
+            x = dropout(x)
         head = nn.Dense(self.num_classes, kernel_init=self.dense_init, name=layers.HEAD)
         return head(x)
 
@@ -75,10 +82,12 @@ class VGG(nn.Module):
         """Returns the network of the same layers for parameters of these shapes."""
         stages = []
         for i, stage in enumerate(self.widths, 1):
-            names = [f"conv{i}_{j}" for j in range(1, len(stage) + 1)]
-            stages.append(layers.widths(params, names))
-        dense = [f"fc{i}" for i in range(1, len(self.hidden) + 1)]
-        return self.clone(widths=tuple(stages), hidden=layers.widths(params, dense))
+            convolutions = [f"conv{i}_{j}" for j, _ in enumerate(stage, 1)]
+            of_stage = layers.widths(params, convolutions)
+            stages.append(of_stage)
+        dense = [f"fc{i}" for i, _ in enumerate(self.hidden, 1)]
+        hidden = layers.widths(params, dense)
+        return self.clone(widths=tuple(stages), hidden=hidden)
 
 
 def stage_widths(depth: int, width_multiplier: float = 1.0) -> tuple[tuple[int, ...], ...]:
@@ -96,4 +105,5 @@ def stage_widths(depth: int, width_multiplier: float = 1.0) -> tuple[tuple[int, 
 
 def widen(width: int, multiplier: float) -> int:
     """Scales a width, but keeps at least one channel."""
-    return max(1, round(width * multiplier))
+    scaled = round(width * multiplier)
+    return max(1, scaled)

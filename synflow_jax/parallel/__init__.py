@@ -1,1 +1,1 @@
-"""One network over several devices, and several processes as one job."""
+"""Prunes one network over several devices, and joins several processes into one job."""

@@ -1,10 +1,10 @@
 """Joins several processes into one job, and divides work between them.
 
-`jax.distributed` joins processes by itself. But if one of them never comes, XLA aborts all others
-without saying which one is missing. So they meet here first, on the port that JAX takes afterwards:
-process 0 counts who comes, and then tells everybody that all have come, or what is wrong.
+`jax.distributed` joins processes too. But if one of them never comes, XLA aborts all others without
+saying which one is missing. So the processes meet here first, on the port that JAX takes
+afterwards. Process 0 waits for all others. Then it tells them that all have come, or what is wrong.
 
-A meeting is one exchange of JSON lines per process:
+In a meeting each process exchanges two JSON lines with process 0:
 
     process i -> 0    {"format": ..., "process_id": i, "num_processes": n, "host": NAME}
     0 -> process i    {"problem": null}, or {"problem": MESSAGE, "kind": "timeout" or "value"}
@@ -28,16 +28,21 @@ _HELLO = "synflow_jax hosts 1"
 _PAUSE_S = 0.1  # between two attempts to reach process 0
 _HELLO_S = 5  # how long a process may take to say hello after it has connected
 _GRACE_S = 10  # how much longer than process 0 the others wait for its answer
-# A process that is done waits for the others, whose share may take hours longer. JAX's own limit is
-# 5 minutes; then it aborts all of them.
+# A process that is done waits for the others, whose share may take hours longer. By default JAX
+# aborts all of them after 5 minutes.
 _SHUTDOWN_S = 30 * 24 * 3600
 _WAIT_LONGER = "A longer timeout (--join_timeout) waits longer."
 
 
-# A dataclass, since a tuple has an `index` and a `count` already.
+# Not a NamedTuple: every tuple already has methods `index` and `count`.
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Which process this is, counted from 0, of how many."""
+    """The place of this process in its job.
+
+    Attributes:
+      index: the number of this process, from 0.
+      count: the number of processes.
+    """
 
     index: int
     count: int
@@ -82,6 +87,7 @@ def join(
         raise ValueError(
             f"timeout_s={timeout_s} must be positive and finite: seconds to wait for all processes."
         )
+    # The arguments, from the caller or from the cluster: all three or none.
     if cluster:
         coordinator, num_processes, process_id = _detect(
             coordinator, num_processes, process_id, timeout_s
@@ -94,8 +100,10 @@ def join(
         )
     hosts = _checked(process_id, num_processes)
     host, port = _address(coordinator)
+    # A job of one process needs no port.
     if hosts.count == 1:
         return ALONE
+    # The meeting, and only then JAX: from there on a missing process aborts all others.
     if hosts.index == 0:
         _gather(coordinator, port, hosts.count, timeout_s)
     else:
@@ -105,9 +113,9 @@ def join(
 
 
 def share(items: Sequence[_T], hosts: Hosts) -> list[_T]:
-    """Returns the items that are this process's share of the work.
+    """Returns this process's share of the items.
 
-    Neighbours stay together, and the sizes of shares differ by at most one.
+    A share is a run of neighbours. The sizes of the shares differ by at most one.
 
     >>> [share("abcde", Hosts(i, 3)) for i in range(3)]
     [['a'], ['b', 'c'], ['d', 'e']]
@@ -123,7 +131,8 @@ def share(items: Sequence[_T], hosts: Hosts) -> list[_T]:
 def _detect(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_s: float
 ) -> tuple[str, int, int]:
-    """Completes the arguments as `jax.distributed.initialize` does, which has no public name."""
+    """Completes the arguments as `jax.distributed.initialize` does."""
+    # JAX has no public name for this, and the private one may change in any version.
     try:
         from jax._src.clusters import ClusterEnv
 
@@ -147,8 +156,9 @@ def _detect(
 def _incomplete(**given: str | int | None) -> ValueError:
     """Returns the error for arguments of which some are given and some are not."""
     missing = [name for name, value in given.items() if value is None]
+    listed = " and ".join(missing)
     return ValueError(
-        f"{' and '.join(missing)} missing: the processes of a job are joined by "
+        f"{listed} missing: the processes of a job are joined by "
         "coordinator=HOST:PORT, num_processes and process_id together, or by cluster=True where "
         "SLURM or a TPU pod knows them."
     )
@@ -166,6 +176,7 @@ def _checked(process_id: int, num_processes: int) -> Hosts:
 
 def _address(coordinator: str) -> tuple[str, int]:
     """Splits HOST:PORT."""
+    # From the right: an IPv6 address has colons too.
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(
@@ -176,8 +187,8 @@ def _address(coordinator: str) -> tuple[str, int]:
 
 
 def _initialize(coordinator: str, hosts: Hosts, timeout_s: float) -> None:
-    """Tells JAX about the processes, which have met."""
-    # JAX's service would catch SIGTERM, which the commands need: they save their state on it.
+    """Initializes `jax.distributed` for processes that have met."""
+    # JAX's service would catch SIGTERM. The commands need that signal: on it they save their state.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
@@ -193,7 +204,7 @@ def _initialize(coordinator: str, hosts: Hosts, timeout_s: float) -> None:
 
 @dataclasses.dataclass
 class _Meeting:
-    """What process 0 knows of the others.
+    """The processes that process 0 has heard from. `_welcome` adds to it.
 
     Attributes:
       count: the number of processes.
@@ -207,10 +218,10 @@ class _Meeting:
 
 
 def _gather(coordinator: str, port: int, count: int, timeout_s: float) -> None:
-    """Waits for all other processes, and tells them that all have come, or what is wrong.
+    """Waits for all other processes. Then tells them that all have come, or what is wrong.
 
     Raises:
-      ValueError, TimeoutError: what is wrong, as the other processes raise it.
+      ValueError, TimeoutError: a process does not fit or did not come. All others raise the same.
       OSError: the port is taken.
     """
     deadline = time.monotonic() + timeout_s
@@ -225,14 +236,14 @@ def _gather(coordinator: str, port: int, count: int, timeout_s: float) -> None:
                 problem = _missing(meeting, coordinator, timeout_s)
             else:
                 problem = _welcome(meeting, connection)
-    # JAX takes the port now: it must be free before anybody is told to go on.
+    # JAX takes the port next, so it must be free before any process is told that all have come.
     _answer(meeting, problem)
     if problem is not None:
         raise problem
 
 
 def _listen(coordinator: str, port: int, count: int) -> socket.socket:
-    """Opens the port of the meeting, for IPv4 and, where there is, IPv6."""
+    """Opens the port of the meeting, for IPv4 and, where the machine has it, IPv6."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
@@ -244,12 +255,13 @@ def _listen(coordinator: str, port: int, count: int) -> socket.socket:
 
 
 def _welcome(meeting: _Meeting, connection: socket.socket) -> ValueError | None:
-    """Notes who has connected; returns the error if the process does not fit the job."""
+    """Records a process that has connected. Returns the error if it does not fit the job."""
     hello = _receive(connection, _HELLO_S)
     if hello.get("format") != _HELLO:
-        # A stranger, or a process that was stopped in the meantime.
+        # Another program, or a process that was stopped in the meantime.
         connection.close()
         return None
+    # Also a process that does not fit gets an answer, and can print what is wrong.
     meeting.connections.append(connection)
     index, name, count = hello["process_id"], hello["host"], hello["num_processes"]
     problem = None
@@ -280,7 +292,7 @@ def _answer(meeting: _Meeting, problem: Exception | None) -> None:
 
 def _missing(meeting: _Meeting, coordinator: str, timeout_s: float) -> TimeoutError:
     """Returns the error that names the processes that did not come."""
-    # A TPU pod and SLURM know the names of their machines.
+    # A process that never came has told nobody its host. A TPU pod and SLURM know their machines.
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     missing = []
@@ -288,7 +300,8 @@ def _missing(meeting: _Meeting, coordinator: str, timeout_s: float) -> TimeoutEr
         if i not in meeting.names:
             known = f" ({workers[i]})" if len(workers) == meeting.count else ""
             missing.append(f"process {i}{known}")
-    came = [f"process {i} on {name}" for i, name in sorted(meeting.names.items())]
+    arrived = sorted(meeting.names.items())
+    came = [f"process {i} on {name}" for i, name in arrived]
     of_job = f"The job's nodes are {nodes}. " if nodes else ""
     return TimeoutError(
         f"{_listed(missing)} of {meeting.count} did not join within {timeout_s:g} s. "
@@ -300,7 +313,8 @@ def _missing(meeting: _Meeting, coordinator: str, timeout_s: float) -> TimeoutEr
 
 def _listed(words: list[str], most: int = 16) -> str:
     """Joins words by commas, and counts those beyond the first ones."""
-    more = f" and {len(words) - most} more" if len(words) > most else ""
+    num_more = len(words) - most
+    more = f" and {num_more} more" if num_more > 0 else ""
     return ", ".join(words[:most]) + more
 
 
@@ -340,6 +354,7 @@ def _connect(host: str, port: int, hosts: Hosts, timeout_s: float) -> socket.soc
         try:
             return socket.create_connection((host, port), timeout=_until(deadline))
         except OSError as error:
+            # Refused connections and unknown hosts may be over in a moment, so all errors wait.
             if time.monotonic() >= deadline:
                 raise TimeoutError(
                     f"process 0 of {hosts.count} did not answer at coordinator={host}:{port} "
@@ -353,14 +368,16 @@ def _connect(host: str, port: int, hosts: Hosts, timeout_s: float) -> socket.soc
 
 
 def _until(deadline: float) -> float:
-    """Returns the seconds until a deadline; at least a little, since 0 means not to wait at all."""
-    return max(0.001, deadline - time.monotonic())
+    """Returns the seconds until a deadline, at least a millisecond."""
+    seconds = deadline - time.monotonic()
+    # A socket takes 0 for "do not block", which raises another error than a timeout.
+    return max(0.001, seconds)
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     """Sends one message."""
     line = json.dumps(message) + "\n"
-    # If the other side has gone, it is found missing where that matters.
+    # If the other side has gone, its missing answer is the error that gets reported.
     with contextlib.suppress(OSError):
         connection.sendall(line.encode())
 
@@ -370,7 +387,9 @@ def _receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
     connection.settimeout(timeout_s)
     try:
         with connection.makefile("rb") as lines:
-            message = json.loads(lines.readline(2**16))
+            # Another program may send without end.
+            line = lines.readline(2**16)
+            message = json.loads(line)
     except (OSError, ValueError):
         return {}
     return message if isinstance(message, dict) else {}

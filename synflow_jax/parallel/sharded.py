@@ -1,11 +1,11 @@
 """Prunes one network over several devices, of one process or of many, to the mask of one device.
 
-Mask, scores and the parameters at rest are spread over the devices. Each device holds one part of
-every prunable leaf: the leaf is flattened, filled up to a multiple of the number of devices, and
-cut. To score, the devices join the parameters (exact copies), share the batches of SNIP and GraSP
-(`batches`), and keep their parts of the scores. The threshold is found by counts that are added up
-(`masking.Exchange`), so no score leaves its device. Elements that only fill up an array are above
-every threshold and are never kept.
+Mask, scores and the parameters between two iterations are spread over the devices. Each device
+holds one part of every prunable leaf: the leaf is flattened, filled up to a multiple of the number
+of devices, and cut. To score, the devices join the parameters (exact copies) and share the batches
+of SNIP and GraSP (`batches`). Each keeps its part of the scores. The threshold is found by counts
+that are added up (`masking.Exchange`), so no score leaves its device. Elements that only fill up an
+array are above every threshold and are never kept.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from synflow_jax.scores import Rule, ScoreFn, as_rule
 from synflow_jax.trees import Mask, Params, Scores, Tree
 
 _AXIS = "devices"
-_Split = tuple[bool, ...]  # per leaf of a rule, whether it is split over the devices
-_Shapes = tuple[tuple[int, ...], ...]  # of the prunable leaves
+_Split = tuple[bool, ...]  # for each leaf of a rule, whether it is split over the devices
+_Shapes = tuple[tuple[int, ...], ...]  # the shapes of the prunable leaves
 
 
 # On the host -------------------------------------------------------------------------------------
@@ -54,12 +54,12 @@ def prune(
 ) -> tuple[Mask, PruneInfo]:
     """Prunes over several devices: `pruning.prune` with the same arguments and an equal mask.
 
-    Where the devices belong to several processes (`hosts.join`), each process calls this with the
-    same arguments. The loop is compiled once for all compressions, schedules, keys and batches.
+    If the devices belong to several processes (`hosts.join`), each process calls this with the same
+    arguments. The loop is compiled once for all compressions, schedules, keys and batches.
 
     Args:
-      score_fn: a rule of `synflow_jax.scores`. SNIP and GraSP share their batches among the
-        devices. Every device computes a function of your own.
+      score_fn: a rule of `synflow_jax.scores`. The batches of SNIP and GraSP are shared among the
+        devices. A function that you wrote is computed in full on every device.
       params, compression, num_iterations, schedule, key, mask, nested, score_dtype, on_progress: as
         in `pruning.prune`.
       devices: by default all devices of all processes.
@@ -67,11 +67,12 @@ def prune(
         scored. False keeps them whole on each device and saves an exchange per iteration.
 
     Returns:
-      The whole mask, on the first device of each process, and the info. The sums of the info agree
-      with those of one device up to rounding: they are added in another order.
+      The whole mask, on the first device of each process, and the info. The sums in the info agree
+      with those of one device up to rounding, because they are added in another order.
 
     Raises:
-      ValueError, FloatingPointError: as in `pruning.prune`; or this process has no device.
+      ValueError, FloatingPointError: as in `pruning.prune`. Also ValueError if `devices` has none
+        of this process.
     """
     rule = as_rule(score_fn)
     mask = trees.prunable(params) if mask is None else mask
@@ -79,20 +80,32 @@ def prune(
     if num_iterations is None:
         num_iterations = pruning.usual_iterations(rule, compression)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(mask))
-    counts = schedule(shapes, compression, num_iterations)
-    counts = schedules.check_counts(counts, trees.sizes(mask))
+    counts = pruning.schedule_counts(schedule, mask, compression, num_iterations)
     mesh = _mesh(devices)
 
     with pruning.scoring_dtype(score_dtype, params, mask) as cast:
         rule, params = cast((rule, params))
         placed_rule, num_batches, split = _place_rule(mesh, rule)
         words, impl = _key_words(key)
-        state = pruning.init_state(mask, len(counts), pruning.score_type(params, mask))
+
+        # The state: a part of the mask on each device, everything else whole on all of them.
+        dtype = pruning.score_type(params, mask)
+        whole_state = pruning.init_state(mask, len(counts), dtype)
         mask_parts = _pad_leaves(mask, mesh)
-        param_parts = _pad_leaves(trees.select(params, mask), mesh)
-        state = PruneState(_place(mesh, mask_parts, P(_AXIS)), *_place(mesh, tuple(state[1:]), P()))
-        laid_out = trees.merge(param_parts, params) if shard_params else params
-        laid_out = _place(mesh, laid_out, _params_specs(params, mask, shard_params))
+        placed_mask = _place(mesh, mask_parts, P(_AXIS))
+        rest = _place(mesh, tuple(whole_state[1:]), P())
+        state = PruneState(placed_mask, *rest)
+
+        # The parameters. Those that cannot be pruned are whole on every device in any case.
+        laid_out = params
+        if shard_params:
+            param_parts = _pad_leaves(trees.select(params, mask), mesh)
+            laid_out = trees.merge(param_parts, params)
+        param_specs = _params_specs(params, mask, shard_params)
+        laid_out = _place(mesh, laid_out, param_specs)
+
+        # Counts, key and numbers of batches are arguments, not constants of the program, so that
+        # it is compiled only once.
         counts = np.asarray(counts, np.int32)
         counts, words, num_batches = _place(mesh, (counts, words, num_batches), P())
 
@@ -119,13 +132,13 @@ def prune(
                 on_progress(num_done, _local(info))
 
         num_rows = len(state.info.kept)
+        # Without a reporter the whole loop is one call.
         reporter = report if on_progress is not None else None
         state = pruning.run_in_stretches(run, state, num_rows, reporter)
-        whole_mask = _local(_join_mask(state.mask, mesh=mesh, shapes=shapes))
-        info = _local(state.info)
-        found = PruneState(whole_mask, info, _local(state.finite), _local(state.done))
+        joined = _join_mask(state.mask, mesh=mesh, shapes=shapes)
+        found = _local(state._replace(mask=joined))
         pruning.raise_unless_finite(found, rule, params)
-    return whole_mask, info
+    return found.mask, found.info
 
 
 def first_scores(
@@ -137,7 +150,7 @@ def first_scores(
     score_dtype: Any = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Scores:
-    """Scores over several devices: `pruning.first_scores`, equal in every bit.
+    """Computes `pruning.first_scores` over several devices, bit for bit.
 
     Returns:
       The whole scores, on the first device of each process.
@@ -149,7 +162,8 @@ def first_scores(
     with pruning.scoring_dtype(score_dtype, params, mask) as cast:
         rule, params = cast((as_rule(score_fn), params))
         rule, num_batches, split = _place_rule(mesh, rule)
-        params, mask, words, num_batches = _place(mesh, (params, mask, words, num_batches), P())
+        on_host = (params, mask, words, num_batches)
+        params, mask, words, num_batches = _place(mesh, on_host, P())
         found = _first_scores(
             rule, params, mask, words, num_batches, mesh=mesh, split=split, impl=impl
         )
@@ -179,7 +193,7 @@ def _advance(
     shard_params: bool,
     nested: bool,
 ) -> PruneState:
-    """Runs `pruning.advance` on arrays that are spread over the mesh."""
+    """Computes `pruning.advance` on arrays that are spread over the mesh."""
     dtype = state.info.score_total.dtype
     exchange = Exchange(
         sum=lambda value: jax.lax.psum(value, _AXIS),
@@ -190,26 +204,32 @@ def _advance(
     def on_device(rule: Rule, params: Params, state: PruneState, *rest: Any) -> PruneState:
         counts, words, num_batches, start, stop = rest
         rule = batches.whole_rule(rule, num_batches, _AXIS)
+        key = jax.random.wrap_key_data(words, impl=impl)
 
         def part(leaf: jax.Array) -> jax.Array:
             """Cuts this device's part out of a whole leaf."""
+            index = jax.lax.axis_index(_AXIS)
             parts = _pad(jnp, leaf, mesh).reshape(mesh.size, -1)
-            return parts[jax.lax.axis_index(_AXIS)]
+            return parts[index]
 
         def flow_of_parts(params: Params, mask: Mask, key: chex.PRNGKey) -> Any:
+            # Whole parameters exist only here, while they are scored.
             if shard_params:
-                params = trees.merge(_join(trees.select(params, mask), shapes), params)
-            flow = pruning.flow_of(rule, params, _join(mask, shapes), key, dtype)
-            return flow._replace(scores=jax.tree.map(part, flow.scores))
+                joined = _join(trees.select(params, mask), shapes)
+                params = trees.merge(joined, params)
+            whole_mask = _join(mask, shapes)
+            flow = pruning.flow_of(rule, params, whole_mask, key, dtype)
+            score_parts = jax.tree.map(part, flow.scores)
+            return flow._replace(scores=score_parts)
 
+        # The elements that stand for weights; those that only fill up the arrays are False.
         ones = jax.tree.map(lambda like: jnp.ones(like.shape, bool), _like(state.mask, shapes))
-        propose = pruning.propose_smallest(
-            counts, nested=nested, exchange=exchange, real=jax.tree.map(part, ones)
-        )
+        real = jax.tree.map(part, ones)
+        propose = pruning.propose_smallest(counts, nested=nested, exchange=exchange, real=real)
         return pruning.advance(
             Rule(rule.score, flow=flow_of_parts),
             params,
-            jax.random.wrap_key_data(words, impl=impl),
+            key,
             state,
             start,
             stop,
@@ -224,8 +244,8 @@ def _advance(
         state_specs,
         *[P()] * 5,
     )
-    # check_vma=False: the gradient of a replicated parameter belongs to this device alone, and JAX
-    # must not add it up over the devices.
+    # check_vma=False: each device computes its own gradient of a parameter that all devices hold.
+    # JAX must not add these gradients up over the devices.
     run = jax.shard_map(
         on_device, mesh=mesh, in_specs=in_specs, out_specs=state_specs, check_vma=False
     )
@@ -244,6 +264,8 @@ def _first_scores(
     split: _Split,
     impl: Any,
 ) -> Scores:
+    """Computes the scores of the first iteration, whole on every device."""
+
     def on_device(
         rule: Rule,
         params: Params,
@@ -253,8 +275,10 @@ def _first_scores(
     ) -> Scores:
         rule = batches.whole_rule(rule, num_batches, _AXIS)
         key = jax.random.wrap_key_data(words, impl=impl)
+        # The key and the precision of the first iteration of the loop.
+        first_key = jax.random.fold_in(key, 0)
         with jax.default_matmul_precision("highest"):
-            return rule(params, mask, jax.random.fold_in(key, 0))
+            return rule(params, mask, first_key)
 
     in_specs = (_rule_specs(rule, split), P(), P(), P(), P())
     run = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
@@ -263,6 +287,7 @@ def _first_scores(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shapes"))
 def _join_mask(mask: Mask, *, mesh: Mesh, shapes: _Shapes) -> Mask:
+    """Joins the parts of a mask, whole on every device."""
     join = functools.partial(_join, shapes=shapes)
     run = jax.shard_map(join, mesh=mesh, in_specs=(P(_AXIS),), out_specs=P(), check_vma=False)
     return run(mask)
@@ -276,22 +301,34 @@ def _join(parts: Tree, shapes: _Shapes) -> Tree:
 
     def whole(part: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
         joined = jax.lax.all_gather(part, _AXIS, tiled=True)
-        return joined[: like.size].reshape(like.shape)
+        unpadded = joined[: like.size]
+        return unpadded.reshape(like.shape)
 
     return jax.tree.map(whole, parts, _like(parts, shapes))
 
 
 def _like(tree: Tree, shapes: _Shapes) -> Tree:
+    """Returns the shapes of whole leaves, with the structure of a tree of their parts."""
     structs = [jax.ShapeDtypeStruct(shape, jnp.bool_) for shape in shapes]
-    return jax.tree.unflatten(jax.tree.structure(tree), structs)
+    structure = jax.tree.structure(tree)
+    return jax.tree.unflatten(structure, structs)
 
 
 def _pad(xp: Any, leaf: Any, mesh: Mesh) -> Any:
-    """Flattens a leaf and fills it up with zeros to a multiple of the number of devices."""
-    return xp.pad(leaf.reshape(-1), (0, -leaf.size % mesh.size))
+    """Flattens a leaf and fills it up with zeros to a multiple of the number of devices.
+
+    Args:
+      xp: `numpy` on the host, `jax.numpy` in a compiled function.
+      leaf: an array of any shape.
+      mesh: the devices.
+    """
+    flat = leaf.reshape(-1)
+    num_missing = -leaf.size % mesh.size
+    return xp.pad(flat, (0, num_missing))
 
 
 def _pad_leaves(tree: Tree, mesh: Mesh) -> Tree:
+    """Flattens and fills up the leaves of a tree on the host."""
     return jax.tree.map(lambda leaf: _pad(np, np.asarray(leaf), mesh), tree)
 
 
@@ -299,35 +336,42 @@ def _pad_leaves(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def _params_specs(params: Params, mask: Mask, shard_params: bool) -> Tree:
+    """Returns how each parameter is placed: in parts if it can be pruned, else whole."""
     whole = jax.tree.map(lambda _: P(), params)
     if not shard_params:
         return whole
-    return trees.merge(jax.tree.map(lambda _: P(_AXIS), mask), whole)
+    in_parts = jax.tree.map(lambda _: P(_AXIS), mask)
+    return trees.merge(in_parts, whole)
 
 
 def _rule_specs(rule: Rule, split: _Split) -> Tree:
+    """Returns how each leaf of a rule is placed: dealt batches by their second axis, else whole."""
     specs = [P(None, _AXIS) if is_split else P() for is_split in split]
-    return jax.tree.unflatten(jax.tree.structure(rule), specs)
+    structure = jax.tree.structure(rule)
+    return jax.tree.unflatten(structure, specs)
 
 
 def _place_rule(mesh: Mesh, rule: Rule) -> tuple[Rule, Any, _Split]:
     """Deals out the batches of a rule and places it on the mesh; see `batches.deal`."""
     rule, num_batches, split_tree = batches.deal(rule, mesh.size)
     split = tuple(jax.tree.leaves(split_tree))
-    return _place(mesh, rule, _rule_specs(rule, split)), num_batches, split
+    specs = _rule_specs(rule, split)
+    return _place(mesh, rule, specs), num_batches, split
 
 
 def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
-    """Places arrays that all processes have alike on the devices of the mesh."""
+    """Places arrays on the devices of the mesh. Every process must pass equal arrays."""
 
     def place(spec: P, leaf: Any) -> jax.Array:
         host = np.asarray(leaf)
         sharding = NamedSharding(mesh, spec)
+        # Each process fills only its own devices. `jax.device_put` would compare the arrays of all
+        # processes first.
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     if isinstance(specs, P):
-        spec = specs
-        specs = jax.tree.map(lambda _: spec, tree)
+        one_spec = specs
+        specs = jax.tree.map(lambda _: one_spec, tree)
     return jax.tree.map(place, specs, tree)
 
 
@@ -339,15 +383,19 @@ def _local(tree: Tree) -> Tree:
 def _key_words(key: chex.PRNGKey | None) -> tuple[Any, Any]:
     """Splits a key into an array of words, which any sharding takes, and its implementation."""
     key = jax.random.key(0) if key is None else key
+    # Old-style keys are words already.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.random.key_data(key), jax.random.key_impl(key)
 
 
 def _mesh(devices: Sequence[jax.Device] | None) -> Mesh:
+    """Returns the mesh of the given devices, by default of all."""
     devices = jax.devices() if devices is None else devices
     index = jax.process_index()
-    if index not in {device.process_index for device in devices}:
+    processes = {device.process_index for device in devices}
+    # A process without a device could not read the mask.
+    if index not in processes:
         raise ValueError(
             f"devices has none of process {index}. Name some of its jax.local_devices(), or let "
             "only the other processes prune."

@@ -15,6 +15,7 @@ import safetensors.numpy
 from synflow_jax.storage import files
 from synflow_jax.storage.files import AnyPath
 
+# Written into every file. The reader refuses any other format.
 _FORMAT = "synflow_jax arrays 1"
 DAMAGED = "It is damaged or was made by another program: make it again, or take another file."
 
@@ -28,8 +29,13 @@ def save_arrays(
 
     The file's own metadata holds `format`, `sha256` (of the arrays) and `run`: `metadata` as JSON.
     """
-    header = {"format": _FORMAT, "sha256": digest(arrays), "run": run_json(metadata)}
-    files.write_bytes(path, safetensors.numpy.save(dict(arrays), header))
+    header = {
+        "format": _FORMAT,
+        "sha256": digest(arrays),
+        "run": run_json(metadata),
+    }
+    content = safetensors.numpy.save(dict(arrays), header)
+    files.write_bytes(path, content)
 
 
 def load_arrays(path: pathlib.Path) -> Arrays:
@@ -42,7 +48,10 @@ def load_arrays(path: pathlib.Path) -> Arrays:
     arrays, header = read_safetensors(
         path, "state file", "train.py writes it if IMP rewinds to a step."
     )
-    if header.get("format") != _FORMAT or digest(arrays) != header.get("sha256"):
+    has_format = header.get("format") == _FORMAT
+    # Safetensors has no checksum. Without one, a run would resume from a flipped bit.
+    has_digest = header.get("sha256") == digest(arrays)
+    if not (has_format and has_digest):
         raise ValueError(
             f"state file {str(path)!r} does not match its format or its sha256. {DAMAGED}"
         )
@@ -55,7 +64,7 @@ def read_safetensors(path: AnyPath, kind: str, hint: str = "") -> tuple[Arrays, 
     Args:
       path: the file.
       kind: what the file is, for messages: "mask file".
-      hint: which command makes such a file, for the message that there is none.
+      hint: which command writes such a file, for the message about a missing one.
 
     Returns:
       The arrays by name, and the metadata.
@@ -70,26 +79,33 @@ def read_safetensors(path: AnyPath, kind: str, hint: str = "") -> tuple[Arrays, 
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
+            arrays = {}
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, metadata
+            for name in names:
+                arrays[name] = file.get_tensor(name)
+            return arrays, metadata
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"{kind} {str(path)!r} cannot be read: {error}. {DAMAGED}") from error
 
 
 def read_npz(path: AnyPath) -> Arrays:
-    """Reads the arrays of an .npz file by name. Pickled objects are refused."""
+    """Reads the arrays of an .npz file by name. Refuses pickled objects."""
+    # A pickle can run any program, and these files come from other people.
     with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Computes the sha256 of arrays, in hex: of their bytes, in the order of their names."""
+    # Rows and files record this digest, so what it covers cannot change.
     hashed = hashlib.sha256()
     for name in sorted(arrays):
-        hashed.update(arrays[name].tobytes())
+        content = arrays[name].tobytes()
+        hashed.update(content)
     return hashed.hexdigest()
 
 
 def run_json(metadata: Mapping[str, Any] | None) -> str:
-    """Encodes what a file says about its run, as JSON."""
-    return json.dumps(files.to_json(dict(metadata or {})))
+    """Encodes the description of a run as JSON."""
+    described = dict(metadata or {})
+    return json.dumps(files.to_json(described))

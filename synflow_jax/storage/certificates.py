@@ -35,14 +35,19 @@ def save_certificate(
       certificate: the contents of the JSON file.
       removed_in: tree of uint16 arrays: the iteration, from 1, that pruned each weight; 0 if kept.
     """
+    names = trees.names(removed_in)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(removed_in)]
-    iterations = dict(zip(trees.names(removed_in), leaves, strict=True))
+    iterations = dict(zip(names, leaves, strict=True))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **iterations)
+    contents = {
+        "format": _FORMAT,
+        **certificate,
+        "removed_in_sha256": arrays.digest(iterations),
+    }
     # The JSON file comes last: where it exists, the certificate is complete.
     files.write_bytes(path.with_suffix(".npz"), buffer.getvalue())
-    digest = arrays.digest(iterations)
-    files.write_json(path, {"format": _FORMAT, **certificate, "removed_in_sha256": digest})
+    files.write_json(path, contents)
 
 
 def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
@@ -74,6 +79,8 @@ def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
         raise ValueError(
             f"file {str(path)!r} is not a certificate of the format {_FORMAT!r}. {arrays.DAMAGED}"
         )
+    # Each file is written atomically, but not both at once: a crash between the two writes leaves
+    # the new arrays with an older claim.
     if certificate.get("removed_in_sha256") != arrays.digest(iterations):
         raise ValueError(
             f"certificate {str(path)!r} does not belong to {arrays_path.name!r} in the same "

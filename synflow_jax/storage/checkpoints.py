@@ -22,7 +22,7 @@ import tensorstore
 
 from synflow_jax.trees import Tree, path_name
 
-# Shape and dtype of each leaf, by name.
+# The shape and dtype of each leaf, by name.
 _Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
@@ -30,9 +30,9 @@ class Checkpoints(NamedTuple):
     """The open folder of a run's checkpoints.
 
     Attributes:
-      folder: of this run alone.
-      manager: orbax's.
-      run: describes the run, as plain JSON values.
+      folder: holds the checkpoints of this run only.
+      manager: the `CheckpointManager` of orbax.
+      run: a description of the run, as plain JSON values.
     """
 
     folder: pathlib.Path
@@ -45,8 +45,8 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
     """Opens a folder of checkpoints. Leaving it waits until all of them are on the disk.
 
     Args:
-      folder: of this run alone; created if it is missing.
-      run: describes the run, as plain values.
+      folder: for the checkpoints of this run only; created if it is missing.
+      run: a description of the run, as plain values.
       keep: how many checkpoints to keep.
 
     Raises:
@@ -54,9 +54,9 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
     """
     folder.mkdir(parents=True, exist_ok=True)
     this_process = _this_process(folder)
-    # Made in the background, folders are announced to the writing threads by keys that the
-    # processes of a job share. Here each process writes its own checkpoints, so one process would
-    # wait for, or write into, a folder that another one announced.
+    # Orbax would create folders in the background and announce them to its writing threads by keys
+    # that all processes of a job share. Here each process writes separate checkpoints: it would
+    # wait for, or write into, a folder that another process announced.
     at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -70,9 +70,10 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
     }
     manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
     # Tuples become lists, as in the stored description that this one will be compared with.
-    as_read = json.loads(json.dumps(run))
+    encoded = json.dumps(run)
+    opened = Checkpoints(folder, manager, json.loads(encoded))
     try:
-        yield Checkpoints(folder, manager, as_read)
+        yield opened
         _wait(folder, manager)
     finally:
         # Closing repeats an error of writing, which was raised above.
@@ -85,8 +86,10 @@ def _this_process(folder: pathlib.Path) -> ocp.options.MultiprocessingOptions:
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     index = jax.process_index()
-    # Several folders may be open at a time, and each needs its own barrier.
-    prefix = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    # Several folders may be open at a time, and each needs its own barrier. A digest has a fixed
+    # length and no characters that a key could not have.
+    hashed = hashlib.sha256(str(folder).encode())
+    prefix = hashed.hexdigest()[:16]
     return ocp.options.MultiprocessingOptions(
         primary_host=index,
         active_processes={index},
@@ -109,22 +112,25 @@ class _NumpyHandler(ocp.type_handlers.NumpyHandler):
         async def write() -> None:
             for value, info in zip(values, infos, strict=True):
                 store = {"driver": "file", "path": str(info.parent_dir / info.name)}
+                spec = {"driver": "zarr", "kvstore": store}
                 array = await tensorstore.open(
-                    {"driver": "zarr", "kvstore": store},
+                    spec,
                     create=True,
                     dtype=value.dtype,
                     shape=value.shape,
                 )
                 await array.write(value)
 
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="own_arrays")]
+        future = ocp.future.CommitFutureAwaitingContractedSignals(write(), name="own_arrays")
+        return [future]
 
 
 def _arrays() -> dict[str, Any]:
-    """Returns how arrays are written: by orbax's defaults, unless there are several processes."""
+    """Returns the options for writing arrays: orbax's defaults, unless there are more processes."""
     if jax.process_count() == 1:
         return {}
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyHandler()))
+    handler = (np.ndarray, _NumpyHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(handler)
     # Orbax's format OCDBT would look for the parts of other processes.
     return {"type_handler_registry": registry, "use_ocdbt": False}
 
@@ -134,26 +140,30 @@ def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False)
 
     Args:
       checkpoints: the open folder.
-      step: its number.
-      tree: to be saved. It is copied first, since the next training step reuses its memory.
-      wait: True returns when the checkpoint is on the disk.
+      step: the number of the training step.
+      tree: what to save. It is copied first, because the next training step reuses its memory.
+      wait: whether to return only when the checkpoint is on the disk.
 
     Raises:
-      OSError: it could not be written, or the one before could not. Complete ones are kept.
+      OSError: this checkpoint or the one before could not be written. Complete ones are kept.
     """
+    folder, manager, run = checkpoints
+    # np.array copies; np.asarray would not.
     flat = {name: np.array(leaf) for name, leaf in flatten(tree).items()}
-    _wait(checkpoints.folder, checkpoints.manager)
-    if step in checkpoints.manager.all_steps():
+    # Raises the error of the checkpoint before, if it had one, while no newer one has started.
+    _wait(folder, manager)
+    if step in manager.all_steps():
         return
     items = ocp.args.Composite(
-        tree=ocp.args.PyTreeSave(flat), run=ocp.args.JsonSave(dict(checkpoints.run))
+        tree=ocp.args.PyTreeSave(flat),
+        run=ocp.args.JsonSave(dict(run)),
     )
     try:
-        checkpoints.manager.save(step, args=items)
+        manager.save(step, args=items)
     except Exception as error:
-        raise _unwritten(checkpoints.folder, error) from error
+        raise _unwritten(folder, error) from error
     if wait:
-        _wait(checkpoints.folder, checkpoints.manager)
+        _wait(folder, manager)
 
 
 def _wait(folder: pathlib.Path, manager: Any) -> None:
@@ -165,6 +175,7 @@ def _wait(folder: pathlib.Path, manager: Any) -> None:
 
 
 def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
+    """Returns the error for a checkpoint that could not be written."""
     return OSError(
         f"a checkpoint could not be written to {str(folder)!r}: {error}. Earlier checkpoints are "
         "intact. Free some disk space (make room), then run the same command again to resume."
@@ -175,7 +186,9 @@ def latest_step(folder: pathlib.Path) -> int | None:
     """Returns the step of the newest checkpoint of a folder, or None if there is none."""
     if not folder.is_dir():
         return None
-    return max(ocp.utils.checkpoint_steps(folder), default=None)
+    # Reads names only: opening the folder with a manager would be slower, and would create it.
+    steps = ocp.utils.checkpoint_steps(folder)
+    return max(steps, default=None)
 
 
 def latest_run(checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -196,7 +209,7 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
 
     Args:
       checkpoints: the open folder.
-      like: a tree of the same structure, shapes and dtypes.
+      like: a tree of the structure, shapes and dtypes that were saved.
 
     Returns:
       (step, tree), or None if there is no checkpoint.
@@ -210,6 +223,8 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
         return None
     step = checkpoints.manager.latest_step()
     path = checkpoints.folder / str(step)
+    # The description is checked before the arrays are read. Another config explains a difference
+    # of the arrays better than their shapes do.
     _check_run(path, found_run, checkpoints.run)
     items = ocp.args.Composite(tree=ocp.args.PyTreeRestore())
     flat = _restore(checkpoints, step, items)["tree"]
@@ -219,11 +234,13 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
 
 def _check_run(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError if a checkpoint describes another run."""
+    # A union of dicts keeps the order of the keys, so the message is the same in each process.
     for key in {**found, **wanted}:
-        if found.get(key) != wanted.get(key):
+        its, ours = found.get(key), wanted.get(key)
+        if its != ours:
             raise ValueError(
                 f"checkpoint {str(path)!r} belongs to another run: its {key} is "
-                f"{found.get(key)!r}, this one's is {wanted.get(key)!r}. Choose another "
+                f"{its!r}, this one's is {ours!r}. Choose another "
                 "--workdir, or --overwrite to begin anew."
             )
 
@@ -231,16 +248,23 @@ def _check_run(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str
 def _check_layout(path: pathlib.Path, found: _Layout, wanted: _Layout) -> None:
     """Raises ValueError if a checkpoint holds other arrays."""
     for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
+        there = found.get(name, "missing")
+        here = wanted.get(name, "missing")
+        if there != here:
             raise ValueError(
                 f"checkpoint {str(path)!r} belongs to another network: {name!r} is "
-                f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here. "
+                f"{there} there and {here} here. "
                 "Choose another --workdir, or --overwrite to begin anew."
             )
 
 
 def _layout(flat: Mapping[str, Any]) -> _Layout:
-    return {name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in flat.items()}
+    """Returns the shape and dtype of each leaf."""
+    layout = {}
+    for name, leaf in flat.items():
+        array = np.asarray(leaf)
+        layout[name] = (array.shape, array.dtype)
+    return layout
 
 
 def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -254,13 +278,17 @@ def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
       ValueError: the checkpoint is damaged.
     """
     missing = FileNotFoundError(f"there is no checkpoint in {str(folder)!r}. train.py writes them.")
+    # Opening would create the folder.
     if not folder.is_dir():
         raise missing
     with open_folder(folder, {}, 1) as opened:
         step = opened.manager.latest_step()
         if step is None:
             raise missing
-        items = ocp.args.Composite(tree=ocp.args.PyTreeRestore(), run=ocp.args.JsonRestore())
+        items = ocp.args.Composite(
+            tree=ocp.args.PyTreeRestore(),
+            run=ocp.args.JsonRestore(),
+        )
         restored = _restore(opened, step, items)
     arrays = {name: np.asarray(leaf) for name, leaf in restored["tree"].items()}
     return arrays, restored["run"]
@@ -270,9 +298,11 @@ def _restore(checkpoints: Checkpoints, step: int, items: ocp.args.Composite) -> 
     """Reads the given items of a checkpoint. Raises ValueError if it is damaged."""
     try:
         return checkpoints.manager.restore(step, args=items)
+    # Orbax and TensorStore raise many types of errors for damaged files.
     except Exception as error:
         path = checkpoints.folder / str(step)
-        first_line = (str(error).splitlines() or [repr(error)])[0]
+        lines = str(error).splitlines() or [repr(error)]
+        first_line = lines[0]
         raise ValueError(
             f"checkpoint {str(path)!r} is damaged: {first_line[:200]} Delete that folder; the run "
             "then resumes from the checkpoint before it, if there is one."
@@ -288,7 +318,9 @@ def flatten(tree: Tree) -> dict[str, Any]:
     """Returns the leaves by name. Random keys are returned as their bits."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        flat[path_name(path)] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        # NumPy, and so the disk, has no type for keys.
+        stored = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        flat[path_name(path)] = stored
     return flat
 
 
@@ -296,13 +328,16 @@ def unflatten(flat: Mapping[str, Any], like: Tree) -> Tree:
     """Returns the tree of the structure of `like` whose leaves `flatten` has named."""
 
     def leaf(path: tuple[Any, ...], old: Any) -> jax.Array:
-        new = jax.numpy.asarray(np.asarray(flat[path_name(path)]))
+        stored = np.asarray(flat[path_name(path)])
+        new = jax.numpy.asarray(stored)
         if not _is_key(old):
             return new
-        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
+        impl = jax.random.key_impl(old)
+        return jax.random.wrap_key_data(new, impl=impl)
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def _is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is a typed random key."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,7 +1,7 @@
 """Writes files atomically: after a crash a file is either the old one or the new one, never a part.
 
 A file is written under a temporary name in the same folder, flushed to the disk and then renamed.
-Everything in this package that leaves a file behind writes it here.
+All files of this package are written here, except checkpoints, which orbax writes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PERMISSIONS = 0o644
 
 
 def check_writable(folder: pathlib.Path, flag: str = "workdir") -> None:
-    """Makes a folder and checks that a file can be written there, before hours of work are lost.
+    """Makes a folder and checks that a file can be written there, before a run starts.
 
     Args:
       folder: the folder.
@@ -36,6 +36,7 @@ def check_writable(folder: pathlib.Path, flag: str = "workdir") -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Permissions alone do not tell: the file system may be full or read-only.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -57,9 +58,11 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
+            # The name must not reach the disk before the contents do.
             os.fsync(file.fileno())
         os.chmod(temporary, _PERMISSIONS)
         os.replace(temporary, path)
+    # BaseException, because an interrupt must not leave the temporary file behind either.
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
@@ -68,7 +71,8 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically; see `to_json` for what changes on the way."""
     text = json.dumps(to_json(value), indent=2)
-    write_bytes(path, (text + "\n").encode())
+    content = f"{text}\n".encode()
+    write_bytes(path, content)
 
 
 def to_json(value: Any) -> Any:
@@ -82,7 +86,8 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return to_json(np.asarray(value).tolist())
+        array = np.asarray(value)
+        return to_json(array.tolist())
     # JSON has no word for NaN and infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -17,6 +17,7 @@ from synflow_jax.storage import arrays, files
 from synflow_jax.storage.files import AnyPath
 from synflow_jax.trees import Mask, Params
 
+# Written into every file. Another format would make existing masks unreadable.
 _FORMAT = "synflow_jax mask 1"
 
 
@@ -39,7 +40,8 @@ def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = No
         "sha256": digest,
         "run": arrays.run_json(metadata),
     }
-    files.write_bytes(pathlib.Path(path), safetensors.numpy.save(packed, header))
+    content = safetensors.numpy.save(packed, header)
+    files.write_bytes(pathlib.Path(path), content)
     return digest
 
 
@@ -67,11 +69,15 @@ def load_mask(path: AnyPath, params: Params | None = None) -> Mask:
         raise ValueError(f"{where} has format {found_format!r}, not {_FORMAT!r}. {arrays.DAMAGED}")
     if arrays.digest(packed) != header.get("sha256"):
         raise ValueError(f"{where} has bits that do not match its sha256. {arrays.DAMAGED}")
+    # The bytes do not tell a shape: their last bits may be padding.
+    layers = json.loads(header["layers"])
     masks = {}
-    for name, layer in json.loads(header["layers"]).items():
+    for name, layer in layers.items():
         shape = tuple(layer["shape"])
         masks[name] = unpack(packed[name], shape)
-    return Mask(masks) if params is None else _like(params, masks, where)
+    if params is None:
+        return Mask(masks)
+    return _like(params, masks, where)
 
 
 def mask_digest(mask: Mask) -> str:
@@ -87,14 +93,15 @@ def describe(masks: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """
     layers = {}
     for name, leaf in masks.items():
-        layers[name] = {"shape": leaf.shape, "kept": int(leaf.sum())}
+        num_kept = int(leaf.sum())
+        layers[name] = {"shape": leaf.shape, "kept": num_kept}
     return layers
 
 
 def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
     """Packs a bool array into bytes, eight weights per byte.
 
-    Bits are in C order, the first weight in the highest bit.
+    Bits are in C order. The first weight is the highest bit of the first byte.
 
     >>> pack(np.array([True, False, True]))
     array([160], dtype=uint8)
@@ -107,7 +114,7 @@ def pack(mask: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Unpacks the bool array of a shape that `pack` has packed.
+    """Unpacks a bool array of the given shape that `pack` has packed.
 
     >>> unpack(np.array([160], np.uint8), (3,))
     array([ True, False,  True])
@@ -118,10 +125,11 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     size = math.prod(shape)
     num_bytes = math.ceil(size / 8)
     if packed.shape != (num_bytes,):
+        found = packed.shape
         raise ValueError(
-            f"packed has shape {packed.shape}, but a mask of shape {shape} takes ({num_bytes},)."
+            f"packed has shape {found}, but a mask of shape {shape} takes ({num_bytes},)."
         )
-    # The last byte may have bits beyond the last weight.
+    # `count` drops the padding bits of the last byte.
     bits = np.unpackbits(packed, count=size)
     return bits.astype(bool).reshape(shape)
 
@@ -129,13 +137,17 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _by_name(mask: Mask) -> dict[str, np.ndarray]:
     """Returns the leaves of a mask by name, on the host."""
     names = trees.names(mask)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(mask)]
-    return dict(zip(names, leaves, strict=True))
+    leaves = jax.tree.leaves(mask)
+    found = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        found[name] = np.asarray(leaf)
+    return found
 
 
 def _packed(mask: Mask) -> dict[str, np.ndarray]:
     """Returns the packed leaves of a mask by name."""
-    return {name: pack(leaf) for name, leaf in _by_name(mask).items()}
+    leaves = _by_name(mask)
+    return {name: pack(leaf) for name, leaf in leaves.items()}
 
 
 def _like(params: Params, masks: Mapping[str, np.ndarray], where: str) -> Mask:
@@ -155,6 +167,8 @@ def _like(params: Params, masks: Mapping[str, np.ndarray], where: str) -> Mask:
     def leaf_of(path: tuple, leaf: Any) -> jax.Array | None:
         del leaf
         name = trees.path_name(path)
-        return jax.numpy.asarray(masks[name]) if name in masks else None
+        if name not in masks:
+            return None
+        return jax.numpy.asarray(masks[name])
 
     return jax.tree_util.tree_map_with_path(leaf_of, params)

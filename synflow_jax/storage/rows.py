@@ -1,8 +1,8 @@
 """Reads and writes rows of results: JSON lines, one row per run.
 
-Several processes of one machine may add to a file at the same time: a lock file beside it, such as
-.rows.jsonl.lock, keeps one from losing the rows of another. A job of several processes, possibly on
-several machines, does not rely on locks: each process writes a file of its own.
+Several processes of one machine may add to a file at the same time. A lock file in the same folder,
+such as .rows.jsonl.lock, keeps one process from losing the rows of another. The processes of one
+job may run on several machines, where locks cannot be relied on, so each writes a separate file.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def read_rows(path: AnyPath) -> list[Row]:
     path = pathlib.Path(path)
     if not path.exists():
         return []
+    lines = path.read_text().splitlines()
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        rows.append(_parse(line, path, number))
+    for number, line in enumerate(lines, 1):
+        row = _parse(line, path, number)
+        rows.append(row)
     return rows
 
 
@@ -55,7 +57,8 @@ def _parse(line: str, path: pathlib.Path, number: int) -> Row:
 def merged_rows(paths: Iterable[pathlib.Path]) -> list[Row]:
     """Reads the rows of several files, one per `run_id`.
 
-    A row stays where its `run_id` came first. If several files hold the run, the last file counts.
+    A row takes the place where its `run_id` came first. If several files hold the same run, the row
+    of the last file counts.
 
     Raises:
       ValueError: as `read_rows`.
@@ -69,11 +72,15 @@ def merged_rows(paths: Iterable[pathlib.Path]) -> list[Row]:
 
 def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Adds a row to a file. An older row of the same `run_id` is removed."""
+    # Reading is under the lock too: a row that comes between reading and writing would be lost.
     with _locked(path):
-        others = [old for old in read_rows(path) if old["run_id"] != row["run_id"]]
-        lines = [json.dumps(files.to_json(each)) + "\n" for each in [*others, row]]
+        old_rows = read_rows(path)
+        rows = [old for old in old_rows if old["run_id"] != row["run_id"]]
+        rows.append(dict(row))
+        lines = [json.dumps(files.to_json(each)) for each in rows]
+        content = "".join(f"{line}\n" for line in lines)
         # The whole file is written anew: an appended line could be cut off by a crash.
-        files.write_bytes(path, "".join(lines).encode())
+        files.write_bytes(path, content.encode())
 
 
 def of_this_process(path: pathlib.Path) -> pathlib.Path:
@@ -84,12 +91,18 @@ def of_this_process(path: pathlib.Path) -> pathlib.Path:
     """
     if jax.process_count() == 1:
         return path
-    return path.with_stem(f"{path.stem}-{jax.process_index():04d}")
+    index = jax.process_index()
+    # Four digits, so that sorting the names sorts the processes.
+    return path.with_stem(f"{path.stem}-{index:04d}")
 
 
 def of_all_processes(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns every file that `of_this_process` may have named, by process. Some may not exist."""
-    of_jobs = path.parent.glob(f"{path.stem}-*{path.suffix}")
+    """Returns every file that `of_this_process` may name, in the order of the processes.
+
+    The first of them, that of a single process, may not exist.
+    """
+    pattern = f"{path.stem}-*{path.suffix}"
+    of_jobs = path.parent.glob(pattern)
     return [path, *sorted(of_jobs)]
 
 
@@ -97,7 +110,7 @@ def of_all_processes(path: pathlib.Path) -> list[pathlib.Path]:
 def _locked(path: pathlib.Path) -> Iterator[None]:
     """Keeps other processes of this machine from writing a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the file itself: writing replaces it, and its lock would be that of the old file.
+    # The file itself cannot be the lock. Writing replaces it, and a lock stays on the old file.
     lock_path = path.with_name(f".{path.name}.lock")
     with open(lock_path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

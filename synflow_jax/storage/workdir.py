@@ -17,7 +17,7 @@ Several runs, and several processes at once, may share a folder:
     checkpoints/RUN_ID/level-1/      the checkpoints of a level of IMP
     layers.png, curve.png            pictures of the last run
 
-Files that every process of a job would write carry the process in their name: process 3 of several
+A file that every process of a job would write has the process in its name: process 3 of several
 writes rows-0003.jsonl. Reading finds the rows of all processes.
 """
 
@@ -33,7 +33,7 @@ from synflow_jax.storage.rows import Row
 
 
 class Stopped(Exception):
-    """Says that a run was asked to stop. It has saved its state: the same command resumes it."""
+    """Says that a run was asked to stop and has saved its state. The same command resumes it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Workdir:
         """
         return self.path / "units" / f"{run_id}.json"
 
-    # Files of iterative magnitude pruning (IMP).
+    # Files of iterative magnitude pruning (IMP). Curves and checkpoints of its levels are in the
+    # folders that other training runs use, so that the same readers find them.
 
     def rewind_path(self, run_id: str) -> pathlib.Path:
         """Returns the file of the training state that IMP rewinds to; see `storage.save_arrays`.
@@ -123,7 +124,8 @@ class Workdir:
 
     @property
     def sweep_path(self) -> pathlib.Path:
-        """Returns the JSON file of what all runs of a sweep have in common, over all processes."""
+        """Returns the JSON file of everything that the runs of a sweep have in common."""
+        # Process 0 alone writes it, so its name has no process.
         return self.path / "sweep.json"
 
     @property
@@ -155,11 +157,13 @@ class Workdir:
         Raises:
           ValueError: a line of a row file is damaged; names the file, the line and the cure.
         """
-        return rows.merged_rows(rows.of_all_processes(self._rows_path))
+        paths = rows.of_all_processes(self._rows_path)
+        return rows.merged_rows(paths)
 
     def has_rows(self) -> bool:
         """Returns whether a process has written a row file here, even an empty one."""
-        return any(path.exists() for path in rows.of_all_processes(self._rows_path))
+        paths = rows.of_all_processes(self._rows_path)
+        return any(path.exists() for path in paths)
 
     def find_row(self, run_id: str) -> Row | None:
         """Returns the row of a run, whichever process wrote it, or None if there is none.
@@ -171,15 +175,20 @@ class Workdir:
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the file of this process. An older row of the same `run_id` is replaced."""
-        rows.write_row(rows.of_this_process(self._rows_path), row)
+        path = rows.of_this_process(self._rows_path)
+        rows.write_row(path, row)
 
     def timing(self, run_id: str) -> Row | None:
         """Returns how long a run took, as measured by the command that finished it, or None."""
-        return _row_of(run_id, rows.merged_rows(rows.of_all_processes(self._timing_path)))
+        # Any process of an earlier command may have timed the run.
+        paths = rows.of_all_processes(self._timing_path)
+        return _row_of(run_id, rows.merged_rows(paths))
 
     def write_timing(self, row: Mapping[str, Any]) -> None:
-        """Adds a row of times. They are kept apart because a result row must not depend on them."""
-        rows.write_row(rows.of_this_process(self._timing_path), row)
+        """Adds a row of times to the file of this process."""
+        # Times are not in the result row, because that must be bit-identical if a run is repeated.
+        path = rows.of_this_process(self._timing_path)
+        rows.write_row(path, row)
 
     @property
     def _rows_path(self) -> pathlib.Path:
@@ -192,4 +201,7 @@ class Workdir:
 
 def _row_of(run_id: str, found: list[Row]) -> Row | None:
     """Returns the row of a run, or None."""
-    return next((row for row in found if row["run_id"] == run_id), None)
+    for row in found:
+        if row["run_id"] == run_id:
+            return row
+    return None

@@ -79,6 +79,7 @@ def make_epoch(
         start: chex.Numeric,
         stop: chex.Numeric,
     ) -> tuple[TrainState, TrainInfo]:
+        # The same order wherever in the epoch a call begins.
         key = order_key(state.key, start // per_epoch)
         order = jax.random.permutation(key, num_examples)
 
@@ -88,12 +89,14 @@ def make_epoch(
             state, info = carry
             first = (number % per_epoch) * batch_size
             chosen = jax.lax.dynamic_slice_in_dim(order, first, batch_size)
+            # Splitting the indices splits all that follows from them.
             if sharding is not None:
                 chosen = jax.lax.with_sharding_constraint(chosen, sharding)
             batch = jnp.take(images, chosen, axis=0)
             batch = prepare_batch(state.key, number, batch, dataset, augment=augment)
             return record_step(step, state, info, batch, jnp.take(labels, chosen))
 
+        # The bounds are traced, so one program serves calls of any length.
         return jax.lax.fori_loop(start, stop, body, (state, info))
 
     return epoch
@@ -213,6 +216,7 @@ def make_train(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         train_split = arrays.train_images, arrays.train_labels
         test_split = arrays.test_images, arrays.test_labels
+        # In here, since only the arrays say how many examples there are.
         num_examples = len(arrays.train_labels)
         per_epoch = steps_per_epoch(num_examples, batch_size)
         epoch_fn = make_epoch(step, dataset, num_examples, batch_size, augment=augment)

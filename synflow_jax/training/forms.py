@@ -57,7 +57,7 @@ class Form(NamedTuple):
 
     @property
     def compact(self) -> bool:
-        """Whether the smaller network is trained."""
+        """Returns whether the smaller network is trained."""
         return self.plan is not None
 
     def explain(self) -> str:
@@ -127,6 +127,7 @@ def choose(network: Network, compact: bool | None = None, *, own_optimizer: bool
             ) from error
         return Form(network, None, _size(network, None, compact=False), Reason.COLLAPSED)
     size = _size(network, small, compact=True)
+    # A user who asks for the compact network gets it, whether or not it pays.
     against = None if compact else _reason_against(network, size, own_optimizer)
     if against is not None:
         return Form(network, None, _size(network, small, compact=False), against)
@@ -176,6 +177,7 @@ def _size(network: Network, small: models.Compact | None, *, compact: bool) -> d
 
 def _kept(kernels: Tree, mask: Tree) -> Tree:
     """Returns what is kept of each kernel. Kernels that may not be pruned are kept whole."""
+    # By name, since the mask has holes where the kernels may not be pruned.
     by_name = dict(zip(trees.names(mask), jax.tree.leaves(mask), strict=True))
 
     def kept(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -198,6 +200,7 @@ def _draws(network: Network) -> bool:
         return network.model.apply(collections, x, train=True, mutable=["batch_stats"])
 
     x = jnp.zeros((1, *network.input_shape))
+    # Shapes are enough: Flax asks for the key while it traces.
     try:
         jax.eval_shape(apply, network.params, network.batch_stats, x)
     except flax.errors.InvalidRngError:  # no key was given, and it asked for one

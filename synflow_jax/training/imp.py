@@ -62,6 +62,7 @@ def rewind(start: TrainState, mask: Mask) -> TrainState:
     structure: Any = jax.tree.structure(start.params)
     shapes = [leaf.shape for leaf in jax.tree.leaves(start.params)]
 
+    # optax does not say which parts of its state have an entry for each weight. Shapes tell.
     def is_like_params(part: Tree) -> bool:
         if jax.tree.structure(part) != structure:
             return False
@@ -82,7 +83,7 @@ def level(
     *,
     score_fn: ScoreFn = _MAGNITUDE,
 ) -> Level:
-    """Runs one level: rewinds, trains, and prunes the smallest of the weights that the mask keeps.
+    """Rewinds to `start`, trains, and prunes the smallest of the weights that the mask keeps.
 
     Args:
       train_fn: trains a level. It may use up the memory of the state that it is given.
@@ -113,7 +114,7 @@ def run(
     *,
     score_fn: ScoreFn = _MAGNITUDE,
 ) -> list[Level]:
-    """Runs all levels, one per row of `counts`. The last one holds the final mask.
+    """Repeats `level` for each row of `counts`. The last level holds the final mask.
 
     Args:
       train_fn, start, score_fn: as `level` takes them.

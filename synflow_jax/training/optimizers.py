@@ -26,7 +26,9 @@ def sgd(
     """
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     decay = optax.add_decayed_weights(weight_decay)
-    return optax.chain(clip, decay, optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
+    # The decay comes before momentum: PyTorch adds it to the gradient, unlike AdamW.
+    descent = optax.sgd(schedule, momentum=momentum, nesterov=nesterov)
+    return optax.chain(clip, decay, descent)
 
 
 def stepwise(

@@ -1,4 +1,4 @@
-"""Defines what a training run carries from step to step, and what it records.
+"""Defines the state that a training run carries from step to step, and the record that it keeps.
 
 `TrainState` determines the rest of the run; `TrainInfo` records it for people to read. Both are
 pytrees, so whole runs can be jitted, vmapped and pmapped.
@@ -88,7 +88,8 @@ def init_state(
       key: consumed.
     """
     masked = trees.apply_mask(params, mask)
-    return TrainState(masked, batch_stats, optimizer.init(masked), mask, jnp.int32(0), key)
+    opt_state = optimizer.init(masked)
+    return TrainState(masked, batch_stats, opt_state, mask, jnp.int32(0), key)
 
 
 def init_info(num_epochs: int) -> TrainInfo:
@@ -106,10 +107,14 @@ def finish_epoch(info: TrainInfo, epoch: chex.Numeric, test: Sums) -> TrainInfo:
       test: sums over the test split.
     """
     new = {}
-    for split, total in (("train", info.running), ("test", test)):
+    totals = {"train": info.running, "test": test}
+    for split, total in totals.items():
         for metric, mean in means(total).items():
-            new[f"{split}_{metric}"] = mean.astype(jnp.float32)
-    curve = {name: values.at[epoch].set(new[name]) for name, values in info.curve.items()}
+            name = f"{split}_{metric}"
+            new[name] = mean.astype(jnp.float32)
+    curve = {}
+    for name, values in info.curve.items():
+        curve[name] = values.at[epoch].set(new[name])
     return info._replace(curve=curve, running=no_sums())
 
 
@@ -137,13 +142,18 @@ def sums(
     """
     counts = jnp.ones(labels.shape, bool) if counts is None else counts
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
+    classes = jnp.arange(logits.shape[1])
+    earlier = classes[None, :] < labels[:, None]
     # A rank by comparison, not by sorting: it is as exact, and cheaper on every device.
     above = (logits > own) | ((logits == own) & earlier)
     rank = jnp.sum(above, axis=1, dtype=jnp.int32)
-    valid = counts & ~jnp.any(jnp.isnan(logits), axis=1)
+    # No comparison with NaN is true, so an example with a NaN would have rank 0.
+    has_nan = jnp.any(jnp.isnan(logits), axis=1)
+    valid = counts & ~has_nan
+    # Not losses * counts: the loss of an example that does not count may be NaN.
+    counted = jnp.where(counts, losses, 0)
     return Sums(
-        loss=jnp.sum(jnp.where(counts, losses, 0), dtype=jnp.float32),
+        loss=jnp.sum(counted, dtype=jnp.float32),
         top1=jnp.sum(valid & (rank < 1), dtype=jnp.int32),
         top5=jnp.sum(valid & (rank < 5), dtype=jnp.int32),
         examples=jnp.sum(counts, dtype=jnp.int32),

@@ -30,9 +30,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
       labels: int [batch].
       label_smoothing: the share of the target that is spread evenly over all classes.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, label_smoothing))
+    # bfloat16 has too few digits for a sum of exponentials.
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    logits = logits.astype(dtype)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=dtype)
+    targets = optax.smooth_labels(one_hot, label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def make_step(
@@ -70,8 +73,9 @@ def make_step(
         gradient_fn = jax.grad(loss_fn, has_aux=True)
         gradient, (batch_stats, total) = gradient_fn(state.params, state, images, labels)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updated = optax.apply_updates(state.params, updates)
         # A user's chain may move a weight that has no gradient: the mask has the last word.
-        params = trees.apply_mask(optax.apply_updates(state.params, updates), state.mask)
+        params = trees.apply_mask(updated, state.mask)
         new = state._replace(
             params=params, batch_stats=batch_stats, opt_state=opt_state, step=state.step + 1
         )
@@ -84,6 +88,7 @@ def variables(params: Params, state: TrainState, dtype: Any) -> dict[str, Tree]:
     """Returns what a module is applied to: masked parameters in `dtype`, and batch statistics."""
     masked = trees.apply_mask(params, state.mask)
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), masked)
+    # A model without batch norm takes no collection of that name.
     if not state.batch_stats:
         return {"params": cast}
     return {"params": cast, "batch_stats": state.batch_stats}
@@ -95,7 +100,9 @@ def record_step(
     """Takes a step, adds its sums to the record, and notes the first loss that is not finite."""
     number = state.step
     state, total = step(state, images, labels)
-    is_first_bad = (info.bad_step < 0) & ~jnp.isfinite(total.loss)
+    # Noted on the device: the loop looks only once in many steps.
+    is_bad = ~jnp.isfinite(total.loss)
+    is_first_bad = (info.bad_step < 0) & is_bad
     bad_step = jnp.where(is_first_bad, number, info.bad_step)
     running = jax.tree.map(jnp.add, info.running, total)
     return state, info._replace(running=running, bad_step=bad_step)

@@ -1,24 +1,25 @@
 """Removes the units that a mask has left without use, so that a pruned network becomes smaller.
 
-Two kinds of units can be removed, and the function of the network stays exactly the same:
+Two kinds of units can be removed without any change to the function of the network:
 
-- No kept weight leads from the unit to an output over units that stay. Nothing shows what it
-  computes, and its gradient is 0. It can be removed from any network, in evaluation and training.
-- No kept weight leads to the unit from an input, and it is 0: everything that is added to it
-  (biases, running means) is 0, and what follows keeps 0 at 0. For training, what follows must also
-  have derivative 0 at 0, as `jax.nn.relu` has, so that its bias stays 0.
+- Units from which no kept weight leads to an output over units that stay. The output does not
+  depend on them, and their gradient is 0. They can be removed from any network, in evaluation and
+  training.
+- Units that are 0, and to which no kept weight leads from an input. Everything that is added to
+  them (biases, running means) is 0, and the functions after them map 0 to 0. For training, these
+  functions must also have derivative 0 at 0, as `jax.nn.relu` has, so that the bias stays 0.
 
 Any other unit that receives nothing is a constant. It stays, masked. For inference alone (`fold`),
 the constant can become part of the next layer's bias; see `folding`.
 
 Units are those of `units.groups`. A channel of a residual stream is one unit in all of its layers,
-and stays if one branch needs it. Inputs, outputs and units of groups that are `fixed` stay. Of a
-group that would be left empty one unit stays, dead and masked, so that its layers still exist.
+and stays if one branch needs it. Inputs, outputs and units of groups that are `fixed` stay. If a
+group would be left empty, one dead, masked unit of it stays, so that its layers still exist.
 
 The forward pass and every gradient are exact, up to the rounding of shorter sums. That includes
-batch normalization by the statistics of a batch, since each channel has its own. Two things are not
-the same: random numbers that are drawn in the shape of the activations (dropout), and an optimizer
-whose momentum moves a bias of 0 that has no gradient.
+batch normalization by the statistics of a batch, since each channel has its own. Two things differ:
+random numbers that are drawn in the shape of the activations (dropout), and an optimizer whose
+momentum moves a bias of 0 that has no gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import numpy as np
 from synflow_jax import trees
 from synflow_jax.trees import Mask, Tree
 from synflow_jax.units import folding, grouping, tracing
-from synflow_jax.units.connections import Connections, MaskedLeaves
+from synflow_jax.units.connections import Connections, MaskedLeaves, connect
 from synflow_jax.units.grouping import Group
 
 
@@ -62,12 +63,12 @@ class Compacted(NamedTuple):
     """Holds a smaller network.
 
     Attributes:
-      variables: without the units that were removed.
-      mask: of the weights in them that are still pruned.
+      variables: the variables without the removed units.
+      mask: the mask of these variables.
       plan: maps the full network to this one.
-      bounds: the error that folding made (see `tolerance` of `compact_tree`), by the name of each
-        padded kernel that was concerned: the most that an output of the layer changes, before its
-        activation, at the borders of its map.
+      bounds: the error of folding (see `tolerance` of `compact_tree`), by the name of each padded
+        kernel that read a folded unit. It is the most that an output of the layer changes, before
+        its activation, at the borders of its map.
     """
 
     variables: Tree
@@ -108,7 +109,7 @@ def compact_tree(
 
     Raises:
       ValueError: no kept weight leads from the inputs to the outputs, the mask does not fit, or
-        the tolerance is negative, or given without `fold`. (A weight that only ever lies on
+        the tolerance is negative, or given without `fold`. (A weight that is only ever applied to
         padding counts as one that leads on.)
 
     >>> def apply_fn(params, x):
@@ -139,19 +140,27 @@ def compact_tree(
     groups = grouping.groups(apply_fn, variables, input_shape, dtype)
     if not fold:
         plan = make_plan(groups, variables, mask)
-        return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan, {})
+        small = shrink_tree(plan, variables)
+        small_mask = shrink_tree(plan, mask)
+        return Compacted(small, small_mask, plan, bounds={})
 
-    # Constants are evaluated for inputs of 0, on which they do not depend.
     network = MaskedLeaves.of(variables, mask)
-    connections = Connections(groups, network)
+    connections = connect(groups, network)
     structure = jax.tree.structure(variables)
-    masked = jax.tree.unflatten(structure, [network.masked(name) for name in network.names])
-    reads = tracing.trace(apply_fn, masked, input_shape, dtype, evaluate=True).reads
-    folded = folding.foldable(connections, reads, tolerance)
-    plan = _plan_without(connections, connections.silent(train=False) | folded, variables)
-    leaves, bounds = folding.fold(connections, reads, folded, plan.positions)
-    variables = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves.values()])
-    return Compacted(shrink_tree(plan, variables), shrink_tree(plan, mask), plan, bounds)
+    masked_leaves = [network.masked(name) for name in network.names]
+    masked = jax.tree.unflatten(structure, masked_leaves)
+    # Constants are evaluated for inputs of 0, on which they do not depend.
+    records = tracing.trace(apply_fn, masked, input_shape, dtype, evaluate=True)
+    folded = folding.foldable(connections, records.reads, tolerance)
+    needless = connections.silent(train=False) | folded
+    plan = _plan_without(connections, needless, variables)
+    # Folded after the plan is made: a unit that stays must not be added to the bias as well.
+    leaves, bounds = folding.fold(connections, records.reads, folded, plan.positions)
+    new_leaves = [jnp.asarray(leaf) for leaf in leaves.values()]
+    variables = jax.tree.unflatten(structure, new_leaves)
+    small = shrink_tree(plan, variables)
+    small_mask = shrink_tree(plan, mask)
+    return Compacted(small, small_mask, plan, bounds)
 
 
 # ------------------------------------------------------------------------------------------ Plans
@@ -168,8 +177,10 @@ def make_plan(groups: Sequence[Group], variables: Tree, mask: Mask) -> Plan:
     Raises:
       ValueError: as `compact_tree`.
     """
-    connections = Connections(groups, MaskedLeaves.of(variables, mask))
-    return _plan_without(connections, connections.silent(train=True), variables)
+    network = MaskedLeaves.of(variables, mask)
+    connections = connect(groups, network)
+    needless = connections.silent(train=True)
+    return _plan_without(connections, needless, variables)
 
 
 def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndarray]) -> Plan:
@@ -186,8 +197,24 @@ def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndar
     if set(kept) != {group.name for group in groups}:
         names = sorted(group.name for group in groups)
         raise ValueError(f"kept has the groups {sorted(kept)}. They must be {names}.")
-    leaves = jax.tree.leaves(variables)
-    shapes = dict(zip(trees.names(variables), map(jnp.shape, leaves), strict=True))
+    names = trees.names(variables)
+    leaf_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(variables)]
+    shapes = dict(zip(names, leaf_shapes, strict=True))
+    return Plan(
+        kept={name: np.asarray(units) for name, units in kept.items()},
+        sizes={group.name: group.size for group in groups},
+        positions=_positions(groups, shapes, kept),
+        shapes=shapes,
+        structures=_structures(variables),
+    )
+
+
+def _positions(
+    groups: Sequence[Group],
+    shapes: Mapping[str, tuple[int, ...]],
+    kept: Mapping[str, np.ndarray],
+) -> dict[str, tuple[np.ndarray | None, ...]]:
+    """Returns `Plan.positions` for units that stay."""
     stay = {}
     for name, shape in shapes.items():
         stay[name] = [np.ones(size, bool) for size in shape]
@@ -196,18 +223,14 @@ def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndar
         gone = np.ones(group.size, bool)
         gone[kept[group.name]] = False
         for name, axis, units in group.axes:
-            stay[name][axis] &= (units < 0) | ~gone[units]
+            is_no_unit = units < 0
+            stay[name][axis] &= is_no_unit | ~gone[units]
 
     positions = {}
     for name, axes in stay.items():
-        positions[name] = tuple(None if rows.all() else np.flatnonzero(rows) for rows in axes)
-    return Plan(
-        kept={name: np.asarray(units) for name, units in kept.items()},
-        sizes={group.name: group.size for group in groups},
-        positions=positions,
-        shapes=shapes,
-        structures=_structures(variables),
-    )
+        rows = [None if stays.all() else np.flatnonzero(stays) for stays in axes]
+        positions[name] = tuple(rows)
+    return positions
 
 
 def _plan_without(connections: Connections, needless: np.ndarray, variables: Tree) -> Plan:
@@ -221,10 +244,11 @@ def _plan_without(connections: Connections, needless: np.ndarray, variables: Tre
     stays = connections.useful(needless) | connections.must_stay
     kept = {}
     for group, first in zip(connections.groups, connections.firsts, strict=True):
+        stays_here = stays[first : first + group.size]
         # An empty group keeps its first unit, so that its layers still exist.
-        if not stays[first : first + group.size].any():
-            stays[first : first + min(1, group.size)] = True
-        kept[group.name] = np.flatnonzero(stays[first : first + group.size])
+        if not stays_here.any():
+            stays_here[:1] = True
+        kept[group.name] = np.flatnonzero(stays_here)
     return plan_of(connections.groups, variables, kept)
 
 
@@ -242,7 +266,8 @@ def shrink_tree(plan: Plan, tree: Tree) -> Tree:
       ValueError: no part of the tree has such a structure, or its shapes are not those of the full
         network.
     """
-    return _map_parts(plan, functools.partial(_map_named, functools.partial(_take, plan)), tree)
+    take = functools.partial(_take, plan)
+    return _map_parts(plan, functools.partial(_map_named, take), tree)
 
 
 def _take(plan: Plan, name: str, leaf: Any) -> Any:
@@ -252,6 +277,7 @@ def _take(plan: Plan, name: str, leaf: Any) -> Any:
     for axis, rows in enumerate(plan.positions[name]):
         if rows is not None:
             array = array.take(rows, axis=axis)
+    # NumPy arrays stay NumPy arrays. Everything else is JAX's.
     return array if isinstance(leaf, np.ndarray) else jnp.asarray(array)
 
 
@@ -261,16 +287,15 @@ def expand_tree(plan: Plan, small: Tree, full: Tree) -> Tree:
     Args:
       plan: maps the full network to the small one.
       small: variables, gradients, or an optimizer state of the small network.
-      full: the same of the full network. It has the entries of the units that were removed.
-        Everything outside of the variables is taken from `small`. So with the full network's state
-        from before, training can go on in the full network.
+      full: the same of the full network, from which the entries of removed units are taken.
+        Everything outside of the variables, such as a step count, is taken from `small`. With the
+        state of the full network from before, training can continue in the full network.
 
     Raises:
       ValueError: the trees do not fit; see `shrink_tree`.
     """
-    return _map_parts(
-        plan, functools.partial(_map_named, functools.partial(_put, plan)), full, small
-    )
+    put = functools.partial(_put, plan)
+    return _map_parts(plan, functools.partial(_map_named, put), full, small)
 
 
 def _put(plan: Plan, name: str, leaf: Any, new: Any) -> Any:
@@ -278,13 +303,15 @@ def _put(plan: Plan, name: str, leaf: Any, new: Any) -> Any:
     places = []
     for size, rows in zip(leaf.shape, plan.positions[name], strict=True):
         places.append(np.arange(size) if rows is None else rows)
-    shape = [len(rows) for rows in places]
-    if shape != list(jnp.shape(new)):
+    expected = [len(rows) for rows in places]
+    shape = list(jnp.shape(new))
+    if shape != expected:
         raise ValueError(
-            f"small has shape {list(jnp.shape(new))} at {name!r}. In the smaller network of this "
-            f"plan it must be {shape}."
+            f"small has shape {shape} at {name!r}. In the smaller network of this "
+            f"plan it must be {expected}."
         )
     index = np.ix_(*places)
+    # A tracer cannot be written to in place.
     if isinstance(leaf, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
         return jnp.asarray(leaf).at[index].set(new)
     array = np.array(leaf)
@@ -307,24 +334,34 @@ def _structures(variables: Tree) -> dict[Any, tuple[str, ...]]:
     found = {_structure(variables): names}
     # Gradients and optimizer states are usually those of one collection, the parameters.
     start = 0
-    for collection in jax.tree.leaves(variables, is_leaf=lambda node: node is not variables):
-        stop = start + len(jax.tree.leaves(collection))
+    collections = jax.tree.leaves(variables, is_leaf=lambda node: node is not variables)
+    for collection in collections:
+        num_leaves = len(jax.tree.leaves(collection))
+        stop = start + num_leaves
+        # Every leaf of any tree has the structure of a single array, so none counts.
         if not jax.tree_util.all_leaves([collection]):
-            found.setdefault(_structure(collection), names[start:stop])
+            structure = _structure(collection)
+            found.setdefault(structure, names[start:stop])
         start = stop
     return found
 
 
 def _map_named(
-    function: Callable[..., Any], names: Sequence[str], part: Tree, *others: Tree
+    function: Callable[..., Any],
+    names: Sequence[str],
+    part: Tree,
+    *others: Tree,
 ) -> Tree:
     """Applies `function(name, leaf, *others)` to all leaves of trees that are not holes."""
     leaves, structure = jax.tree.flatten(part, is_leaf=_is_hole)
-    columns = [jax.tree.leaves(other, is_leaf=_is_hole) for other in others]
-    new = []
-    for name, leaf, *rest in zip(names, leaves, *columns, strict=True):
-        new.append(None if leaf is None else function(name, leaf, *rest))
-    return jax.tree.unflatten(structure, new)
+    other_leaves = [jax.tree.leaves(other, is_leaf=_is_hole) for other in others]
+    results = []
+    for name, leaf, *rest in zip(names, leaves, *other_leaves, strict=True):
+        result = None
+        if leaf is not None:
+            result = function(name, leaf, *rest)
+        results.append(result)
+    return jax.tree.unflatten(structure, results)
 
 
 def _map_parts(plan: Plan, function: Callable[..., Tree], tree: Tree, *others: Tree) -> Tree:
@@ -345,6 +382,7 @@ def _map_parts(plan: Plan, function: Callable[..., Tree], tree: Tree, *others: T
         return _names_of_part(plan, node) is not None
 
     result = jax.tree.map(change, tree, *others, is_leaf=is_part)
+    # Without this check, a tree of another network would come back unchanged.
     if not found:
         raise ValueError(
             "no part of the tree has the structure of the variables that the plan was made for, or "
@@ -360,18 +398,21 @@ def _names_of_part(plan: Plan, part: Tree) -> tuple[str, ...] | None:
     Raises:
       ValueError: the part has the structure of variables, but other shapes.
     """
-    names = plan.structures.get(_structure(part))
+    structure = _structure(part)
+    names = plan.structures.get(structure)
     if names is None:
         return None
     leaves = jax.tree.leaves(part, is_leaf=_is_hole)
     for name, leaf in zip(names, leaves, strict=True):
-        if leaf is None or jnp.shape(leaf) == plan.shapes[name]:
+        expected = plan.shapes[name]
+        if leaf is None or jnp.shape(leaf) == expected:
             continue
-        # A single array may be something else than variables that are a single array.
+        # If the variables are a single array, any other array has their structure too.
         if len(leaves) == 1:
             return None
+        shape = list(jnp.shape(leaf))
         raise ValueError(
-            f"the tree has shape {list(jnp.shape(leaf))} at {name!r}. In the full network it must "
-            f"be {list(plan.shapes[name])}."
+            f"the tree has shape {shape} at {name!r}. In the full network it must be "
+            f"{list(expected)}."
         )
     return names

@@ -1,12 +1,15 @@
-"""Follows kept weights from unit to unit: which units anything reaches, and which lead anywhere.
+"""Finds which units kept weights reach from the inputs, and from which they lead to the outputs.
 
-All units of a network are numbered in a row, group after group. A position along an axis of a
-parameter that is no unit has number -1. Whatever it stands for is always in use.
+`Connections` is a graph: its nodes are the units of a network, and each kernel connects the units
+that it reads with those that it writes, wherever a weight is kept. The units of all groups are
+numbered consecutively. A position along an axis of a parameter that is no unit has number -1, and
+counts as always in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,11 +17,11 @@ import numpy as np
 
 from synflow_jax import trees
 from synflow_jax.trees import Mask, Tree
-from synflow_jax.units.grouping import Group
+from synflow_jax.units.grouping import Axis, Group
 
 
 class Collapsed(ValueError):
-    """Says that no kept weight leads from the inputs to the outputs."""
+    """Reports that no path of kept weights leads from the inputs to the outputs."""
 
 
 class MaskedLeaves(NamedTuple):
@@ -37,7 +40,8 @@ class MaskedLeaves(NamedTuple):
         leaves = _by_name(variables)
         masks = _by_name(mask)
         for name, leaf in masks.items():
-            if name not in leaves or leaf.shape != leaves[name].shape or leaf.dtype != bool:
+            is_known = name in leaves and leaf.shape == leaves[name].shape
+            if not is_known or leaf.dtype != bool:
                 raise ValueError(
                     f"mask has a leaf {name!r} of {leaf.dtype}{list(leaf.shape)}. Each leaf must "
                     f"be a bool array with the name and shape of a variable: {list(leaves)}. If "
@@ -54,23 +58,26 @@ class MaskedLeaves(NamedTuple):
         """Returns the mask of a leaf. Leaves without a mask are kept."""
         if name in self.masks:
             return self.masks[name]
-        return np.ones(self.leaves[name].shape, bool)
+        shape = self.leaves[name].shape
+        return np.ones(shape, bool)
 
     def masked(self, name: str) -> np.ndarray:
         """Returns a leaf with zeros where it is pruned."""
         leaf = self.leaves[name]
         if name not in self.masks:
             return leaf
-        return np.where(self.masks[name], leaf, 0).astype(leaf.dtype)
+        masked = np.where(self.masks[name], leaf, 0)
+        return masked.astype(leaf.dtype)
 
 
 def _by_name(tree: Tree) -> dict[str, np.ndarray]:
+    """Returns the leaves of a tree by name, as NumPy arrays."""
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     return dict(zip(trees.names(tree), arrays, strict=True))
 
 
-class _Kernel(NamedTuple):
-    """Connects units.
+class Kernel(NamedTuple):
+    """Connects the units that a kernel reads with those that it writes.
 
     Attributes:
       kept: bool [input positions, output positions], whether a kept weight connects the two.
@@ -82,150 +89,214 @@ class _Kernel(NamedTuple):
     reads: np.ndarray
     writes: np.ndarray
 
+    def reversed(self) -> Kernel:
+        """Returns the kernel with its two sides exchanged."""
+        return Kernel(self.kept.T, self.writes, self.reads)
 
+
+@dataclasses.dataclass(frozen=True)
 class Connections:
-    """Knows which units of a masked network are connected by kept weights.
+    """Says which units of a masked network are connected by kept weights. See `connect`.
 
     Attributes:
-      network: the leaves and masks.
       groups: the groups of units.
+      network: the leaves and masks.
       firsts: the number of the first unit of each group.
-      num_units: the number of all units.
       units: the unit of each position of each axis of each leaf, int.
+      kernels: the connections.
       must_stay: bool [units], inputs, outputs and units of groups that are fixed.
+      fed: bool [units], units that receive from a kernel whose input axis holds no units.
+      led: bool [units], units that are read by a kernel whose output axis holds no units.
     """
 
-    def __init__(self, groups: Sequence[Group], network: MaskedLeaves) -> None:
-        """Connects the units.
-
-        Raises:
-          ValueError: no kept weight leads from the inputs to the outputs.
-        """
-        self.network = network
-        self.groups = groups
-        sizes = [group.size for group in groups]
-        self.firsts = np.cumsum([0, *sizes])[:-1].tolist()
-        self.num_units = sum(sizes)
-        self.units = self._number_positions()
-        self._inputs = self._per_unit([group.is_input for group in groups])
-        self._outputs = self._per_unit([group.is_output for group in groups])
-        is_fixed = self._per_unit([bool(group.fixed) for group in groups])
-        self.must_stay = self._inputs | self._outputs | is_fixed
-
-        self._kernels: list[_Kernel] = []
-        # Units that receive from a kernel whose input axis holds no units, and units that lead to
-        # a kernel whose output axis holds none.
-        self._fed = np.zeros(self.num_units, bool)
-        self._led = np.zeros(self.num_units, bool)
-        readers: dict[str, set[int]] = {name: set() for name in network.leaves}
-        writers: dict[str, set[int]] = {name: set() for name in network.leaves}
-        for group in groups:
-            for axis in group.readers:
-                readers[axis.name].add(axis.axis)
-            for axis in group.writers:
-                writers[axis.name].add(axis.axis)
-        for name in network.leaves:
-            self._connect(name, readers[name], writers[name])
-        self._check_paths()
-
-    def _number_positions(self) -> dict[str, list[np.ndarray]]:
-        """Returns the unit of each position of each axis of each leaf."""
-        numbers = {}
-        for name, leaf in self.network.leaves.items():
-            numbers[name] = [np.full(size, -1) for size in leaf.shape]
-        for group, first in zip(self.groups, self.firsts, strict=True):
-            for name, axis, units in group.axes:
-                is_unit = units >= 0
-                numbers[name][axis][is_unit] = first + units[is_unit]
-        return numbers
-
-    def _per_unit(self, flags: Sequence[bool]) -> np.ndarray:
-        """Repeats a flag of each group for each of its units."""
-        return np.repeat(np.array(flags, bool), [group.size for group in self.groups])
-
-    def _connect(self, name: str, readers: set[int], writers: set[int]) -> None:
-        """Connects the units along the input axes of a kernel with those along its output axes."""
-        kept = self.network.kept(name)
-        units = self.units[name]
-        # In a recurrent layer one axis can be both.
-        pairs = [(read, write) for read in sorted(readers) for write in sorted(writers)]
-        for read, write in pairs:
-            if read != write:
-                table = any_along(kept, (read, write))
-                self._kernels.append(_Kernel(table, units[read], units[write]))
-        # Where the other side holds no units, its positions count as always in use.
-        for read in readers:
-            if not writers - {read}:
-                used = units[read][any_along(kept, (read,))]
-                self._led[used[used >= 0]] = True
-        for write in writers:
-            if not readers - {write}:
-                used = units[write][any_along(kept, (write,))]
-                self._fed[used[used >= 0]] = True
-
-    def _check_paths(self) -> None:
-        reached = self._spread(self._inputs | self._fed)
-        if self._outputs.any() and not (reached & self._outputs).any():
-            raise Collapsed(
-                "The network has collapsed: no kept weight leads from the inputs to the outputs, "
-                "and a compact form would have no units. Prune less, or with more iterations."
-            )
+    groups: Sequence[Group]
+    network: MaskedLeaves
+    firsts: Sequence[int]
+    units: Mapping[str, Sequence[np.ndarray]]
+    kernels: Sequence[Kernel]
+    must_stay: np.ndarray
+    fed: np.ndarray
+    led: np.ndarray
 
     def constant(self) -> np.ndarray:
-        """Returns which units nothing that varies leads to, bool [units]."""
-        return ~self._spread(self.must_stay | self._fed)
+        """Returns which units receive nothing that varies with the input, bool [units]."""
+        varying = self.must_stay | self.fed
+        return ~self.spread(varying)
 
     def silent(self, *, train: bool) -> np.ndarray:
         """Returns which units are always 0, bool [units].
 
         Args:
-          train: they must stay 0 in training too.
+          train: whether they must stay 0 in training too.
         """
         # A unit may differ from 0 if something may enter it, if its layer does not keep 0 at 0, or
         # if anything but 0 is added to it. Kept weights carry that on to all units after it.
-        stays_zero = [group.zero_stays if train else group.zero for group in self.groups]
-        loud = self.must_stay | self._fed | ~self._per_unit(stays_zero)
+        flags = [group.zero_stays if train else group.zero for group in self.groups]
+        stays_zero = _per_unit(self.groups, flags)
+        loud = self.must_stay | self.fed | ~stays_zero
         for group, first in zip(self.groups, self.firsts, strict=True):
             for name, axis, units in group.sources:
-                nonzero = any_along(self.network.masked(name) != 0, (axis,))
-                loud[first + units[nonzero & (units >= 0)]] = True
-        return ~self._spread(loud)
+                source = self.network.masked(name)
+                is_nonzero = any_along(source != 0, (axis,))
+                loud_units = units[is_nonzero & (units >= 0)]
+                loud[first + loud_units] = True
+        return ~self.spread(loud)
 
     def useful(self, needless: np.ndarray) -> np.ndarray:
         """Returns which units lead to an output over units that are not needless, bool [units]."""
-        start = (self.must_stay | self._led) & ~needless
-        return self._spread(start, backward=True, allowed=~needless)
+        allowed = ~needless
+        start = (self.must_stay | self.led) & allowed
+        return self.spread(start, backward=True, allowed=allowed)
 
-    def _spread(
-        self, start: np.ndarray, backward: bool = False, allowed: np.ndarray | None = None
+    def spread(
+        self,
+        start: np.ndarray,
+        *,
+        backward: bool = False,
+        allowed: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Returns the units of `start` and all that kept weights lead to from them.
+        """Returns the units of `start` and all that kept weights lead to from them, bool [units].
 
         Args:
           start: bool [units].
-          backward: follows weights from their outputs to their inputs.
+          backward: whether to follow weights from their outputs to their inputs.
           allowed: bool [units], units that may be entered; None for all.
         """
         if allowed is None:
-            allowed = np.ones(self.num_units, bool)
-        # The last entry is that of positions that are no unit, number -1.
+            allowed = np.ones(len(start), bool)
+        # The last entry belongs to positions that are no unit, number -1. They are always in use,
+        # and are never new.
         reached = np.append(start, True)
         allowed = np.append(allowed, False)
-        kernels = self._kernels
+        kernels = self.kernels
         if backward:
-            kernels = [_Kernel(k.kept.T, k.writes, k.reads) for k in reversed(kernels)]
+            kernels = [kernel.reversed() for kernel in reversed(kernels)]
         # Kernels are in the order of the leaves, not of the network, and there may be loops. So all
         # of them are followed until no unit is new.
         grown = True
         while grown:
             grown = False
             for kernel in kernels:
-                is_written = kernel.kept[reached[kernel.reads]].any(axis=0)
+                is_active = reached[kernel.reads]
+                is_written = kernel.kept[is_active].any(axis=0)
                 hit = kernel.writes[is_written]
-                new = hit[allowed[hit] & ~reached[hit]]
+                is_new = allowed[hit] & ~reached[hit]
+                new = hit[is_new]
                 reached[new] = True
                 grown |= len(new) > 0
         return reached[:-1]
+
+
+def connect(groups: Sequence[Group], network: MaskedLeaves) -> Connections:
+    """Connects the units of a network.
+
+    Args:
+      groups: `units.groups` of the network.
+      network: its leaves and masks.
+
+    Raises:
+      Collapsed: no path of kept weights leads from the inputs to the outputs.
+    """
+    sizes = [group.size for group in groups]
+    starts = np.cumsum([0, *sizes])
+    firsts = starts[:-1].tolist()
+    units = _number_positions(groups, firsts, network)
+    inputs = _per_unit(groups, [group.is_input for group in groups])
+    outputs = _per_unit(groups, [group.is_output for group in groups])
+    is_fixed = _per_unit(groups, [bool(group.fixed) for group in groups])
+    must_stay = inputs | outputs | is_fixed
+
+    input_axes = _axes_by_leaf(network, [group.readers for group in groups])
+    output_axes = _axes_by_leaf(network, [group.writers for group in groups])
+    kernels: list[Kernel] = []
+    fed = np.zeros(len(must_stay), bool)
+    led = np.zeros(len(must_stay), bool)
+    for name in network.leaves:
+        kept = network.kept(name)
+        reads, writes = input_axes[name], output_axes[name]
+        kernels += _kernels(kept, units[name], reads, writes)
+        # If one side holds no units, its positions count as always in use.
+        for axis in reads:
+            if not writes - {axis}:
+                used = _used(kept, units[name], axis)
+                led[used] = True
+        for axis in writes:
+            if not reads - {axis}:
+                used = _used(kept, units[name], axis)
+                fed[used] = True
+
+    connections = Connections(groups, network, firsts, units, kernels, must_stay, fed, led)
+    reached = connections.spread(inputs | fed)
+    # A network whose output holds no units (it returns a sum, for example) is not checked.
+    if outputs.any() and not (reached & outputs).any():
+        raise Collapsed(
+            "The network has collapsed: no kept weight leads from the inputs to the outputs, "
+            "and a compact form would have no units. Prune less, or with more iterations."
+        )
+    return connections
+
+
+def _number_positions(
+    groups: Sequence[Group],
+    firsts: Sequence[int],
+    network: MaskedLeaves,
+) -> dict[str, list[np.ndarray]]:
+    """Returns the unit of each position of each axis of each leaf."""
+    numbers = {}
+    for name, leaf in network.leaves.items():
+        numbers[name] = [np.full(size, -1) for size in leaf.shape]
+    for group, first in zip(groups, firsts, strict=True):
+        for name, axis, units in group.axes:
+            is_unit = units >= 0
+            numbers[name][axis][is_unit] = first + units[is_unit]
+    return numbers
+
+
+def _axes_by_leaf(
+    network: MaskedLeaves,
+    roles: Sequence[Sequence[Axis]],
+) -> dict[str, set[int]]:
+    """Returns the axes of one role, of all groups, by the name of the leaf."""
+    found: dict[str, set[int]] = {name: set() for name in network.leaves}
+    for axes in roles:
+        for axis in axes:
+            found[axis.name].add(axis.axis)
+    return found
+
+
+def _per_unit(groups: Sequence[Group], flags: Sequence[bool]) -> np.ndarray:
+    """Repeats the flag of each group for each of its units."""
+    sizes = [group.size for group in groups]
+    return np.repeat(np.array(flags, bool), sizes)
+
+
+def _kernels(
+    kept: np.ndarray,
+    units: Sequence[np.ndarray],
+    input_axes: set[int],
+    output_axes: set[int],
+) -> Iterator[Kernel]:
+    """Connects the units along the input axes of a leaf with those along its output axes.
+
+    Args:
+      kept: the mask of the leaf.
+      units: the unit of each position of each of its axes.
+      input_axes: its axes along which it reads units.
+      output_axes: its axes along which it writes units.
+    """
+    for read in sorted(input_axes):
+        for write in sorted(output_axes):
+            # In a recurrent layer one axis can be both.
+            if read != write:
+                table = any_along(kept, (read, write))
+                yield Kernel(table, units[read], units[write])
+
+
+def _used(kept: np.ndarray, units: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Returns the units along an axis of a leaf that have a kept weight."""
+    has_weight = any_along(kept, (axis,))
+    used = units[axis][has_weight]
+    return used[used >= 0]
 
 
 def any_along(table: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

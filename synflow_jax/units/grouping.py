@@ -1,13 +1,13 @@
 """Finds which axes of which parameters belong to the same units, for any model.
 
-A unit is a neuron or a channel. Nothing is asked of the model but a function `apply_fn(params, x)`:
-`tracing` follows units through its jaxpr. `groups` turns what it records into the groups of units
-of each layer, or of each residual stream, with the axes that write to them, read from them, scale
-them and add to them. `unit_scores` sums scores over these axes: what flows into each unit and what
-flows out.
+A unit is a neuron or a channel. The model is given as a function `apply_fn(params, x)`, whose jaxpr
+`tracing` follows. It records statements about nodes, which are positions along axes of parameters.
+`groups` joins the nodes to units, and the units to one group per layer or per residual stream. A
+group lists the axes that write to its units, read from them, scale them and add to them.
+`unit_scores` sums scores over these axes, into each unit and out of it.
 
-Where tracing cannot tell what happens to units, two units may be taken for one, or a unit for one
-that must stay, but never the other way round.
+Where tracing cannot follow units, it errs on the safe side. Two units may be taken for one, or a
+unit may have to stay that could be removed, but never the other way round.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Axis(NamedTuple):
     """Says which unit each position along an axis of a parameter is.
 
     Attributes:
-      name: of the parameter, as in `trees.names`.
-      axis: the number of the axis.
-      units: int [size of the axis], from 0 to the size of the group - 1, or -1 where a position
-        is no unit of the group. Units repeat where [height, width, channels] were flattened. They
-        cover a part of the axis where channels were concatenated.
+      name: the name of the parameter, as in `trees.names`.
+      axis: the index of the axis.
+      units: int [size of the axis], the unit of each position: from 0 to the size of the group - 1,
+        or -1 where a position is no unit of the group. Units repeat where [height, width, channels]
+        were flattened. They cover a part of the axis where channels were concatenated.
     """
 
     name: str
@@ -47,20 +47,20 @@ class Group(NamedTuple):
 
     Attributes:
       name: the name of the first kernel that writes to the units, without "/kernel"; "input" for
-        the inputs. If several groups would have that name, each has ":" and the axis after it.
+        the inputs. If several groups share a name, ":" and the index of the axis are added to it.
       size: the number of units.
-      writers: output axes of kernels, by which the units receive.
+      writers: output axes of kernels, through which the units receive.
       sources: axes of parameters that are added to the units: biases, running means.
       scales: axes of parameters that multiply the units: the scale and the running variance of a
         norm, depthwise kernels.
-      readers: input axes of kernels, by which the units are read.
-      is_input: the units are inputs of the network.
-      is_output: the units are outputs of the network.
-      fixed: why no unit may be removed from the network. Empty if units may be removed.
-      zero: a unit that receives nothing, and whose sources are 0, is 0 wherever it is read. True
-        for ReLU, False for a sigmoid.
-      zero_stays: in addition, the gradient of its sources is 0 then, so that it stays 0 in
-        training. On each path from a source to a reader lies a function whose derivative at 0 is 0,
+      readers: input axes of kernels, through which the units are read.
+      is_input: whether the units are inputs of the network.
+      is_output: whether the units are outputs of the network.
+      fixed: the reasons why no unit may be removed. Empty if units may be removed.
+      zero: whether a unit that receives nothing, and whose sources are 0, is 0 wherever it is read.
+        True for ReLU, False for a sigmoid.
+      zero_stays: whether such a unit also stays 0 in training, because the gradient of its sources
+        is 0. Each path from a source to a reader then passes a function whose derivative at 0 is 0,
         such as `jax.nn.relu`.
     """
 
@@ -127,7 +127,7 @@ def groups(
 
 
 def unit_scores(groups: Sequence[Group], scores: Scores) -> dict[str, UnitScores]:
-    """Adds up the scores into and out of each unit, by the name of its group.
+    """Adds up the scores of the weights into and out of each unit, by the name of its group.
 
     For SynFlow both sums are equal for every hidden unit (Theorem 1). In a residual stream they are
     equal too if every source is scored or is 0.
@@ -137,15 +137,18 @@ def unit_scores(groups: Sequence[Group], scores: Scores) -> dict[str, UnitScores
       scores: floats for the parameters that are scored and holes elsewhere, in a tree of the same
         structure as the parameters that the groups were made from.
     """
-    leaves = dict(zip(trees.names(scores), jax.tree.leaves(scores), strict=True))
+    names = trees.names(scores)
+    leaves = dict(zip(names, jax.tree.leaves(scores), strict=True))
 
     def total(axes: Sequence[Axis], size: int) -> np.ndarray:
         sums = np.zeros(size)
         for name, axis, units in axes:
             if name not in leaves:
                 continue
-            by_position = np.moveaxis(np.asarray(leaves[name], np.float64), axis, 0)
-            by_position = by_position.reshape(len(units), -1).sum(1)
+            leaf = np.asarray(leaves[name], np.float64)
+            rows = np.moveaxis(leaf, axis, 0).reshape(len(units), -1)
+            by_position = rows.sum(axis=1)
+            # Positions that are the same unit are added up.
             is_unit = units >= 0
             sums += np.bincount(units[is_unit], by_position[is_unit], size)
         return sums
@@ -181,13 +184,15 @@ class _Numbering(NamedTuple):
     def groups_of(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Returns which groups have a unit among these nodes, bool [groups]."""
         found = np.zeros(len(self.sizes), bool)
-        groups = self.group_of[_units_among(self.unit_of, arrays)]
-        found[groups[groups >= 0]] = True
+        units = _units_among(self.unit_of, arrays)
+        groups = self.group_of[units]
+        is_group = groups >= 0
+        found[groups[is_group]] = True
         return found
 
 
 def _assemble(records: Records, leaf_names: Sequence[str]) -> tuple[Group, ...]:
-    """Makes groups of what was recorded about nodes."""
+    """Puts together the groups from the statements about nodes."""
     numbering = _number(records)
     writers = _axes_by_group(numbering, records, records.writers, leaf_names)
     sources = _axes_by_group(numbering, records, records.sources, leaf_names)
@@ -199,8 +204,9 @@ def _assemble(records: Records, leaf_names: Sequence[str]) -> tuple[Group, ...]:
     zero_stays = zero & ~numbering.groups_of(records.ungated)
     reasons = _reasons_by_group(numbering, records)
     names = _names_of_groups(is_input, writers, readers)
-    return tuple(
-        Group(
+    groups = []
+    for i, size in enumerate(numbering.sizes):
+        group = Group(
             name=names[i],
             size=size,
             writers=writers[i],
@@ -213,41 +219,64 @@ def _assemble(records: Records, leaf_names: Sequence[str]) -> tuple[Group, ...]:
             zero=bool(zero[i]),
             zero_stays=bool(zero_stays[i]),
         )
-        for i, size in enumerate(numbering.sizes)
-    )
+        groups.append(group)
+    return tuple(groups)
 
 
 def _number(records: Records) -> _Numbering:
     """Joins nodes to units, and units to groups."""
     unit_of = _components(records.num_nodes, records.same)
-    read = _units_among(unit_of, [records.rows[axis] for axis in records.readers])
-    # The inputs that kernels read are a layer, and so is each axis that a kernel writes.
-    inputs = [unit_of[nodes] for nodes in records.inputs]
-    layers = [row for row in inputs if np.isin(row, read).any()]
-    layers += [unit_of[records.rows[axis]] for axis in records.writers]
-    # The units of a layer are one group, together with all layers that share a unit with it.
+    layers = _layers(records, unit_of)
+    # The units of a layer are one group, together with all layers that share a unit with it. It is
+    # enough to connect each unit of a layer with the next one.
     neighbours = [(row[:-1], row[1:]) for row in layers]
     group_of_unit = _components(records.num_nodes, neighbours)
+    # Dictionaries serve as ordered sets: places follow the order of the first layer of a group.
     members: dict[int, dict[int, None]] = {}
     for row in layers:
-        if len(row):
-            group = members.setdefault(int(group_of_unit[row[0]]), {})
-            group.update(dict.fromkeys(row.tolist()))
+        if len(row) == 0:
+            continue
+        component = int(group_of_unit[row[0]])
+        group = members.setdefault(component, {})
+        group.update(dict.fromkeys(row.tolist()))
 
-    # Places follow the order in which the first layer has the units.
     group_of = np.full(records.num_nodes, NONE)
     place_of = np.full(records.num_nodes, NONE)
-    for number, units in enumerate(members.values()):
-        group_of[list(units)] = number
-        place_of[list(units)] = np.arange(len(units))
-    return _Numbering(unit_of, group_of, place_of, [len(units) for units in members.values()])
+    sizes = []
+    for number, group in enumerate(members.values()):
+        units = list(group)
+        group_of[units] = number
+        place_of[units] = np.arange(len(units))
+        sizes.append(len(units))
+    return _Numbering(unit_of, group_of, place_of, sizes)
+
+
+def _layers(records: Records, unit_of: np.ndarray) -> list[np.ndarray]:
+    """Returns the units of each layer, in their order along an axis.
+
+    The inputs that kernels read are a layer, and so is each axis that a kernel writes.
+    """
+    read_rows = [records.rows[axis] for axis in records.readers]
+    read = _units_among(unit_of, read_rows)
+    layers = []
+    for nodes in records.inputs:
+        row = unit_of[nodes]
+        # The height and width of an image are axes of the input too, but no kernel reads them.
+        if np.isin(row, read).any():
+            layers.append(row)
+    for axis in records.writers:
+        row = unit_of[records.rows[axis]]
+        layers.append(row)
+    return layers
 
 
 def _units_among(unit_of: np.ndarray, arrays: Iterable[np.ndarray]) -> np.ndarray:
     """Returns the units that some of these nodes belong to, int [units]."""
     found = np.zeros(len(unit_of), bool)
     for nodes in arrays:
-        found[unit_of[nodes[nodes >= 0]]] = True
+        is_node = nodes >= 0
+        units = unit_of[nodes[is_node]]
+        found[units] = True
     return np.flatnonzero(found)
 
 
@@ -261,27 +290,35 @@ def _axes_by_group(
     found: list[tuple[Axis, ...]] = [()] * len(numbering.sizes)
     for leaf, axis in role:
         units = numbering.unit_of[records.rows[leaf, axis]]
+        all_places = numbering.place_of[units]
         groups = numbering.group_of[units]
-        for group in np.unique(groups[groups >= 0]):
-            places = np.where(groups == group, numbering.place_of[units], NONE)
+        is_group = groups >= 0
+        # An axis has units of several groups where their layers were concatenated.
+        for group in np.unique(groups[is_group]):
+            places = np.where(groups == group, all_places, NONE)
             found[group] += (Axis(leaf_names[leaf], axis, places),)
     return found
 
 
 def _reasons_by_group(numbering: _Numbering, records: Records) -> list[tuple[Reason, ...]]:
     """Returns why the units of each group must stay."""
+    # Collected by reason first: a deep network has many statements, but few reasons.
     nodes_of: dict[Reason, list[np.ndarray]] = {}
     for nodes, reason in records.fixed:
         nodes_of.setdefault(reason, []).append(nodes)
-    # Parameters without a role do something to their units that is not understood.
+    # A parameter without a role acts on its units in a way that tracing does not understand.
+    other = Reason(Cause.OTHER_PARAMETER)
     roles = (records.writers, records.readers, records.sources, records.scales)
     for leaf_axis, nodes in records.rows.items():
-        if not any(leaf_axis in role for role in roles):
-            nodes_of.setdefault(Reason(Cause.OTHER_PARAMETER), []).append(nodes)
+        has_role = any(leaf_axis in role for role in roles)
+        if not has_role:
+            nodes_of.setdefault(other, []).append(nodes)
 
-    reasons: list[tuple[Reason, ...]] = [()] * len(numbering.sizes)
+    num_groups = len(numbering.sizes)
+    reasons: list[tuple[Reason, ...]] = [()] * num_groups
     for reason, arrays in nodes_of.items():
-        for group in np.flatnonzero(numbering.groups_of(arrays)):
+        is_fixed = numbering.groups_of(arrays)
+        for group in np.flatnonzero(is_fixed):
             reasons[group] += (reason,)
     return reasons
 
@@ -295,7 +332,8 @@ def _names_of_groups(
     names = []
     for group, axes in enumerate(writers):
         name = "input" if is_input[group] else axes[0].name
-        names.append(name.removesuffix("/kernel"))
+        name = name.removesuffix("/kernel")
+        names.append(name)
     counts = collections.Counter(names)
     for group, name in enumerate(names):
         # A kernel [in, heads, head dimension] writes to several groups.
@@ -320,9 +358,10 @@ def _components(num_nodes: int, edges: Sequence[tuple[np.ndarray, np.ndarray]]) 
         return label
     a = np.concatenate([nodes.ravel() for nodes, _ in edges])
     b = np.concatenate([nodes.ravel() for _, nodes in edges])
+    # Vectorized over edges: a loop over the nodes of a deep network would take seconds.
     while (label[a] != label[b]).any():
         smaller = np.minimum(label[a], label[b])
-        # Labels are nodes: to lower the label of a label lowers that of all nodes that have it.
+        # Labels are nodes. Lowering the label of a label lowers that of all nodes that have it.
         np.minimum.at(label, label[a], smaller)
         np.minimum.at(label, label[b], smaller)
         while (label[label] != label).any():

@@ -1,6 +1,10 @@
-"""Checks paths against hand-made networks and closed forms.
+"""Tests the analysis of paths on small networks whose paths can be counted by hand.
 
-Covers the maximal compression, collapse and the path norm.
+- The path norm of a chain is the product of its absolute matrices, also beyond float32.
+- A mask has collapsed exactly if no path leads from the inputs to the outputs. Biases do not count.
+- The maximal compression leaves one weight in each layer of the shortest path.
+- The effective mask holds the weights that are on a path, however little flows through them.
+- The critical compression is the largest at which a rule leaves a path.
 """
 
 from __future__ import annotations
@@ -47,14 +51,14 @@ def test_an_emptied_layer_collapses_a_chain_whatever_its_biases() -> None:
     assert not analysis.collapsed(_mlp, params, mask, (5,))
     mask["layer1"]["w"] = jnp.zeros((7, 7), bool)
     assert analysis.collapsed(_mlp, params, mask, (5,))
-    # The biases still make output, so the path norm itself is not 0.
+    # The biases still produce output, so the path norm itself is not 0.
     assert analysis.log10_path_norm(_mlp, params, mask, (5,)) > -math.inf
 
 
 def test_a_cut_without_an_empty_layer_collapses() -> None:
     params = _mlp_params([4, 6, 4])
     mask = trees.prunable(params)
-    # What enters the first half of the units cannot leave them, and the other way round.
+    # Flow enters only the first three units, and leaves only the last three.
     mask["layer0"]["w"] = mask["layer0"]["w"].at[:, 3:].set(False)
     mask["layer1"]["w"] = mask["layer1"]["w"].at[:3].set(False)
     assert all(bool(leaf.any()) for leaf in jax.tree.leaves(mask))
@@ -70,7 +74,7 @@ def test_an_empty_shortcut_is_no_collapse() -> None:
     assert not analysis.collapsed(apply_fn, params, mask, (8, 8, 3))
     mask["conv3_1"]["conv2"]["kernel"] &= False
     assert analysis.collapsed(apply_fn, params, mask, (8, 8, 3))
-    # Stem, the shortcut and the head.
+    # The path leads through the stem, the shortcut and the head.
     assert analysis.shortest_path(apply_fn, params, mask, (8, 8, 3)) == 3
 
 
@@ -80,7 +84,7 @@ def test_maximal_compression_of_a_chain_is_weights_over_layers(depth: int) -> No
     mask = trees.prunable(params)
     assert analysis.shortest_path(_mlp, params, mask, (6,)) == depth
     assert analysis.max_compression(_mlp, params, mask, (6,)) == 36
-    if depth > 1:  # a layer that is not prunable costs no weight
+    if depth > 1:  # a layer that is not prunable keeps all its weights
         mask["layer0"]["w"] = None
         assert analysis.shortest_path(_mlp, params, mask, (6,)) == depth - 1
 
@@ -134,7 +138,7 @@ def test_weights_on_no_path_do_not_count() -> None:
 
 
 def test_paths_far_thinner_than_others_count() -> None:
-    """Their share of the flow is below what float32 resolves beside the others."""
+    """Checks paths whose flow is too small to change a float32 sum that includes the others."""
     params = _mlp_params([2, 2, 2, 2])
     params = jax.tree.map(lambda w: jnp.eye(2) if w.ndim == 2 else w, params)
     params = jax.tree.map(lambda w: w.at[1].mul(1e-20) if w.ndim == 2 else w, params)

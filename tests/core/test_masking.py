@@ -132,7 +132,7 @@ def test_kth_smallest_of_half_precision_is_float32() -> None:
 
 
 def test_kth_smallest_of_float64() -> None:
-    """Scores that float32 cannot tell apart."""
+    """Ranks scores that float32 cannot tell apart."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         for scores in (
@@ -185,10 +185,8 @@ def test_kth_smallest_and_masks_of_random_trees(dtype: Any) -> None:
             padded = np.concatenate([[-np.inf], np.sort(joined), [np.inf]])
             expected = padded[np.clip(k, 0, joined.size + 1)]
             value = _kth_smallest(scores, k)
-            assert (
-                value.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
-                and value == expected
-            )
+            assert value.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+            assert value == expected
 
             mask = _global_mask(scores, k)
             assert [m.shape for m in mask] == [s.shape for s in scores] and {

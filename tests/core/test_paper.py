@@ -1,11 +1,11 @@
 """Compares with published figures: the weights kept per layer of VGG-16 (Fig. 1), and its FLOPs.
 
 Networks are drawn at random, so the counts scatter. If weights were kept independently, the count
-of a layer would have the deviation sqrt(size p (1 - p)) of a binomial, and ours would differ from the
-mean of the two published runs by sqrt(1.5) times that. Random pruning does so, and 5 deviations are
-allowed. Under magnitude and SynFlow the weights of a unit, a layer and the threshold depend on each
-other, and the two published runs already differ by up to 4.7 deviations. 10 are allowed, which is
-3 % for a layer that keeps 10,000 weights.
+of a layer would have the deviation sqrt(size p (1 - p)) of a binomial. Ours would then differ from
+the mean of the two published runs by sqrt(1.5) times that. Random pruning does so, and 5 deviations
+are allowed. Under magnitude and SynFlow the weights of a unit, a layer and the threshold depend on
+each other, and the two published runs already differ by up to 4.7 deviations. For them 10 are
+allowed, which is 3 % for a layer that keeps 10,000 weights.
 """
 
 from __future__ import annotations

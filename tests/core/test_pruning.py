@@ -424,6 +424,9 @@ def _mask_like(function: Callable[[jax.Array], Any]) -> trees.Mask:
         ({"schedule": lambda *_: np.full((3, 1), 0.5)}, r"schedule returned float64\[3, 1\]"),
         ({"schedule": lambda *_: np.array([[-1]])}, "Counts must be between 0 and the number of"),
         ({"schedule": lambda *_: np.array([[SIZE + 1]])}, r"weights, \[165\]"),
+        ({"schedule": lambda *_: np.array([[5], [3]])}, "Counts must not fall"),
+        ({"schedule": "linear"}, "schedule='linear' must be a function"),
+        ({"compression": "2"}, "compression='2' must be a number"),
         ({"compression": 0.5}, r"compression=0.5 must be a finite number of at least 1"),
         ({"compression": float("nan")}, r"compression=nan must be a finite number"),
         ({"compression": float("inf")}, r"compression=inf must be a finite number"),
@@ -450,6 +453,33 @@ def test_bad_arguments_end_before_any_work(arguments: dict[str, Any], message: s
         pruning.prune(never, _params(), **{"compression": 2, "num_iterations": 3, **arguments})
 
 
+@pytest.mark.parametrize(
+    "score_fn, message",
+    [
+        ("synflow", "score_fn is 'str'. It must be a rule such as scores.synflow"),
+        (scores.magnitude, "score_fn is 'magnitude'. It must be a rule"),
+        (lambda params, mask, key: None, "a tree of another structure than the mask"),
+        (
+            lambda params, mask, key: jax.tree.map(jnp.sum, params),
+            r"an array of shape \[\] for layer 'fc1/kernel'. It must return one score per weight",
+        ),
+        (
+            lambda params, mask, key: jax.tree.map(lambda w: w.sum(0, keepdims=True), params),
+            r"shape \[1, 8\] for layer 'fc1/kernel'",
+        ),
+    ],
+)
+def test_what_is_not_a_rule_is_refused(score_fn: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruning.prune(score_fn, _params(), compression=2, num_iterations=3)
+
+
+def test_an_input_shape_is_a_sequence() -> None:
+    shape: Any = 784
+    with pytest.raises(ValueError, match="input_shape=784 must be the shape of one example"):
+        scores.synflow(_mlp, shape)
+
+
 def _with(layer: str, function: Callable[[jax.Array], jax.Array]) -> trees.Params:
     return {**_params(), layer: {"kernel": function(_params()[layer]["kernel"])}}
 
@@ -462,7 +492,7 @@ def test_overflow_names_layer_and_iteration(scale: float) -> None:
         FloatingPointError, match=r"scores of layer 'fc1/kernel' are not finite in iteration 1 of 3"
     ):
         pruning.prune(plain, params, compression=2, num_iterations=3, score_dtype="float32")
-    # Float64 reaches it, and float32 with a power of two beside every value.
+    # Float64 reaches it, and so does float32 with scaled evaluation.
     mask, info = pruning.prune(
         SYNFLOW, params, compression=2, num_iterations=3, score_dtype="float64"
     )

@@ -143,10 +143,8 @@ def test_tiny_imagenet_from_its_folder(tmp_path: pathlib.Path) -> None:
     _tiny_folder(tmp_path)
     arrays = data.load("tiny_imagenet", (64, 64, 3), str(tmp_path))
     assert arrays.train_images.shape == (200, 64, 64, 3)
-    assert (
-        np.abs(arrays.train_images[:, 30, 30, 0] - arrays.train_labels.astype(np.float32)).max()
-        <= 2
-    )
+    centres = arrays.train_images[:, 30, 30, 0]
+    assert np.abs(centres - arrays.train_labels.astype(np.float32)).max() <= 2
     assert arrays.test_labels.tolist() == [199, 198, 197]
     assert (arrays.test_images[..., 0] == arrays.test_images[..., 2]).all()
     (tmp_path / "val" / "images" / "val_1.JPEG").write_bytes(b"no image")
@@ -154,7 +152,7 @@ def test_tiny_imagenet_from_its_folder(tmp_path: pathlib.Path) -> None:
         data.load("tiny_imagenet", (64, 64, 3), str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore")  # of tensorflow-datasets
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets warns
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "mnist", "imagenet"])
 def test_what_was_not_prepared_says_how(tmp_path: pathlib.Path, dataset: str) -> None:
     with pytest.raises(ValueError, match=f"dataset='{dataset}'") as error:
@@ -211,7 +209,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # of grain
+@pytest.mark.filterwarnings("ignore")  # grain warns
 @pytest.mark.usefixtures("streamed")
 def test_streams_are_orders_of_the_seed_and_go_on_where_they_stood() -> None:
     stream = lambda seed=0, first=0: streaming.train_batches(

@@ -1,4 +1,9 @@
-"""Checks that runs begin from files of weights, and that export.py writes their networks."""
+"""Tests runs that begin from files of weights, and `python export.py`.
+
+- The run id depends on the content of the file. Files that do not fit are refused.
+- Pruned and trained networks, masked or compact, are read from the folder of their run.
+- Every exported format has the logits of the network in the run.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +71,7 @@ def _logits(network: Network) -> np.ndarray:
 
 
 def test_a_pretrained_network_is_pruned(tmp_path: pathlib.Path) -> None:
-    """A run is named by the content of the file that it begins from, and not by its path."""
+    """Checks that the run id depends on the content of the initial weights, not on their path."""
     network, workdir = _pretrained(), Workdir(tmp_path / "work")
     np.savez(tmp_path / "a.npz", **networks.to_torch(network))
     shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
@@ -78,7 +83,7 @@ def test_a_pretrained_network_is_pruned(tmp_path: pathlib.Path) -> None:
         _assert_same(initialization.build(run).params, network.params)
     assert a.prune_id == b.prune_id
     assert len({run.prune_id for run in (a, ours, _run())}) == 3
-    # Runs without a file keep their names.
+    # Runs without such a file keep their names.
     assert "init" not in _run().prune_dict
 
     mask, row = masks.prune(a, initialization.build(a), workdir)
@@ -172,7 +177,7 @@ def _third_gone(mask: Any) -> Any:
 
 
 def _export(*flags: str) -> subprocess.CompletedProcess[str]:
-    # The interpreter of the tests, with the packages that it has.
+    # The Python that runs the tests, with its packages.
     path = os.pathsep.join(path for path in sys.path if path)
     return subprocess.run(
         [sys.executable, "export.py", *flags],

@@ -1,8 +1,9 @@
 """Checks which runs a grid stands for, and how `masks.prune_all` prunes them.
 
-Laws: the runs are the product of the values. Each is as if it had been asked for alone, with the
-same name and the same mask. What runs share is built and traced once. A run that fails does not
-stop the others.
+- The runs are the product of the values.
+- Each run has the name and the mask that it would have alone.
+- What runs share is built and traced once.
+- A run that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def test_duplicates_are_one_run() -> None:
 
 
 def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
-    """The name hashes these values and no others, so that old rows and masks are found again."""
+    """Checks that the name hashes these values and no others, so old rows and masks are found."""
     values = {
         "model": "conv",
         "dataset": "digits",
@@ -172,7 +173,7 @@ def test_names_are_those_of_rows_from_before_there_were_grids() -> None:
     prune = PruneConfig(pruner="snip", compression=10.0, scaled=False)
     settings = Config(model="conv", dataset="digits", prune=prune)
     assert resolve_one(settings).prune_id == f"conv-digits-snip-c10-s0-{digest}"
-    # Neither what is recorded nor what is refused changes a mask.
+    # Neither the records nor the checks change a mask.
     for free in ({"record_units": True}, {"beyond_maximum": True}, {"dataset": "digits"}):
         same = _with_prune(settings, **free)
         assert resolve_one(same).prune_id == resolve_one(settings).prune_id
@@ -321,7 +322,7 @@ def test_a_failing_run_stops_no_other(tmp_path: pathlib.Path) -> None:
     ):
         failures.check(failed, len(runs), workdir)
 
-    # The same grid finds what is there, tries what failed, and lists nothing once nothing fails.
+    # The same grid finds the finished runs and repeats the failed ones. Then no failure is left.
     again = _prune_all(runs, workdir)
     assert [isinstance(o, Finished) and o.found for o in again] == [
         isinstance(o, Finished) for o in outcomes
@@ -391,14 +392,12 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "rows.jsonl").read_bytes() == written
 
     overruled = prune(*grid, "--config.prune.pruner=snip")
-    assert (
-        overruled.returncode == 2
-        and "--config.grid.pruner" in overruled.stderr
-        and not overruled.stdout
-    )
+    assert overruled.returncode == 2
+    assert "--config.grid.pruner" in overruled.stderr
+    assert not overruled.stdout
 
 
-def test_units_are_recorded_beside_the_row_and_change_nothing(tmp_path: pathlib.Path) -> None:
+def test_recording_units_changes_nothing_else(tmp_path: pathlib.Path) -> None:
     workdir = Workdir(tmp_path)
     settings = _with(SMALL, prune=PruneConfig(pruner="synflow", compression=10.0, num_iterations=2))
     run = resolve_one(settings)

@@ -1,7 +1,10 @@
-"""Checks `python prune.py` as a user runs it: output, files, rows of earlier commands, bad input.
+"""Tests `python prune.py` as a user runs it.
 
-Bad input ends before any work with one message that names the argument, the value and the cure. The
-exit status is not 0, and no file is written.
+- A run writes a mask and a row. The same command then finds them and does nothing.
+- A certificate can be verified, and a forged one is refused.
+- One network on several devices has the mask of one device.
+- Bad input ends before any work with one message that names the argument, the value and the cure.
+  The exit status is not 0, and no file is written.
 """
 
 from __future__ import annotations
@@ -67,11 +70,9 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     ]
     assert row["layers"][0]["shape"] == [784, 100] and row["layers"][0]["size"] == 78_400
     assert sum(layer["kept"] for layer in row["layers"]) == row["kept"]
-    assert (
-        row["iterations"]["kept"][-1] == row["kept"]
-        and len(row["iterations"]["min_layer_score"]) == 100
-    )
-    # The kernel of every layer is a cut, and the biases are small: all layers have the same score.
+    assert row["iterations"]["kept"][-1] == row["kept"]
+    assert len(row["iterations"]["min_layer_score"]) == 100
+    # The kernel of every layer is a cut. The biases are small, so all layers have the same score.
     assert max(layer["score"] for layer in row["layers"]) < 1.3 * min(
         layer["score"] for layer in row["layers"]
     )
@@ -93,9 +94,9 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
 
     written = (tmp_path / "rows.jsonl").read_bytes()
     second = _prune(cache, *flags)
-    assert (
-        second.returncode == 0 and "already in" in second.stdout and "fc1/kernel" in second.stdout
-    )
+    assert second.returncode == 0
+    assert "already in" in second.stdout
+    assert "fc1/kernel" in second.stdout
     assert (tmp_path / "rows.jsonl").read_bytes() == written
 
     again = _prune(cache, *flags, "--overwrite")
@@ -103,15 +104,13 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     (new,) = storage.read_rows(tmp_path / "rows.jsonl")
     assert new["mask_sha256"] == row["mask_sha256"] and new["seconds"] != row["seconds"]
 
-    # A damaged mask is found before anything is said of the old run; --overwrite cures it.
+    # A damaged mask is found before the old run is reported. --overwrite replaces it.
     path = tmp_path / "masks" / f"{row['run_id']}.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     damaged = _prune(cache, *flags)
-    assert (
-        damaged.returncode != 0
-        and "cannot be read" in damaged.stderr
-        and "--overwrite" in damaged.stderr
-    )
+    assert damaged.returncode != 0
+    assert "cannot be read" in damaged.stderr
+    assert "--overwrite" in damaged.stderr
     (tmp_path / "rows.jsonl").write_text('{"run_id": "half')
     damaged = _prune(cache, *flags, "--overwrite")
     assert damaged.returncode != 0 and "line 1" in damaged.stderr
@@ -140,7 +139,7 @@ def test_a_certificate_is_written_and_can_be_verified(
     verified = _prune(cache, f"--verify={path}")
     assert verified.returncode == 0 and "holds: none of its" in verified.stdout, verified.stderr
 
-    # The last iteration but one is said to have pruned all but the last weights: more than a cut.
+    # The forged certificate says that the last iteration but one pruned more than a cut.
     last = len(certificate["iterations"])
     early = {
         name: np.where((n > 0) & (n < last), 1, n).astype(np.uint16)
@@ -172,8 +171,8 @@ def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
 def test_one_network_on_several_devices(
     tmp_path: pathlib.Path, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four batches on three devices: the row has the name, and the mask the hash, of one device."""
-    monkeypatch.setenv("NPROC", "8")  # the threads of XLA's products decide how they are rounded
+    """Scores four batches on three devices: run id and mask are those of one device."""
+    monkeypatch.setenv("NPROC", "8")  # the number of threads decides how XLA rounds matrix products
     flags = ("--config=configs/digits.py", "--config.model=fc", "--config.prune.pruner=snip")
     for name, more in (("one", ()), ("three", ("--cpu_devices=3", "--config.prune.over_devices"))):
         folder = f"--workdir={tmp_path / name}"
@@ -309,20 +308,18 @@ def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
         ([], "--config is missing"),
     ):
         result = _prune(cache, *flags, f"--workdir={tmp_path / 'work'}")
-        assert (
-            result.returncode != 0 and message in result.stderr and result.stderr.count("\n") == 1
-        )
+        assert result.returncode != 0
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
     assert not (tmp_path / "work").exists()
 
 
 def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     result = _prune(cache, "--config=configs/digits.py", f"--workdir={tmp_path / 'file'}")
-    assert (
-        result.returncode != 0
-        and "cannot be written" in result.stderr
-        and result.stderr.count("\n") == 1
-    )
+    assert result.returncode != 0
+    assert "cannot be written" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_overflow_names_the_layer_and_writes_nothing(tmp_path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks what is printed about rows: the numbers of the row, and the words for its outcome."""
+"""Checks that reports show the numbers of a row and say in words how the run ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Sweeps: the same rows on any layout of devices and processes, after any number of kills, and what fails alone."""
+"""Tests sweeps, in which many runs train together.
+
+- The rows are the same on any layout of devices and processes, and after any number of kills.
+- A run that fails does not stop the others. The same command repeats it.
+- A row is written only after the last checkpoint of its run is on disk.
+- A device that runs out of memory gets fewer runs at a time.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +34,31 @@ from synflow_jax.experiments import (
     initialization,
     masks,
     programs,
-    reporters,
     starts,
 )
 from synflow_jax.experiments.config import Config, Grid, PruneConfig, SweepConfig, TrainConfig
 from synflow_jax.experiments.events import Failed, Finished, Outcome
+from synflow_jax.experiments.report import sweep
 from synflow_jax.experiments.run import Run, resolve
 from synflow_jax.storage import Workdir, checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
-    "--config=configs/digits.py", "--config.model=fc", "--config.width_multiplier=0.2", "--config.train.num_epochs=3",
-    "--config.train.drops=(2,)", "--config.train.compact=False", "--config.grid.seed=0,1",
-    "--config.grid.pruner=('snip','random')", "--config.grid.compression=2,10",
-)  # fmt: skip
+    "--config=configs/digits.py",
+    "--config.model=fc",
+    "--config.width_multiplier=0.2",
+    "--config.train.num_epochs=3",
+    "--config.train.drops=(2,)",
+    "--config.train.compact=False",
+    "--config.grid.seed=0,1",
+    "--config.grid.pruner=('snip','random')",
+    "--config.grid.compression=2,10",
+)
 
 
 def _start(cache: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
-    # XLA splits a product of matrices over its threads, whose number decides how it is rounded. It makes at least as
-    # many as there are devices, and as NPROC says.
+    # XLA splits matrix products over its threads, so the number of threads decides how they are
+    # rounded. XLA starts one thread per device, and at least NPROC.
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -55,15 +67,20 @@ def _start(cache: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subproces
     }
     return subprocess.Popen(
         [sys.executable, "train.py", *FLAGS, f"--workdir={workdir}", *flags],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _finish(*processes: subprocess.Popen[str]) -> str:
     try:
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
-        for process in processes:  # the others of one that hangs would wait for it
+        # If one process hangs, the others wait for it.
+        for process in processes:
             process.kill()
     for process, (_, stderr) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, stderr
@@ -71,10 +88,10 @@ def _finish(*processes: subprocess.Popen[str]) -> str:
 
 
 def _rows(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """By name; how long a pruning run took is no part of what it computed."""
+    """Returns the rows of all processes by name, without the duration of pruning."""
     files = [workdir / "rows.jsonl", *workdir.glob("rows-*.jsonl")]
     rows = [row for file in files for row in storage.read_rows(file)]
-    assert len({row["run_id"] for row in rows}) == len(rows), "a row is there twice"
+    assert len({row["run_id"] for row in rows}) == len(rows), "two rows have the same name"
     return {
         row["run_id"]: {key: value for key, value in row.items() if key != "seconds"}
         for row in rows
@@ -83,7 +100,7 @@ def _rows(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A sweep of one process with one device."""
+    """Returns the folder of a sweep of one process with one device."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     output = _finish(_start(cache, workdir))
     assert "8 of 8 runs finished" in output
@@ -94,12 +111,10 @@ def undisturbed(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_layouts_of_devices_and_processes(
     cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """1 process x 1 device, 1 x 8 and 2 x 4: the same rows, hashes of masks and of trained weights among them."""
+    """Compares the rows of 1 process x 1 device, 1 x 8 and 2 x 4: they hash masks and weights."""
     expected = _rows(undisturbed)
-    assert (
-        len(expected) == 16
-        and len({row["mask_sha256"] for row in expected.values() if "layers" in row}) == 8
-    )
+    masks_of_runs = {row["mask_sha256"] for row in expected.values() if "layers" in row}
+    assert len(expected) == 16 and len(masks_of_runs) == 8
     _finish(_start(cache, tmp_path / "1x8", "--cpu_devices=8"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -108,16 +123,13 @@ def test_layouts_of_devices_and_processes(
     _finish(*(_start(cache, tmp_path / "2x4", *flags, f"--process_id={i}") for i in range(2)))
     assert _rows(tmp_path / "1x8") == expected
     assert _rows(tmp_path / "2x4") == expected
-    for index in range(2):  # each has its own file
+    for index in range(2):  # each process has its own file
         assert len(storage.read_rows(tmp_path / "2x4" / f"rows-{index:04d}.jsonl")) == 8
     assert not (tmp_path / "2x4" / "rows.jsonl").exists()
-    for folder in (
-        undisturbed / "checkpoints"
-    ).iterdir():  # what every process has saved is there, for any other
-        arrays, others = (
-            checkpoints.read_latest(path)[0]
-            for path in (folder, tmp_path / "2x4" / "checkpoints" / folder.name)
-        )
+    # Any process can read the checkpoints of every other.
+    for folder in (undisturbed / "checkpoints").iterdir():
+        arrays = checkpoints.read_latest(folder)[0]
+        others = checkpoints.read_latest(tmp_path / "2x4" / "checkpoints" / folder.name)[0]
         jax.tree.map(np.testing.assert_array_equal, arrays, others)
 
 
@@ -125,7 +137,7 @@ def test_layouts_of_devices_and_processes(
 def test_killed_sweeps_go_on(
     cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """SIGKILL at three random moments; then the same rows, none twice and none lost."""
+    """Kills a sweep at three random moments: no row is lost, doubled or changed."""
     begun = tmp_path / "checkpoints"
     for _ in range(3):
         process = _start(cache, tmp_path)
@@ -143,11 +155,8 @@ def test_killed_sweeps_go_on(
 def test_changed_config_and_damaged_rows(cache: pathlib.Path, undisturbed: pathlib.Path) -> None:
     process = _start(cache, undisturbed, "--config.train.num_epochs=4", "--config.grid.seed=0,1,2")
     _, stderr = process.communicate(timeout=120)
-    assert (
-        process.returncode == 2
-        and "train.num_epochs was 3 and is 4" in stderr
-        and "--workdir" in stderr
-    )
+    assert process.returncode == 2
+    assert "train.num_epochs was 3 and is 4" in stderr and "--workdir" in stderr
     runs = resolve(_grid(seed=(0, 1)))
     rows = undisturbed / "rows-0007.jsonl"
     rows.write_text('{"run_id": "x"}\n{"run_id": \n')
@@ -175,9 +184,17 @@ def _sweep(runs: Sequence[Run], workdir: pathlib.Path, **options: Any) -> list[O
     return engine.run(runs, Workdir(workdir))
 
 
+def _mask_hashes(folder: pathlib.Path) -> dict[str, str]:
+    rows = Workdir(folder).rows()
+    return {row["run_id"]: row["mask_sha256"] for row in rows if "layers" in row}
+
+
 @pytest.mark.slow
 def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
-    """A Python loop over runs, `pmap` alone, `lax.map` and `vmap` in it: the same masks, and losses to rounding."""
+    """Compares a Python loop over runs, `pmap` alone, and `pmap` over `lax.map` or `vmap`.
+
+    The masks are the same, and the losses agree up to rounding.
+    """
     runs = resolve(_grid(seed=(0, 1, 2)))
     alone = _sweep(runs, tmp_path / "alone")
     results = {
@@ -193,13 +210,8 @@ def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
     for name, outcomes in results.items():
         assert len(outcomes) == 3
         for expected, outcome in zip(alone, outcomes, strict=True):
-            both = [
-                storage.Workdir(folder).rows() for folder in (tmp_path / "alone", tmp_path / name)
-            ]
-            hashes = [
-                {r["run_id"]: r["mask_sha256"] for r in rows if "layers" in r} for rows in both
-            ]
-            assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+            hashes = _mask_hashes(tmp_path / "alone")
+            assert hashes == _mask_hashes(tmp_path / name) and len(hashes) == 3
             for split in ("train_loss", "test_loss"):
                 np.testing.assert_allclose(
                     outcome.row["last"][split], expected.row["last"][split], rtol=1e-4
@@ -209,7 +221,7 @@ def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
 def test_a_run_that_fails_stops_no_other(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of three that are trained together has weights that are not finite; another has lost its mask."""
+    """Trains four runs together: one has weights that are not finite, one has a damaged mask."""
     runs = resolve(_grid(seed=(0, 1, 2, 3)))
     first_state = starts.first_state
 
@@ -264,7 +276,7 @@ def test_a_device_without_memory_gets_fewer_runs(
 def test_rows_come_after_the_last_checkpoints(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that has a row is never trained again, so its checkpoint must be on the disk by then."""
+    """Checks that checkpoints are written first, since a run with a row never trains again."""
     order = []
     open_folder, write_row = checkpoints.open_folder, Workdir.write_row
 
@@ -286,7 +298,7 @@ def test_rows_come_after_the_last_checkpoints(
 
 @pytest.mark.slow
 def test_compact_runs_train_by_themselves(tmp_path: pathlib.Path) -> None:
-    """Runs of different shapes, and one that has collapsed and is trained as it is."""
+    """Trains a compact run, and a collapsed one that stays masked."""
     grid = _grid(compression=(30.0, 1000.0))
     grid.train.compact = None
     compact, collapsed = _sweep(resolve(grid), tmp_path)
@@ -298,13 +310,15 @@ def test_the_table_of_a_sweep() -> None:
     runs = resolve(_grid(seed=(0, 1), compression=(2.0, 10.0), pruner=("random", "snip")))
     text = io.StringIO()
     output = rich.console.Console(file=text, width=100)
-    table = reporters.Table(output, runs)
-    table.show(Finished(runs[0], {"kept": 1, "total": 2, "last": {"test_top1": 0.5}}))
-    table.show(Failed(runs[4], ValueError("no")))
-    table.show(
-        events.Progress(runs[1], step=5, num_steps=10, epoch=0, loss=1.0, top1=0.1, images_per_second=9.0)
-    )  # fmt: skip
-    output.print(table)
+    state = sweep.start(runs)
+    row = {"kept": 1, "total": 2, "last": {"test_top1": 0.5}}
+    sweep.show(output, state, Finished(runs[0], row))
+    sweep.show(output, state, Failed(runs[4], ValueError("no")))
+    progress = events.Progress(
+        runs[1], step=5, num_steps=10, epoch=0, loss=1.0, top1=0.1, images_per_second=9.0
+    )
+    sweep.show(output, state, progress)
+    output.print(sweep.table(state))
     lines = text.getvalue().splitlines()
     line = next(line for line in lines if line.strip().startswith("random"))
     assert line.split() == ["random", "50.0", "1", "failed", "25", "%"], line

@@ -1,4 +1,10 @@
-"""`python train.py` as a user runs it: what it leaves, how it stops and goes on, and bad input."""
+"""Tests `python train.py` as a user runs it.
+
+- A run writes rows, a curve and checkpoints. The same command then finds them and does nothing.
+- A killed or stopped run resumes and ends in the same bits as one that was left alone.
+- Bad input, a loss that is not finite and a full disk each end in one message with the cure.
+- Masks hold under every option of training.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +46,20 @@ def _start(cache: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "train.py", *flags]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _train(
     cache: pathlib.Path, *flags: str, max_file_size: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     process = _start(cache, *flags)
-    if max_file_size is not None:  # as a disk that is full after so many bytes of a file
+    if max_file_size is not None:  # stands for a full disk
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -99,7 +110,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     pruned = storage.read_rows(tmp_path / "rows.jsonl")[0]
     assert pruned["run_id"] == row["prune_run_id"]
-    # The checkpoint holds what was trained, with the mask at exactly 0.
+    # Two checkpoints are kept: those of the last two epochs.
     kept = sorted(path.name for path in (tmp_path / "checkpoints" / row["run_id"]).iterdir())
     assert kept == ["44", "66"]
 
@@ -111,15 +122,12 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     assert again.returncode == 0 and "already in" not in again.stdout
     assert _train_row(tmp_path) == row
 
-    # A run of another recipe takes the mask that is there.
+    # A run of another recipe uses the same mask.
     other = _train(
         cache, *flags, "--config.train.num_epochs=1", "--config.train.label_smoothing=0.1"
     )
-    assert (
-        other.returncode == 0
-        and "iterations" not in other.stdout
-        and "26,039 weights kept" not in other.stdout
-    )
+    assert other.returncode == 0
+    assert "iterations" not in other.stdout and "26,039 weights kept" not in other.stdout
 
 
 def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
@@ -128,10 +136,8 @@ def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
     values = dataclasses.asdict(Config())
     parts = ("data", "prune", "train", "sweep", "grid")
     keys = {f"{part}.{key}" for part in parts for key in values[part]} | (values.keys() - {*parts})
-    beyond = {
-        "train.make_optimizer",
-        "grids",
-    }  # a function, and several grids, which only a config file can give
+    # Only a config file can hold a function or several grids.
+    beyond = {"train.make_optimizer", "grids"}
     assert keys == listed | beyond and not listed & beyond
 
 
@@ -151,7 +157,7 @@ def test_killed_and_stopped_runs_end_as_one_that_was_left_alone(
         time.sleep(chance.uniform(0, 0.3))
         process.send_signal(sign)
         _, stderr = process.communicate(timeout=60)
-        if process.returncode != 0:  # else it was done before the signal came
+        if process.returncode != 0:  # otherwise it finished before the signal
             killed += 1
             assert process.returncode == (143 if sign == signal.SIGTERM else -9)
             assert sign == signal.SIGKILL or "to resume" in stderr
@@ -191,7 +197,7 @@ BAD = {
 def bad(
     tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder of the folders that the commands were given, and what they said."""
+    """Returns the folder that holds each command's folder, and the results of the commands."""
     folder = tmp_path_factory.mktemp("bad")
     cases = {
         case: [*QUICK, f"--workdir={folder / case}", *flags] for case, (flags, *_) in BAD.items()
@@ -214,7 +220,7 @@ def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None
 def test_a_loss_that_is_not_finite_names_the_step(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
-    # Good for one epoch of 11 steps, then a rate that nothing survives.
+    # After one epoch of 11 steps the learning rate becomes so large that the loss overflows.
     flags = (
         "--config.train.drops=(1,)",
         "--config.train.drop_factor=1e30",
@@ -223,10 +229,8 @@ def test_a_loss_that_is_not_finite_names_the_step(
     result = _train(cache, *QUICK, f"--workdir={tmp_path}", *flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "the loss is not finite at step 1" in result.stderr and "(epoch 2 of 9)" in result.stderr
-    assert (
-        "The checkpoint after step 11 stays" in result.stderr
-        and "train.learning_rate=0.02" in result.stderr
-    )
+    assert "The checkpoint after step 11 stays" in result.stderr
+    assert "train.learning_rate=0.02" in result.stderr
     assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["11"]
     assert not any(
         row["run_id"].startswith("train-") for row in storage.read_rows(tmp_path / "rows.jsonl")
@@ -259,7 +263,7 @@ def _tree(value: float = 1.0) -> Any:
     }
 
 
-@pytest.mark.filterwarnings("ignore")  # of orbax
+@pytest.mark.filterwarnings("ignore")  # orbax warns
 def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "checkpoints"
     with checkpoints.open_folder(folder, RUN, 2) as opened:
@@ -271,12 +275,8 @@ def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> Non
         restored = checkpoints.restore_latest(opened, _tree())
         assert restored is not None
         step, tree = restored
-        assert (
-            step == 3
-            and tree["hole"] is None
-            and tree["step"] == 3
-            and tree["step"].dtype == jnp.int32
-        )
+        assert step == 3 and tree["hole"] is None
+        assert tree["step"] == 3 and tree["step"].dtype == jnp.int32
         np.testing.assert_array_equal(tree["w"], np.full((2, 3), 3.0))
         assert jax.random.bits(tree["key"]) == jax.random.bits(jax.random.key(7))
         for like, message in (
@@ -302,7 +302,7 @@ def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> Non
         checkpoints.restore_latest(opened, _tree())
 
 
-@pytest.mark.filterwarnings("ignore")  # of grain and orbax
+@pytest.mark.filterwarnings("ignore")  # grain and orbax warn
 def test_streamed_runs_go_on_as_others_do(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,9 +316,12 @@ def test_streamed_runs_go_on_as_others_do(
     small = data.DATASETS["imagenet"]._replace(num_classes=10, image_shape=(32, 32, 3))
     monkeypatch.setitem(data.DATASETS, "imagenet", small)
     settings = Config(
-        model="conv", dataset="imagenet", width_multiplier=1 / 16, prune=PruneConfig(compression=1.0),
+        model="conv",
+        dataset="imagenet",
+        width_multiplier=1 / 16,
+        prune=PruneConfig(compression=1.0),
         train=TrainConfig(num_epochs=3, batch_size=8, learning_rate=0.05, drops=()),
-    )  # fmt: skip
+    )
     run = resolve_one(settings)
     network = initialization.build(run)
     whole = engine.train(run, network, network.mask, Workdir(tmp_path / "whole"))
@@ -345,13 +348,21 @@ def test_streamed_runs_go_on_as_others_do(
 @pytest.mark.filterwarnings("ignore")
 def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     settings = Config(
-        model="cifar_vgg11_bn", dataset="digits", width_multiplier=1 / 16,
+        model="cifar_vgg11_bn",
+        dataset="digits",
+        width_multiplier=1 / 16,
         prune=PruneConfig(pruner="snip", compression=5.0, biases=True, norms=True),
         train=TrainConfig(
-            num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), label_smoothing=0.1, clip_norm=1.0,
-            compute_dtype="bfloat16", weight_decay=1e-3,
+            num_epochs=2,
+            batch_size=719,
+            learning_rate=0.05,
+            drops=(1,),
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            compute_dtype="bfloat16",
+            weight_decay=1e-3,
         ),
-    )  # fmt: skip
+    )
     run = resolve_one(settings)
     network = initialization.build(run)
     _, row = masks.prune(run, network, Workdir(tmp_path))
@@ -364,7 +375,7 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     assert trained["num_steps"] == 4 and trained["kept"] == row["kept"]
     assert [event.step for event in seen if isinstance(event, EpochEnded)] == [2, 4]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["label_smoothing"] == 0.1
-    # A chain of one's own is another run.
+    # A run with a user's own optimizer is another run.
     chain = lambda steps_per_epoch: optax.adamw(
         optax.cosine_decay_schedule(1e-3, 2 * steps_per_epoch)
     )
@@ -374,10 +385,8 @@ def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
             "train": TrainConfig(num_epochs=2, batch_size=719, make_optimizer=chain),
         }
     )
-    assert (
-        resolve_one(other).train_id != resolve_one(settings).train_id
-        and resolve_one(other).prune_id == resolve_one(settings).prune_id
-    )
+    assert resolve_one(other).train_id != resolve_one(settings).train_id
+    assert resolve_one(other).prune_id == resolve_one(settings).prune_id
     small = Config(**{**vars(other), "model": "fc", "prune": PruneConfig()})
     network = initialization.build(resolve_one(small))
     with pytest.raises(storage.Stopped, match="after step"):

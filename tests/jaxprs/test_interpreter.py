@@ -1,4 +1,10 @@
-"""Checks the walk: it enters calls, and rules get the parts of branches and loops."""
+"""Tests the interpreter of JAX programs.
+
+- A table that binds every primitive computes what JAX computes.
+- The walk enters calls, unless a rule takes the call.
+- The operands of `cond`, `scan` and `while` are split into their parts.
+- A fixed point keeps the records of its last round only.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +27,14 @@ from synflow_jax.jaxprs.interpreter import (
     walk,
 )
 
-# Evaluates a program as JAX does.
+# Evaluates a program as JAX would.
 PLAIN: Table[Any] = Table(
     constant=lambda array: array, default=lambda _, eqn, arrays: bind(eqn, arrays)
 )
 
 
 def _counting() -> Table[int]:
-    """Counts the products in a row that led to each value; loops and branches count as one step."""
+    """Counts the successive products that lead to each value. A loop or branch adds none."""
     table: Table[int] = Table(
         constant=lambda array: 0,
         default=lambda _, eqn, counts: [max(counts, default=0)] * len(eqn.outvars),
@@ -101,7 +107,7 @@ def test_the_parts_of_a_cond_a_scan_and_a_while_are_found() -> None:
 
 
 def test_a_fixed_point_forgets_rounds_that_still_changed() -> None:
-    """Checks a dependence that moves on by one carried value per iteration."""
+    """Iterates a body that moves a value on by one carry per round: only round three is kept."""
     recorded: list[Any] = []
 
     def checkpoint() -> Any:

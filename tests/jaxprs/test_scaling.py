@@ -1,6 +1,9 @@
-"""Checks scaled evaluation.
+"""Tests scaled evaluation, which stores a power of two with each value.
 
-It equals plain evaluation where that is finite, and is right where that overflows.
+- Where the plain evaluation is finite, the scaled one has the same values, gradients and masks.
+- Where the plain one overflows, path norms agree with NumPy and scores are conserved.
+- Values with different exponents meet at the larger one, and zeros stay zero.
+- Steps that have no scaled form are named.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def test_where_nothing_overflows_it_is_the_plain_evaluation(model: str) -> None:
     np.testing.assert_allclose(float(value) * factor, plain, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(scaled), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64) * factor, b, rtol=2e-6)
-    assert 0.5 <= float(value) < 2**12  # of its order, and no scale is left in it
+    assert 0.5 <= float(value) < 2**12  # the mantissa of a sum, without a scale
     assert scaling.unscaled(objective, params) == ()
 
 
@@ -56,7 +59,7 @@ def test_masks_are_those_of_the_plain_scores() -> None:
 
 
 def _deep(layers: int) -> Callable[[Any, jax.Array], jax.Array]:
-    """A residual MLP whose layers are one scan over a stacked kernel."""
+    """Returns a residual MLP that scans over the stacked kernels of its layers."""
 
     def apply_fn(params: Any, x: jax.Array) -> jax.Array:
         layer = lambda x, kernel: (x + jax.nn.relu(x @ kernel), None)
@@ -100,7 +103,7 @@ def test_beyond_float64_the_path_norm_has_its_logarithm_and_scores_are_conserved
     params = _deep_params(2000, 8, 1.0)
     mask = trees.prunable(params)
     norm = analysis.log10_path_norm(_deep(2000), params, mask, (8,))
-    # In logarithms, on the host: one layer at a time, each rescaled.
+    # The expected norm: NumPy multiplies layer by layer and rescales after each.
     x, log10 = np.ones(8), 0.0
     for kernel in np.abs(np.asarray(params["layers"]["kernel"], np.float64)):
         x = x + x @ kernel
@@ -111,7 +114,7 @@ def test_beyond_float64_the_path_norm_has_its_logarithm_and_scores_are_conserved
     assert expected > 1500
     assert abs(norm - expected) < 1e-3
     assert not analysis.collapsed(_deep(2000), params, mask, (8,))
-    # Eq. 1 on the head, which is a cut: its scores add up to R, of which the mantissa is left.
+    # The head is a cut, so its scores add up to R. They have the scale of the mantissa of R.
     result = scores.synflow(_deep(2000), (8,), scaled=True)(params, mask, jax.random.key(0))
     value = scaling.evaluate(scores.path_norm(_deep(2000), (8,)), params).value
     np.testing.assert_allclose(jnp.sum(result["head"]["kernel"]), value, rtol=1e-5)
@@ -126,7 +129,7 @@ def test_nothing_left_is_zero_whatever_the_exponents() -> None:
 
 
 def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Joins a product that is 2^160 times larger than the others with a small one and with a 0."""
+    """Joins a product of 2^160, a small value and 0 in every way in which exponents can meet."""
     large = functools.reduce(jnp.dot, [x] + [w] * 40)
     zero = functools.reduce(jnp.dot, [0 * x] + [w] * 80)
     joined = jnp.concatenate(
@@ -137,9 +140,10 @@ def _branches(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def test_programs_grow_with_depth_and_no_faster() -> None:
-    """Checks a regression: XLA repeats cheap sums wherever they are read.
+    """Checks that doubling the depth about doubles the size of the compiled program.
 
-    Residual layers made programs quadratic in depth.
+    XLA repeats cheap sums wherever they are read, which once made the programs of residual networks
+    quadratic in their depth.
     """
 
     def size(num_layers: int) -> int:
@@ -161,9 +165,9 @@ def test_programs_grow_with_depth_and_no_faster() -> None:
 
 @pytest.mark.slow
 def test_bfloat16_scores_a_network_beyond_its_range() -> None:
-    """Checks R = 2^275, where a bfloat16 reaches 2^127.
+    """Checks that scores in bfloat16 are those in float32 up to the eight bits of bfloat16.
 
-    The scores equal those in float32 up to the eight bits of a bfloat16.
+    R is 2^275, and the largest bfloat16 is about 2^127.
     """
     names = [f"fc{i:02d}" for i in range(30)]
 
@@ -193,7 +197,7 @@ def test_branches_meet_at_the_larger_exponent() -> None:
     scaled = jax.jit(functools.partial(scaling.evaluate, _branches))(x, w)
     exact = 3 * (2 * (3.0 * 16.0**40) * 16.0**2) / 4
     np.testing.assert_allclose(scaling.log10(scaled), np.log10(exact), rtol=1e-6)
-    small = scaling.evaluate(_branches, x, w / 16)  # 2^0 everywhere
+    small = scaling.evaluate(_branches, x, w / 16)  # all exponents are 0
     np.testing.assert_allclose(
         float(small.value) * 2.0 ** int(small.exponent), _branches(x, w / 16), rtol=1e-6
     )
@@ -222,10 +226,9 @@ def test_zeros_stay_zeros_wherever_they_meet() -> None:
         h = jax.nn.relu(w @ w @ w + bias)  # a scaled value meets a plain one
         return jnp.sum(jax.nn.relu(h + h @ w) @ w)  # and another exponent
 
+    value_of = lambda w, bias: scaling.evaluate(function, w, jnp.full((1, 2), bias)).value
     for bias in (0.0, 1e-30):
-        biases = jnp.full((1, 2), bias)
-        mantissa = lambda w, biases: scaling.evaluate(function, w, biases).value
-        value, slopes = jax.value_and_grad(mantissa)(jnp.zeros((2, 2)), biases)
+        value, slopes = jax.value_and_grad(value_of)(jnp.zeros((2, 2)), bias)
         assert value == 0 and jnp.isfinite(slopes).all() and bool(slopes.any()) == (bias > 0)
 
 

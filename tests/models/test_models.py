@@ -1,9 +1,10 @@
 """Checks the networks of the paper: counts, names, initializers, convolution and pooling.
 
-The number of prunable weights follows from the published architecture's arithmetic. Names sort in
-the order of the network. Initial weights have the published distribution. `convolution` and
-`max_pool` agree with XLA's in value and gradient, but for one rule: the gradient of a maximum goes
-to the first place that holds it.
+- The number of prunable weights follows from the arithmetic of the published architecture.
+- Names sort in the order of the network.
+- Initial weights have the published distribution.
+- `convolution` and `max_pool` agree with XLA's in value and gradient, with one exception: the
+  gradient of a maximum goes to the first position that holds it.
 """
 
 from __future__ import annotations
@@ -644,9 +645,9 @@ def test_jitted_users_of_eval_fn_find_their_trace_again() -> None:
     x = _draw((1, 4, 4, 2), 0)
     one = run(models.eval_fn(model, batch_stats), params, x)
     other = run(models.eval_fn(model, jax.tree.map(lambda leaf: 2 * leaf, batch_stats)), params, x)
-    run(
-        models.synflow_fn(VGG(3, widths=((4,), (5,))), batch_stats), params, x
-    )  # a module made anew
+    # An equal module that was made anew needs no new trace.
+    equal = VGG(3, widths=((4,), (5,)))
+    run(models.synflow_fn(equal, batch_stats), params, x)
     assert len(traces) == 1 and not np.allclose(one, other)
 
 

@@ -1,4 +1,9 @@
-"""Checks Figs. 1, 5a, 5b, 6 and 7 on made-up rows: what is drawn, what is told to be missing."""
+"""Tests Figs. 1, 5a, 5b, 6 and 7 on made-up rows.
+
+- The curves, bands and arrows show the numbers of the rows.
+- Missing runs are named, and so are runs whose collapse is unknown.
+- Rows that do not fit a figure are refused.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from paper.figures import accuracy, curves, fig1, fig5a, fig5b, fig6, fig7, publ
 
 ROOT = pathlib.Path(__file__).parents[2]
 MAXIMUM = 1000.0
-# Per cent of seeds 0 and 1, and whether the networks have collapsed.
+# Accuracy of seeds 0 and 1 in per cent, and whether the networks have collapsed.
 CURVES = {
     "magnitude": {
         1.0: (97, 99, False),
@@ -51,7 +56,7 @@ CURVES = {
 def _pair(
     pruner: str, compression: float, seed: int, top1: float, collapsed: bool, **values: Any
 ) -> list[rows.Row]:
-    """The pruning row and the training row of a run, as far as the figures read them."""
+    """Returns the pruning row and the training row of a run, with the keys that figures read."""
     given = {
         "model": "conv",
         "dataset": "digits",
@@ -108,9 +113,8 @@ def _grid(**values: Any) -> list[list[rows.Row]]:
 def grid(tmp_path: pathlib.Path) -> list[rows.Row]:
     pairs = _grid()
     _write(tmp_path / "grid", pairs[:10])
-    return rows.read_trained(
-        [_write(tmp_path / "grid", pairs[10:], "rows-1.jsonl")]
-    )  # of another process
+    # The other rows are those of a second process.
+    return rows.read_trained([_write(tmp_path / "grid", pairs[10:], "rows-1.jsonl")])
 
 
 def _lines(figure: Figure, panel: int = 0) -> dict[str, Any]:
@@ -151,7 +155,7 @@ def test_fig1_draws_means_bands_arrows_and_the_maximum(grid: list[rows.Row]) -> 
     np.testing.assert_allclose(_lines(last)["synflow"].get_ydata()[0], 93)
 
 
-def test_what_a_figure_shows_is_said_in_words(grid: list[rows.Row]) -> None:
+def test_the_summary_says_what_a_figure_shows(grid: list[rows.Row]) -> None:
     (panel,) = fig1.panels(grid, "best")
     assert curves.summary(panel) == [
         "conv on digits, maximal compression 1,000",
@@ -162,7 +166,7 @@ def test_what_a_figure_shows_is_said_in_words(grid: list[rows.Row]) -> None:
     ]
 
 
-def test_a_part_of_a_grid_is_drawn_and_told(grid: list[rows.Row]) -> None:
+def test_an_incomplete_grid_is_drawn_and_reported(grid: list[rows.Row]) -> None:
     gone = {("synflow", 100.0, 1), ("snip", 10.0, 0), ("snip", 10.0, 1)}
     part = [row for row in grid if (row["pruner"], row["compression"], row["seed"]) not in gone]
     found = fig1.panels(part, "best")
@@ -174,7 +178,7 @@ def test_a_part_of_a_grid_is_drawn_and_told(grid: list[rows.Row]) -> None:
     title = fig1.draw(found, "best").axes[0].get_title()
     assert "seeds 0 to 1; 3 runs missing" in title
     assert "    missing: seed 1 at 100" in curves.summary(found[0])
-    # Whether a network has collapsed is known from its pruning row alone.
+    # Only the pruning row says whether a network has collapsed.
     unknown = [{**row, "pruning": None} if row["pruner"] == "snip" else row for row in grid]
     (panel,) = fig1.panels(unknown, "best")
     assert panel.curves["snip"].critical is None and panel.curves["snip"].unknown == 8
@@ -187,14 +191,16 @@ def test_beyond_the_maximum_nothing_counts_as_critical(tmp_path: pathlib.Path) -
     assert panel.curves["synflow"].critical is None and panel.curves["synflow"].chance == 2000
 
 
-def test_fig5a_has_a_curve_a_number_of_levels(tmp_path: pathlib.Path, grid: list[rows.Row]) -> None:
+def test_fig5a_has_a_curve_per_number_of_levels(
+    tmp_path: pathlib.Path, grid: list[rows.Row]
+) -> None:
     levels = {1: (100.0, 10), 2: (100.0, 60), 8: (100.0, 90)}
     pairs = [
         _pair("imp", compression, 0, top1, top1 == 10, num_iterations=number)
         for number, (compression, top1) in levels.items()
     ]
     imp = rows.read_trained([_write(tmp_path / "imp", pairs)])
-    found = fig5a.panels([*imp, *grid], "best")  # the unpruned networks are those of any rule
+    found = fig5a.panels([*imp, *grid], "best")  # the unpruned runs of any rule serve
     figure = fig5a.draw(found, "best")
     lines = _lines(figure)
     for number, (compression, top1) in levels.items():
@@ -244,7 +250,7 @@ def test_fig5b_draws_the_mean_squares(grid: list[rows.Row]) -> None:
         fig5b.draw([row for row in grid if row["compression"] > 1])
 
 
-def test_fig6_has_a_panel_a_network_and_published_curves_behind(tmp_path: pathlib.Path) -> None:
+def test_fig6_has_a_panel_per_network_and_published_curves_behind(tmp_path: pathlib.Path) -> None:
     names = [("cifar_vgg11_bn", "cifar10"), ("tiny_wide_resnet18", "cifar10"), ("fc", "digits")]
     folders = [
         _write(tmp_path / model, _grid(model=model, dataset=dataset, width_multiplier=0.5))
@@ -293,7 +299,7 @@ def test_fig6_config_names_the_published_panels() -> None:
         module.get_config("vgg11_mnist")
 
 
-def test_fig7_draws_iterations_beside_a_single_one(
+def test_fig7_draws_many_iterations_and_a_single_one(
     tmp_path: pathlib.Path, grid: list[rows.Row]
 ) -> None:
     pairs = [

@@ -1,4 +1,9 @@
-"""Checks how processes meet, what they say if one does not come, and how they share work."""
+"""Tests jobs of several processes.
+
+- Processes that name the same coordinator join, also by the variables of Slurm.
+- If a process is missing, or two disagree, each process names the one that is at fault.
+- The shares of the processes hold every item once, in order.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from synflow_jax.parallel import hosts
 from synflow_jax.parallel.hosts import Hosts
 from synflow_jax.storage import checkpoints
 
-# A command as train.py and prune.py are: it joins, and says who it is.
+# A command that joins as train.py and prune.py do, and prints its number.
 _COMMAND = """
 import jax
 from synflow_jax.experiments import cli
@@ -28,7 +33,7 @@ if __name__ == "__main__":
     cli.run(main)
 """
 
-# A process of a job that saves checkpoints of its own runs, several at a time, as a sweep does.
+# A process of a job that saves checkpoints of its share of the runs, as a sweep does.
 _SAVING = """
 import contextlib, pathlib, sys
 import jax, numpy as np
@@ -99,9 +104,8 @@ def test_processes_save_checkpoints_without_meddling(tmp_path: pathlib.Path) -> 
     for i, (status, out, err) in enumerate(map(_end, started)):
         assert status == 0, err
         assert out.splitlines() == [" ".join([str(100 * i + 19)] * 3)] * 4
-        arrays, run = checkpoints.read_latest(
-            tmp_path / f"{i}-0"
-        )  # here, in one process that is no part of a job
+        # This process is not part of the job, and can read the checkpoint all the same.
+        arrays, run = checkpoints.read_latest(tmp_path / f"{i}-0")
         assert arrays["x"].tolist() == [100 * i + 19] * 3 and run == {"run": 0}
     assert not list(tmp_path.rglob("*tmp*"))
 
@@ -120,7 +124,7 @@ def test_a_process_that_never_comes_ends_the_command_with_its_name() -> None:
 def _meet(*who: tuple[int, int], timeout_s: float = 10) -> list[Exception]:
     """Returns what `hosts.join` raises in each (index, count).
 
-    Threads will do: a meeting that fails is over before JAX learns about the processes.
+    Threads can stand for processes: a meeting that fails ends before JAX is told of them.
     """
     port = _free_port()
 
@@ -162,7 +166,7 @@ def test_a_coordinator_that_never_comes() -> None:
 
 
 def test_a_slurm_job_is_joined_by_its_variables() -> None:
-    port = _free_port(65535 - 2**12 + 1)  # JAX makes a port of the number of the job
+    port = _free_port(65535 - 2**12 + 1)  # JAX computes the port from the job id
     job = {
         "SLURM_JOB_ID": str(port - (65535 - 2**12 + 1)),
         "SLURM_STEP_NODELIST": "127.0.0.1",

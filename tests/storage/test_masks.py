@@ -17,7 +17,7 @@ def test_unpack_is_the_inverse_of_pack(mask: np.ndarray) -> None:
     packed = masks.pack(mask)
     assert packed.dtype == np.uint8 and packed.shape == (-(-mask.size // 8),)
     np.testing.assert_array_equal(masks.unpack(packed, mask.shape), mask, strict=True)
-    # Row-major order, the first bit the highest, and zeros after the last.
+    # Bits are in row-major order, the highest bit first, with zeros after the last.
     bits = [int(byte) >> place & 1 for byte in packed for place in range(7, -1, -1)]
     assert bits == mask.reshape(-1).astype(int).tolist() + [0] * (8 * packed.size - mask.size)
 

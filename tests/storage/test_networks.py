@@ -142,9 +142,8 @@ def test_a_saved_network_is_read_bit_for_bit(tmp_path: pathlib.Path, name: str) 
     assert read.input_shape == network.input_shape and type(read.model) is type(network.model)
     for field in dataclasses.fields(read.model):
         new, old = getattr(read.model, field.name), getattr(network.model, field.name)
-        assert new == old or field.name.endswith(
-            "_init"
-        )  # initializers are functions, and draw no weights any more
+        # Initializers are functions that are not saved: a network from a file draws no weights.
+        assert new == old or field.name.endswith("_init")
     with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
         header = file.metadata()
     assert json.loads(header["run"]) == {"seed": 3}

@@ -44,7 +44,7 @@ def _be_process(monkeypatch: pytest.MonkeyPatch, index: int, count: int) -> None
 def test_rows_of_all_processes_are_found(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sweep of several processes writes no rows.jsonl, and every reader must find its rows."""
+    """Checks a sweep of several processes, which writes no rows.jsonl."""
     workdir = Workdir(tmp_path)
     assert workdir.rows() == [] and not workdir.has_rows()
     for index in (0, 3):

@@ -1,7 +1,10 @@
-"""A run that trains the compact network: the same figures as the masked run, up to rounding, and the same laws.
+"""Tests runs that train the compact network instead of the masked one.
 
-It can be stopped anywhere and ends in the same bits; what it holds is said in its row and its checkpoints; its last
-checkpoint goes back into the full network.
+- Losses and accuracies are those of the masked run, up to rounding.
+- A killed run resumes and ends in the same bits.
+- Rows and checkpoints say which form was trained.
+- The last checkpoint can be expanded into the full network.
+- The form is chosen by the multiply-adds that it saves, and only if it computes the same function.
 """
 
 from __future__ import annotations
@@ -35,28 +38,36 @@ from synflow_jax.units import compaction
 ROOT = pathlib.Path(__file__).parents[2]
 NUM_EPOCHS, STEPS_PER_EPOCH, BATCH = 10, 20, 71
 FLAGS = (
-    "--config=configs/digits.py", "--config.width_multiplier=0.5", "--config.prune.compression=100",
-    "--config.prune.num_iterations=10", f"--config.train.num_epochs={NUM_EPOCHS}", f"--config.train.batch_size={BATCH}",
-    "--config.train.learning_rate=0.02", "--config.train.drops=(8,)",
-)  # fmt: skip
+    "--config=configs/digits.py",
+    "--config.width_multiplier=0.5",
+    "--config.prune.compression=100",
+    "--config.prune.num_iterations=10",
+    f"--config.train.num_epochs={NUM_EPOCHS}",
+    f"--config.train.batch_size={BATCH}",
+    "--config.train.learning_rate=0.02",
+    "--config.train.drops=(8,)",
+)
 
 
 def _settings(compact: bool | None, **changes: Any) -> Config:
-    """As `FLAGS` have it."""
+    """Returns the config that `FLAGS` describe."""
     train = TrainConfig(
         num_epochs=NUM_EPOCHS, batch_size=BATCH, learning_rate=0.02, drops=(8,), compact=compact
     )
     return Config(
-        model="conv", dataset="digits", width_multiplier=0.5, prune=PruneConfig(compression=100.0, num_iterations=10),
+        model="conv",
+        dataset="digits",
+        width_multiplier=0.5,
+        prune=PruneConfig(compression=100.0, num_iterations=10),
         train=dataclasses.replace(train, **changes),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def pruned(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[models.Network, Mask, pathlib.Path]:
-    """The network, its mask, and the folder that holds it."""
+    """Returns the network, its mask, and the folder that holds the mask."""
     workdir = tmp_path_factory.mktemp("pruned")
     run = resolve_one(_settings(None))
     network = initialization.build(run)
@@ -68,16 +79,14 @@ def pruned(
 def runs(
     pruned: tuple[models.Network, Mask, pathlib.Path],
 ) -> dict[bool, tuple[pathlib.Path, dict[str, Any]]]:
-    """Per form, the folder and the row of a whole run."""
+    """Returns the folder and the row of a whole run of each form."""
     network, mask, workdir = pruned
     found = {}
     for compact in (False, True):
         folder = workdir.with_name(f"{workdir.name}-{compact}")
         shutil.copytree(workdir, folder)
-        found[compact] = (
-            folder,
-            engine.train(resolve_one(_settings(compact)), network, mask, Workdir(folder)),
-        )
+        row = engine.train(resolve_one(_settings(compact)), network, mask, Workdir(folder))
+        found[compact] = (folder, row)
     return found
 
 
@@ -119,36 +128,35 @@ def test_rows_say_what_was_trained(runs: Runs, pruned: Pruned) -> None:
     assert row["size"]["full"]["weights"] == kernel_sizes(network.params) == row["total"]
     assert row["size"]["kept"]["weights"] == row["kept"] == masked["kept"]
     assert row["size"]["compact"]["weights"] == kernel_sizes(small.params) < row["total"]
-    # A weight of a convolution works once at each of the 28x28 places, one of the head once.
+    # A weight of a convolution is used at each of the 28x28 positions, one of the head once.
     for name, params in (("full", network.params), ("compact", small.params)):
         head = params["head"]["kernel"].size
         assert row["size"][name]["multiply_adds"] == 28 * 28 * (kernel_sizes(params) - head) + head
     widths = [small.params[name]["kernel"].shape[-1] for name in ("conv1", "conv2", "head")]
-    assert list(row["size"]["widths"].values()) == widths and list(
-        masked["size"]["widths"].values()
-    ) == [16, 16, 10]
-    # What a run is does not depend on the form; what it took is no part of its row.
-    assert (
-        row["run_id"] == masked["run_id"] == resolve_one(_settings(None)).train_id
-        and row["config"] == masked["config"]
-    )
+    assert list(row["size"]["widths"].values()) == widths
+    assert list(masked["size"]["widths"].values()) == [16, 16, 10]
+    # The identity of a run does not depend on its form.
+    assert row["run_id"] == masked["run_id"] == resolve_one(_settings(None)).train_id
+    assert row["config"] == masked["config"]
+    # Durations are not part of a row, so that rows of equal runs are equal.
     timing = Workdir(folder).timing(row["run_id"])
-    assert (
-        timing is not None
-        and 0 < timing["step_seconds"] < timing["seconds"]
-        and "step_seconds" not in row
-    )
+    assert timing is not None and 0 < timing["step_seconds"] < timing["seconds"]
+    assert "step_seconds" not in row
     with checkpoints.open_folder(Workdir(folder).checkpoint_path(row["run_id"]), {}, 2) as opened:
         found = checkpoints.latest_run(opened)
     assert found is not None and found["compact"] is True and found["size"] == row["size"]
 
 
 def _command(*flags: str) -> subprocess.Popen[str]:
+    cache = str(ROOT / "tests" / ".jax_cache")
     return subprocess.Popen(
-        [sys.executable, "train.py", *FLAGS, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tests" / ".jax_cache"), "PYTHONUNBUFFERED": "1"},
+        [sys.executable, "train.py", *FLAGS, *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -164,7 +172,7 @@ def test_a_killed_run_ends_in_the_same_bits(
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -9
-    # The other form is refused, and told how to go on.
+    # A run of the other form is refused, with the flag that resumes.
     process = _command(f"--workdir={workdir}", "--config.train.compact=False")
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and stderr.count("\n") == 1, stderr
@@ -188,7 +196,7 @@ def test_a_killed_run_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of orbax
+@pytest.mark.filterwarnings("ignore")  # orbax warns
 @pytest.mark.parametrize("compact", [False, True])
 def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) -> None:
     network, mask, _ = pruned
@@ -206,7 +214,8 @@ def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) 
     means = training.means(sums)
     assert float(means["top1"]) == row["last"]["test_top1"]
     assert float(means["loss"]) == pytest.approx(row["last"]["test_loss"], rel=1e-5)
-    # The row's mean squares are of the weights that were kept and trained; the compact network has none that are idle.
+    # The row has the mean squares of the kept weights of the form that was trained. The compact
+    # network has dropped those that are on no path.
     form = _choose(_settings(compact), network, mask)
     masks = dict(
         zip(trees.names(form.network.mask), jax.tree.leaves(form.network.mask), strict=True)
@@ -220,7 +229,7 @@ def test_the_full_network_comes_back(runs: Runs, pruned: Pruned, compact: bool) 
         for layer in row["mean_squares"]:
             kept = np.asarray(leaves[layer["name"]], np.float64)[np.asarray(masks[layer["name"]])]
             assert layer[which] == pytest.approx(np.mean(kept**2), rel=1e-12)
-    # The optimizer's memory came along: training can go on.
+    # The state of the optimizer is expanded too, so training can continue.
     moved = [np.count_nonzero(leaf) for leaf in jax.tree.leaves(state.opt_state)]
     assert sum(moved) > 0.5 * row["size"]["kept"]["weights"]
 
@@ -241,9 +250,8 @@ def test_what_cannot_be_used_is_refused(runs: Runs, pruned: Pruned, tmp_path: pa
     ):
         _choose(_settings(True), network, empty)
     form = _choose(_settings(None), network, empty)
-    assert (
-        not form.compact and form.size["compact"] is None and form.reason is forms.Reason.COLLAPSED
-    )
+    assert not form.compact and form.size["compact"] is None
+    assert form.reason is forms.Reason.COLLAPSED
     assert "collapsed" in form.explain()
 
 
@@ -252,9 +260,10 @@ def test_the_choice_is_by_counts_and_leaves_the_function(pruned: Pruned) -> None
     form = _choose(_settings(None), network, mask)
     counts = form.size["compact"]["multiply_adds"] / form.size["full"]["multiply_adds"]
     assert form.compact and counts < forms.PAYS_BELOW
-    assert not _choose(_settings(None), network, network.mask).compact  # nothing would go
-    assert _choose(_settings(True), network, network.mask).compact  # the network as it is
-    # An optimizer may see whole layers, and dropout draws in the shape of what it drops.
+    assert not _choose(_settings(None), network, network.mask).compact  # no unit would be removed
+    assert _choose(_settings(True), network, network.mask).compact  # though it is the whole network
+    # A user's optimizer may depend on whole layers, and the random bits of dropout depend on the
+    # shape of its input. Both would compute another function in the compact form.
     own = _settings(None, make_optimizer=lambda steps: optax.lamb(1e-3))
     assert not _choose(own, network, mask).compact
     assert _choose(_settings(True, make_optimizer=own.train.make_optimizer), network, mask).compact
@@ -263,14 +272,11 @@ def test_the_choice_is_by_counts_and_leaves_the_function(pruned: Pruned) -> None
         params, stats = models.init(model, (4, 4, 1), jax.random.key(0))
         few = trees.prunable(params)
         few["conv1_1"]["kernel"] = few["conv1_1"]["kernel"].at[..., 2:].set(False)
-        form = forms.choose(models.Network(model, params, stats, few, (4, 4, 1)))
-        assert (
-            form.compact == (not hidden)
-            and form.size["compact"]["weights"] < form.size["full"]["weights"]
-        )
-        assert forms.choose(
-            models.Network(model, params, stats, few, (4, 4, 1)), compact=True
-        ).compact
+        network = models.Network(model, params, stats, few, (4, 4, 1))
+        form = forms.choose(network)
+        assert form.compact == (not hidden)
+        assert form.size["compact"]["weights"] < form.size["full"]["weights"]
+        assert forms.choose(network, compact=True).compact
 
 
 @pytest.mark.slow
@@ -297,9 +303,8 @@ def test_a_half_trained_state_goes_on_in_the_compact_network(pruned: Pruned) -> 
     small = models.compact(trained)
     smaller = compaction.shrink_tree(small.plan, half)
     floats = lambda tree: sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
-    assert floats(smaller.opt_state) - floats(smaller.params) == floats(half.opt_state) - floats(
-        half.params
-    )
+    beyond_params = lambda state: floats(state.opt_state) - floats(state.params)
+    assert beyond_params(smaller) == beyond_params(half)
     end, loss = run(network.model, half, 8, STEPS_PER_EPOCH)
     small_end, small_loss = run(small.network.model, smaller, 8, STEPS_PER_EPOCH)
     assert small_loss == pytest.approx(loss, rel=1e-4)

@@ -1,4 +1,10 @@
-"""Iterative magnitude pruning: levels start from the rewound state, in every bit, and stops change nothing."""
+"""Tests iterative magnitude pruning (IMP).
+
+- One level without training is magnitude pruning.
+- Every level starts from the rewound state: parameters, statistics and momentum, in every bit.
+- A stopped run resumes and ends in the same bits. Damaged levels are found.
+- The id of a pruning run depends on the training recipe for IMP, and for no other rule.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +30,21 @@ from synflow_jax.storage import Workdir
 from synflow_jax.training import TrainState, forms, imp
 
 SETTINGS = Config(
-    model="fc", dataset="digits", width_multiplier=0.1,
+    model="fc",
+    dataset="digits",
+    width_multiplier=0.1,
     prune=PruneConfig(pruner="imp", compression=8.0, num_iterations=3, rewind_step=1),
-    train=TrainConfig(num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), weight_decay=1e-3),
-)  # fmt: skip
+    train=TrainConfig(
+        num_epochs=2, batch_size=719, learning_rate=0.05, drops=(1,), weight_decay=1e-3
+    ),
+)
 
 
 RUN = resolve_one(SETTINGS)
 
 
 def _start() -> TrainState:
-    """A state with momentum and batch statistics that are not 0."""
+    """Returns a state in which momentum and batch statistics are not 0."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     params = {"a": {"kernel": draw(7, 9), "bias": draw(9)}, "b": {"kernel": draw(9, 4)}}
@@ -92,7 +102,8 @@ def test_rewinding_restores_every_leaf_bit_for_bit() -> None:
         trained = state._replace(
             params=params, batch_stats=jax.tree.map(noise, state.batch_stats), step=state.step + 5
         )
-        jax.tree.map(lambda leaf: leaf.delete(), state.params)  # as a loop that reuses the memory
+        # A compiled loop may reuse the memory of its input, so the caller must not read it again.
+        jax.tree.map(lambda leaf: leaf.delete(), state.params)
         return trained
 
     levels = imp.run(train, start, schedules.exponential([(63 + 36,)], 8, 3))
@@ -103,13 +114,13 @@ def test_rewinding_restores_every_leaf_bit_for_bit() -> None:
         for name in ("batch_stats", "step", "key"):
             assert _bits(getattr(state, name)) == _bits(getattr(start, name)), name
         assert _bits(state.params) == _bits(trees.apply_mask(start.params, mask))
-        # Momentum is that of the step, where weights are left, and the count of steps is the same.
+        # Kept weights have the momentum of the rewound step. The count of steps is restored too.
         momentum = lambda s: s.opt_state[2][0].trace
         assert _bits(momentum(state)) == _bits(trees.apply_mask(momentum(start), mask))
         assert np.any(np.asarray(momentum(state)["a"]["bias"]))
         outside = lambda s: [s.opt_state[:2], s.opt_state[2][1:]]
         assert _bits(outside(state)) == _bits(outside(start))
-    # The smallest of the trained weights have gone, among those that were left.
+    # Each level prunes the smallest trained weights of those that were left.
     for level, old in zip(levels, masks, strict=False):
         weights = [
             np.abs(np.asarray(leaf))
@@ -117,9 +128,8 @@ def test_rewinding_restores_every_leaf_bit_for_bit() -> None:
         ]
         flat = lambda tree: np.concatenate([np.asarray(leaf).reshape(-1) for leaf in tree])
         kept, was = flat(jax.tree.leaves(level.mask)), flat(jax.tree.leaves(old))
-        assert (
-            not np.any(kept & ~was) and flat(weights)[kept].min() > flat(weights)[was & ~kept].max()
-        )
+        assert not np.any(kept & ~was)
+        assert flat(weights)[kept].min() > flat(weights)[was & ~kept].max()
     inverted = imp.level(
         lambda s: s, start, start.mask, [40], score_fn=scores.inverted(scores.magnitude())
     )
@@ -150,7 +160,7 @@ Made = tuple[pathlib.Path, trees.Mask, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def made(network: models.Network, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A run that was left alone."""
+    """Returns the folder, mask and row of a run that was left alone."""
     workdir = tmp_path_factory.mktemp("imp")
     return workdir, *levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
 
@@ -161,16 +171,14 @@ def test_a_run_leaves_what_pruning_leaves(
     workdir, mask, row = made
     total = sum(trees.sizes(network.mask))
     counts = schedules.exponential([(total,)], 8.0, 3)[:, 0]
-    assert (
-        row["kept"] == total - counts[-1]
-        and [level["kept"] for level in row["levels"]] == (total - counts).tolist()
-    )
+    assert row["kept"] == total - counts[-1]
+    assert [level["kept"] for level in row["levels"]] == (total - counts).tolist()
     assert row["iterations"]["kept"] == (total - counts).tolist() and row["num_iterations"] == 3
     assert row["pruner"] == "imp" and row["rewind_step"] == 1 and row["ablation"] == "none"
     assert all(0 <= level["test_top1"] <= 1 for level in row["levels"])
     assert storage.mask_digest(mask) == row["mask_sha256"]
     assert from_dict(row["config"]).prune_id == row["run_id"]
-    # A second call finds it, and so does what trains; nothing is left of the levels but their masks.
+    # A second call finds the mask without training, and the checkpoints of the levels are gone.
     again, found = levels.find_or_make_mask(
         RUN, network, Workdir(workdir), recipe, should_stop=lambda: pytest.fail("trains")
     )
@@ -209,7 +217,7 @@ def test_training_goes_on_from_the_state_that_was_rewound_to(
 
 
 def test_the_state_comes_back_from_its_file_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    """Batch statistics, momentum and counts too."""
+    """Restores batch statistics, momentum and counts as well."""
     state = _start()
     starts.save_rewind(RUN, Workdir(tmp_path), state)
     blank = jax.tree.map(jnp.zeros_like, state._replace(key=None))._replace(
@@ -232,16 +240,11 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(
 
     def stop_at(number: int) -> bool:
         asked[0] += 1
-        return asked[0] >= number  # as a signal that has come
+        return asked[0] >= number  # as after a signal
 
     stops = 0
-    for number in (
-        1,
-        2,
-        4,
-        3,
-        99,
-    ):  # before the state that is rewound to, and within and between levels
+    # Stop before the state to rewind to, within levels and between them.
+    for number in (1, 2, 4, 3, 99):
         asked[0] = 0
         try:
             _, row = levels.find_or_make_mask(
@@ -271,7 +274,7 @@ def test_damaged_levels_are_found(made: Made, network: models.Network, recipe: R
     mask_file.unlink()
     with pytest.raises(ValueError, match=r"is damaged: .*--overwrite"):
         levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
-    # With the levels whole, the mask is made from them without training.
+    # If all levels are intact, the mask is made from them without training.
     path.write_bytes(whole)
     _, again = levels.find_or_make_mask(
         RUN, network, Workdir(workdir), recipe, should_stop=lambda: pytest.fail("trains")
@@ -279,12 +282,13 @@ def test_damaged_levels_are_found(made: Made, network: models.Network, recipe: R
     assert again["mask_sha256"] == row["mask_sha256"] and mask_file.exists()
 
 
-@pytest.mark.filterwarnings("ignore")  # of orbax
-def test_a_sweep_takes_imp_beside_other_rules(tmp_path: pathlib.Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # orbax warns
+def test_a_sweep_takes_imp_together_with_other_rules(tmp_path: pathlib.Path) -> None:
     settings = dataclasses.replace(
-        SETTINGS, prune=PruneConfig(compression=4.0, num_iterations=2),
+        SETTINGS,
+        prune=PruneConfig(compression=4.0, num_iterations=2),
         grid=Grid(pruner=("magnitude", "imp"), ablation=("none", "reinitialize")),
-    )  # fmt: skip
+    )
     outcomes = engine.run(resolve(settings), Workdir(tmp_path))
     assert len(outcomes) == 4 and all(isinstance(outcome, Finished) for outcome in outcomes)
     rows = storage.read_rows(tmp_path / "rows.jsonl")
@@ -308,7 +312,7 @@ def test_a_run_id_holds_the_recipe_that_made_the_mask() -> None:
     )
     changed = dataclasses.replace(other, train=with_train(learning_rate=0.1).train)
     assert resolve_one(other).prune_id == resolve_one(changed).prune_id
-    # Without a number, each level prunes a fifth.
+    # Without a given number, each level prunes a fifth of the weights.
     assert rules.num_iterations("imp", "exponential", 1 / 0.8**3) in (3, 4)
     assert rules.num_iterations("imp", "exponential", 10.0) == 11
 

@@ -1,4 +1,12 @@
-"""Training: PyTorch's figures, the mask that holds, whole runs and parts of them, evaluation, several devices."""
+"""Tests training.
+
+- Losses and parameters after twenty steps are PyTorch's.
+- Pruned weights and their momentum stay exactly 0 under any optimizer.
+- An epoch in parts, a whole epoch, a whole run and mapped runs agree.
+- Every epoch takes each example at most once, in an order that the key decides.
+- Evaluation counts every example once, whatever the batch size.
+- Four devices compute what one computes, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +31,7 @@ SPEC = DataSpec(10, (8, 8, 1), (0.5,), (0.25,), padding=1, flip=True)
 
 
 class Small(nn.Module):
-    """A convolution, a norm, dropout and a head."""
+    """Applies a convolution, a norm, dropout and a head."""
 
     num_classes: int = 10
 
@@ -47,14 +55,14 @@ def _start(model: nn.Module, seed: int = 0, density: float = 0.5) -> tuple[Any, 
     keys = iter(jax.random.split(jax.random.key(seed + 1), 10))
     mask = trees.map_prunable(
         lambda m: jax.random.bernoulli(next(keys), density, m.shape), trees.prunable(params)
-    )  # fmt: skip
+    )
     return params, batch_stats, mask
 
 
 def _sgd(**options: Any) -> optax.GradientTransformation:
     return training.sgd(
         lambda step: 0.1, **{"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, **options}
-    )  # fmt: skip
+    )
 
 
 def _assert_same(a: Any, b: Any) -> None:
@@ -96,7 +104,7 @@ def _compare_with_torch(which: str, name: str, width: float, dtype: str, rtol: f
         ),
         params,
     )
-    # The schedule counts steps here: an "epoch" of one step.
+    # One step per epoch, because the reference drops its learning rate at a step.
     schedule = training.stepwise(torch_reference.LEARNING_RATE, (torch_reference.DROP_AT,), 0.1, 1)
     optimizer = training.sgd(
         schedule,
@@ -148,7 +156,7 @@ def test_pruned_weights_stay_at_zero(
     ]
     assert len(moments) == num_moments
     assert not any(np.any(leaf) for tree in moments for leaf in pruned(tree))
-    # And what is kept has moved.
+    # All kept weights have changed.
     kept = trees.map_prunable(
         lambda m, new, old: jnp.all((new != old)[m]), mask, state.params, params
     )
@@ -188,9 +196,8 @@ def test_chunks_epochs_and_whole_runs_agree() -> None:
         (curve, once[1].curve),
     ):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
-    assert set(curve) == set(training.CURVE) and all(
-        np.isfinite(values).all() for values in curve.values()
-    )
+    assert set(curve) == set(training.CURVE)
+    assert all(np.isfinite(values).all() for values in curve.values())
 
 
 def test_whole_runs_can_be_mapped() -> None:
@@ -254,16 +261,14 @@ def test_augmentation_moves_flips_and_normalises() -> None:
     for i in range(len(images)):
         for row in range(5):
             for column in range(5):
-                crop = (padded[i, row : row + 6, column : column + 5] / 255 - [0.5, 0.25]) / [
-                    0.5,
-                    1.0,
-                ]
+                crop = padded[i, row : row + 6, column : column + 5] / 255
+                normalised = (crop - [0.5, 0.25]) / [0.5, 1.0]
                 found |= {
                     (row, column, flip, i)
                     for flip in (1, -1)
-                    if np.allclose(out[i], crop[:, ::flip], atol=1e-6)
+                    if np.allclose(out[i], normalised[:, ::flip], atol=1e-6)
                 }
-    assert {i for *_, i in found} == set(range(200))  # every image is one of its own crops
+    assert {i for *_, i in found} == set(range(200))  # every image is a crop of its own
     assert {(row, column) for row, column, *_ in found} == {
         (r, c) for r in range(5) for c in range(5)
     }
@@ -276,7 +281,7 @@ def test_augmentation_moves_flips_and_normalises() -> None:
 
 def test_sums_rank_as_top_k_does() -> None:
     rng = np.random.default_rng(0)
-    logits = rng.integers(0, 4, (300, 9)).astype(np.float32)  # full of ties
+    logits = rng.integers(0, 4, (300, 9)).astype(np.float32)  # many ties
     labels = rng.integers(0, 9, 300).astype(np.int32)
     counts = rng.random(300) < 0.7
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -290,7 +295,7 @@ def test_sums_rank_as_top_k_does() -> None:
         (counts & (rank < 5)).sum(),
         counts.sum(),
     ]
-    # With fewer than five classes everything is among the first five; what is NaN is right nowhere.
+    # With fewer than five classes every label is in the top five, unless the logits are NaN.
     total = training.sums(
         jnp.ones(2), jnp.asarray([[0.0, 1.0, 2.0], [jnp.nan, 0.0, 0.0]]), jnp.asarray([0, 1])
     )
@@ -355,10 +360,10 @@ def test_bfloat16_computes_narrow_and_keeps_float32() -> None:
 def test_first_bad_step_is_recorded() -> None:
     model, arrays = Small(), _arrays()
     optimizer = optax.sgd(lambda step: jnp.where(step < 3, 0.1, jnp.nan))
-    state = training.init_state(*_start(model)[:2], _start(model)[2], optimizer, jax.random.key(0))
+    state = training.init_state(*_start(model), optimizer, jax.random.key(0))
     epoch = jax.jit(training.make_epoch(training.make_step(model, optimizer), SPEC, 50, 8))
     _, info = epoch(state, training.init_info(1), arrays.train_images, arrays.train_labels, 0, 6)
-    assert int(info.bad_step) == 4  # step 3 made the parameters NaN, and step 4 saw it
+    assert int(info.bad_step) == 4  # the update of step 3 is NaN, which the loss of step 4 shows
 
 
 def test_batches_larger_than_the_split_are_refused() -> None:
@@ -376,10 +381,11 @@ assert len(jax.devices()) == 4
 arrays, model, optimizer = t._arrays(), t.Small(), t._sgd()
 step = training.make_step(model, optimizer)
 def run(sharding):
-    state = training.init_state(*t._start(model)[:2], t._start(model)[2], optimizer, jax.random.key(3))
+    state = training.init_state(*t._start(model), optimizer, jax.random.key(3))
     epoch = jax.jit(training.make_epoch(step, t.SPEC, 50, 8, sharding=sharding))
     if sharding is not None:
-        assert "all-reduce" in epoch.lower(state, training.init_info(1), *arrays[:2], 0, 6).compile().as_text()
+        lowered = epoch.lower(state, training.init_info(1), *arrays[:2], 0, 6)
+        assert "all-reduce" in lowered.compile().as_text()
     state, info = epoch(state, training.init_info(1), *arrays[:2], 0, 6)
     total = jax.jit(training.make_evaluate(model, t.SPEC, 8, sharding=sharding))(state, *arrays[2:])
     return state.params, state.batch_stats, info.running, total

@@ -1,8 +1,11 @@
 """Checks that a pruned network and its compact form are one function, and train alike.
 
-Laws: logits and losses agree up to rounding, for every family and rule, at compressions that leave
-a path. Expanding undoes shrinking. A mask that keeps everything changes nothing. A unit is removed
-exactly where no path leads from it to the outputs, or nothing reaches it and it is 0.
+- Logits and losses agree up to rounding, for every family and rule, at compressions that leave a
+  path.
+- Expanding undoes shrinking, and a mask that keeps everything changes nothing.
+- A unit is removed if no path leads from it to the outputs, or if nothing reaches it and it is 0,
+  and only then.
+- With `fold`, units that are constant are removed too, where that is exact or within a tolerance.
 """
 
 from __future__ import annotations
@@ -29,15 +32,17 @@ from synflow_jax.trees import Mask, Params, Tree
 from synflow_jax.units import compaction
 
 CLASSES = 4
-# Most of these programs run once: compiling them is all that takes time.
+# Most of these programs run once, so nearly all their time is compilation.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Network(NamedTuple):
     make: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
-    cases: tuple[tuple[str, int], ...]  # rule, compression: those that leave a path
-    collapsing: tuple[tuple[str, int], ...] = ()  # and some that leave none
+    # Pairs of a rule and a compression that leave a path.
+    cases: tuple[tuple[str, int], ...]
+    # Pairs that leave none.
+    collapsing: tuple[tuple[str, int], ...] = ()
 
 
 NETWORKS = {
@@ -114,11 +119,11 @@ def _masks(
 def _both_modes(
     model: nn.Module,
 ) -> Callable[[Params, Tree, Mask, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Logits in evaluation mode and by the batch's statistics."""
+    """Returns a function to the logits in evaluation mode and with the statistics of the batch."""
 
     def apply(params: Params, stats: Tree, mask: Mask, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         variables = {"params": trees.apply_mask(params, mask), "batch_stats": stats}
-        # Dropout draws in the shape of the activations: here it is left out of both.
+        # The random bits of dropout depend on the shape of its input, so both do without dropout.
         with nn.intercept_methods(
             lambda f, a, k, c: a[0] if isinstance(c.module, nn.Dropout) else f(*a, **k)
         ):
@@ -169,7 +174,7 @@ def test_the_compact_network_is_the_same_function(name: str) -> None:
         )
         apply = _both_modes(small.network.model)
         _assert_same(full(params, stats, mask, x), apply(*small.network[1:4], x))
-        # In training what is dead stays as it is, and all that is alive takes any value.
+        # Training changes the live parameters to any values. It leaves the removed ones unchanged.
         plan = small.plan
         trained, trained_stats = (
             _trained(small.network.params, 5),
@@ -181,7 +186,7 @@ def test_the_compact_network_is_the_same_function(name: str) -> None:
             full(params_then, stats_then, mask, x),
             apply(trained, trained_stats, small.network.mask, x),
         )
-        # Compacted then, it is the same network again.
+        # Compacting after training removes the same units.
         if (rule, compression) == network.cases[0]:
             again = models.compact(
                 models.Network(model, params_then, stats_then, mask, network.input_shape)
@@ -196,12 +201,8 @@ def test_units_without_inputs_stay_if_they_put_out_something() -> None:
     mask["fc1"]["kernel"] = mask["fc1"]["kernel"].at[:, :4].set(False)  # nothing enters four units
     params["fc1"]["bias"] = jnp.array([0.0, 0.0, 0.5, -0.5, 0.0, 0.0])
     small = models.compact(models.Network(model, params, {}, mask, (3,)))
-    assert small.plan.kept["params/fc1"].tolist() == [
-        2,
-        3,
-        4,
-        5,
-    ]  # relu(-0.5) = 0, but the bias may be trained
+    # Unit 3 is relu(-0.5) = 0 now, but training may change its bias.
+    assert small.plan.kept["params/fc1"].tolist() == [2, 3, 4, 5]
     x = jax.random.normal(jax.random.key(1), (4, 3))
     _assert_same(
         _both_modes(model)(params, {}, mask, x),
@@ -209,13 +210,8 @@ def test_units_without_inputs_stay_if_they_put_out_something() -> None:
     )
     # A bias that is pruned is 0.
     mask["fc1"]["bias"] = jnp.arange(6) != 2
-    assert models.compact(models.Network(model, params, {}, mask, (3,))).plan.kept[
-        "params/fc1"
-    ].tolist() == [
-        3,
-        4,
-        5,
-    ]
+    small = models.compact(models.Network(model, params, {}, mask, (3,)))
+    assert small.plan.kept["params/fc1"].tolist() == [3, 4, 5]
 
 
 def test_a_running_mean_keeps_a_unit_alive() -> None:
@@ -230,7 +226,7 @@ def test_a_running_mean_keeps_a_unit_alive() -> None:
 
 
 def _without_inputs(mask: Mask, layers: tuple[str, ...]) -> Mask:
-    """Nothing enters every other unit of some layers."""
+    """Removes all weights into every other unit of the given layers."""
     flat = {name: dict(layer) if "kernel" in layer else layer for name, layer in mask.items()}
     for layer in layers:
         owner = flat
@@ -242,11 +238,11 @@ def _without_inputs(mask: Mask, layers: tuple[str, ...]) -> Mask:
 
 FOLDED = {
     "fc": (lambda: MLP(3, (6, 6)), (5,), ("fc1", "fc2"), {"fc1": 3, "fc2": 3}),
-    # conv2 is padded, and takes up those constants of conv1 alone that are 0 (the relu of a
-    # negative bias). The head takes up those of conv2, after they are flattened.
+    # conv2 is padded, so only those constants of conv1 can be folded into its bias that are 0, the
+    # relu of a negative bias. The constants of conv2 are flattened and folded into the head.
     "conv": (lambda: ConvNet(3, (6, 6)), (4, 4, 2), ("conv1", "conv2"), {"conv1": 5, "conv2": 3}),
-    # A running mean takes up what a 1x1 convolution reads. 3x3 convolutions are padded, and take
-    # up zeros alone.
+    # A constant that a 1x1 convolution reads is folded into a running mean. 3x3 convolutions are
+    # padded, so only zeros can be folded into theirs.
     "bottleneck": (
         lambda: ResNet(3, (1,), (4,), bottleneck=True, stem_width=4),
         (4, 4, 2),
@@ -261,20 +257,20 @@ def test_constants_are_folded_where_that_is_exact(name: str) -> None:
     make, input_shape, layers, sizes = FOLDED[name]
     model = make()
     params, stats = models.init(model, input_shape, jax.random.key(0))
-    params, stats = _trained(params, 1), _trained(stats, 2)  # no bias is 0 now
+    # After this no bias is 0.
+    params, stats = _trained(params, 1), _trained(stats, 2)
     mask = _without_inputs(trees.prunable(params), layers)
     x = jax.random.normal(jax.random.key(1), (4, *input_shape))
     whole = models.compact(models.Network(model, params, stats, mask, input_shape))
-    assert all(
-        len(kept) == whole.plan.sizes[n] for n, kept in whole.plan.kept.items()
-    )  # their biases may be trained
+    # Without folding every unit stays, since training may change its bias.
+    assert all(len(kept) == whole.plan.sizes[n] for n, kept in whole.plan.kept.items())
     small = models.compact(models.Network(model, params, stats, mask, input_shape), fold=True)
     assert {layer: len(small.plan.kept[f"params/{layer}"]) for layer in sizes} == sizes
     _assert_same(
         _both_modes(model)(params, stats, mask, x)[0],
         _both_modes(small.network.model)(*small.network[1:4], x)[0],
     )
-    # A bias that is pruned takes up nothing.
+    # No constant can be folded into a bias that is pruned.
     if name == "fc":
         mask["fc2"]["bias"] = jnp.arange(6) < 3
         small = models.compact(models.Network(model, params, stats, mask, input_shape), fold=True)
@@ -293,9 +289,8 @@ def test_constants_on_padding_are_folded_within_a_tolerance() -> None:
     compact = functools.partial(
         models.compact, models.Network(model, params, {}, mask, input_shape), fold=True
     )
-    assert (
-        len(compact().plan.kept["params/conv1"]) == 6 and not compact().bounds
-    )  # two of the constants are 0
+    # Two of the constants are 0, and folding them is exact.
+    assert len(compact().plan.kept["params/conv1"]) == 6 and not compact().bounds
     x = jax.random.normal(jax.random.key(1), (4, *input_shape))
 
     def conv2(model: nn.Module, params: Params, mask: Mask) -> np.ndarray:
@@ -319,14 +314,14 @@ def test_constants_on_padding_are_folded_within_a_tolerance() -> None:
         error = np.max(np.abs(found - expected))
         bound = small.bounds.get("params/conv2/kernel", 0.0)
         assert error <= bound + 1e-5 and bound <= tolerance
-        assert error > 0.1 * bound or bound == 0  # and the bound is no idle one
+        assert error > 0.1 * bound or bound == 0  # the bound is not far above the error
     assert sizes == [4, 5, 6]
     for options in ({"tolerance": -1.0}, {"tolerance": 1.0, "fold": False}):
         with pytest.raises(ValueError, match="tolerance"):
             compact(**options)
 
 
-def test_a_bias_of_two_layers_takes_up_nothing() -> None:
+def test_nothing_is_folded_into_a_bias_that_two_layers_share() -> None:
     def shared(p: Params, x: jax.Array) -> jax.Array:
         h = jax.nn.relu(x @ p["a"] + p["b"][None])
         h = jax.nn.relu(h @ p["c"] + p["b"][None])
@@ -346,7 +341,7 @@ def test_a_bias_of_two_layers_takes_up_nothing() -> None:
 
 
 SIGMOID = jax.nn.sigmoid
-# Networks whose constants are not simply part of the next parameter that is added.
+# Networks in which a constant unit cannot be folded into the next parameter that is added.
 NOT_A_BIAS = {
     "function_between": lambda p, x: jnp.tanh(SIGMOID(x @ p["a"]) @ p["b"]) + p["c"][None],
     "negated_kernel": lambda p, x: SIGMOID(x @ p["a"]) @ -p["b"] + p["c"][None],
@@ -366,7 +361,7 @@ def test_what_is_added_later_is_not_taken_for_a_bias(name: str) -> None:
     shapes = {"a": (3, 4), "b": (4, 5), "c": (5,)}
     params = {n: jnp.asarray(rng.normal(size=shape), jnp.float32) for n, shape in shapes.items()}
     mask = {n: jnp.ones(shape, bool) if len(shape) == 2 else None for n, shape in shapes.items()}
-    mask["a"] = mask["a"].at[:, :2].set(False)  # two units receive nothing, and are not 0
+    mask["a"] = mask["a"].at[:, :2].set(False)  # two units without inputs
     x = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
     expected = function(trees.apply_mask(params, mask), x)
     for fold in (False, True):
@@ -384,12 +379,9 @@ def test_death_spreads_both_ways() -> None:
     diagonal = jnp.eye(4, dtype=bool)
     for name in ("fc2", "fc3", "fc4"):
         mask[name]["kernel"] = diagonal
-    mask["fc1"]["kernel"] = (
-        mask["fc1"]["kernel"].at[:, 0].set(False)
-    )  # unit 0 of each layer gets nothing
-    mask["head"]["kernel"] = (
-        mask["head"]["kernel"].at[1].set(False)
-    )  # unit 1 of each layer leads nowhere
+    # Nothing reaches unit 0 of any layer, and no path leads on from unit 1 of any layer.
+    mask["fc1"]["kernel"] = mask["fc1"]["kernel"].at[:, 0].set(False)
+    mask["head"]["kernel"] = mask["head"]["kernel"].at[1].set(False)
     small = models.compact(models.Network(model, params, {}, mask, (3,)))
     assert all(small.plan.kept[f"params/fc{i}"].tolist() == [2, 3] for i in range(1, 5))
     assert small.network.model == MLP(2, (2, 2, 2, 2))
@@ -399,20 +391,14 @@ def test_a_stream_keeps_what_any_branch_needs() -> None:
     model = ResNet(2, num_blocks=(2, 1), widths=(4, 6), stem_width=4)
     params, stats = models.init(model, (8, 8, 3), jax.random.key(0))
     mask = trees.prunable(params)
-    for name in (
-        "conv1",
-        "conv2_1/conv2",
-        "conv2_2/conv2",
-    ):  # channel 0 is written by the second block alone
-        layer = mask
-        for part in name.split("/"):
-            layer = layer[part]
-        if name != "conv2_2/conv2":
-            layer["kernel"] = layer["kernel"].at[..., 0].set(False)
-    for name in ("conv2_1", "conv2_2", "conv3_1"):  # and channel 1 is read by no block
+    # Only the second block writes channel 0.
+    for layer in (mask["conv1"], mask["conv2_1"]["conv2"]):
+        layer["kernel"] = layer["kernel"].at[..., 0].set(False)
+    # Only the shortcut reads channel 1.
+    for name in ("conv2_1", "conv2_2", "conv3_1"):
         mask[name]["conv1"]["kernel"] = mask[name]["conv1"]["kernel"].at[:, :, 1].set(False)
     small = models.compact(models.Network(model, params, stats, mask, (8, 8, 3)))
-    assert small.plan.kept["params/conv1"].tolist() == [0, 1, 2, 3]  # the shortcut reads channel 1
+    assert small.plan.kept["params/conv1"].tolist() == [0, 1, 2, 3]
     mask["conv3_1"]["shortcut"]["kernel"] = (
         mask["conv3_1"]["shortcut"]["kernel"].at[:, :, 1].set(False)
     )
@@ -461,7 +447,7 @@ def test_a_full_mask_changes_nothing(name: str) -> None:
         lambda key: models.init(small.network.model, network.input_shape, key), jax.random.key(0)
     )
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, (params, stats))
-    if name != "bottleneck":  # whose widths are now written out
+    if name != "bottleneck":  # its compact model lists all widths, also the defaults
         assert small.network.model == model
 
 
@@ -513,23 +499,23 @@ def test_states_are_made_smaller_and_expanded() -> None:
     assert int(smaller.step) == 7
     for a, b in zip(jax.tree.leaves(smaller[:2]), jax.tree.leaves(expected[:2]), strict=True):
         np.testing.assert_array_equal(a, b)
-    # Back: what is alive is as it was, and so is what went, from the full state.
+    # Expanding takes the kept values from the small state and the removed ones from the full state.
     back = compaction.expand_tree(small.plan, smaller, state)
     for a, b in zip(
         jax.tree.leaves(back._replace(key=0)), jax.tree.leaves(state._replace(key=0)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-    # Into zeros: the small values, and zeros elsewhere.
+    # Expanding into zeros leaves zeros where units were removed.
     moved = compaction.expand_tree(small.plan, smaller.params, jax.tree.map(jnp.zeros_like, params))
     _assert_same(compaction.shrink_tree(small.plan, moved), smaller.params, 0)
     count = lambda tree: sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
     assert count(moved) == count(smaller.params)
-    # The units that stay say it all.
+    # A plan can be rebuilt from the kept units alone.
     variables = {"params": params, "batch_stats": stats}
     found = units.groups(lambda v, x: model.apply(v, x, train=False), variables, (16, 16, 3))
     plan = compaction.plan_of(found, jax.eval_shape(lambda: variables), small.plan.kept)
     _assert_same(compaction.shrink_tree(plan, state.params), small.network.params, 0)
-    # Inside of a traced function too.
+    # Both also work inside a traced function.
     traced = jax.jit(
         lambda tree: compaction.expand_tree(
             small.plan, compaction.shrink_tree(small.plan, tree), tree
@@ -554,7 +540,7 @@ def _train(
     batch: tuple[np.ndarray, np.ndarray],
     dtype: Any,
 ) -> tuple[training.TrainState, training.Sums]:
-    """The state after 200 steps on one batch, and the sums of each."""
+    """Trains 200 steps on one batch. Returns the last state and the sums of each step."""
     with jax.enable_x64(dtype == np.float64):
         wide = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, dtype)), tree)
         optimizer = training.sgd(lambda step: 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
@@ -570,15 +556,15 @@ def _train(
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), density=st.sampled_from([0.1, 0.25, 0.5]), norm=st.booleans())
 def test_200_steps_of_random_masks(seed: int, density: float, norm: bool) -> None:
-    """In float64: the same losses, the same accuracy, at every step."""
+    """Compares losses and accuracy at every step, in float64."""
     model = VGG(3, ((5,), (4,))) if norm else MLP(3, (8, 6))
     params, stats = models.init(model, (4, 4, 1), jax.random.key(seed))
     rng = np.random.default_rng(seed)
     mask = jax.tree.map(
         lambda m: jnp.asarray(rng.random(m.shape) < density), trees.prunable(params)
     )
-    # Classes without weights in the head are told apart by their frequencies alone. These must
-    # differ, or the logits tie in the end and rounding decides which class is right.
+    # Only their frequencies distinguish classes without weights in the head. These must differ, or
+    # the logits tie in the end and rounding decides which class is right.
     labels = rng.permutation(np.repeat(np.arange(3), [2, 4, 6]))
     batch = rng.normal(size=(12, 4, 4, 1)), labels
     if analysis.collapsed(models.synflow_fn(model, stats), params, mask, (4, 4, 1)):
@@ -614,7 +600,7 @@ def test_200_steps_of_both_are_the_same(name: str) -> None:
     back = compaction.expand_tree(small.plan, small_state, state)
     for a, b in zip(jax.tree.leaves(back.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-    # Compacting after training gives the same units: no dead unit has come to life.
+    # Compacting after training removes the same units: training revives none.
     again = models.compact(
         models.Network(model, state.params, state.batch_stats, mask, input_shape)
     )
@@ -623,7 +609,7 @@ def test_200_steps_of_both_are_the_same(name: str) -> None:
     }
 
 
-# Random masks: NumPy evaluates these networks in float64, so that nothing is compiled.
+# NumPy evaluates the networks with random masks in float64, so that nothing is compiled.
 
 
 def _plain(xp: Any, p: Params, x: Any) -> Any:
@@ -657,7 +643,7 @@ def test_random_masks_of_plain_networks(data: st.DataObject) -> None:
     }  # fmt: skip
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     density = data.draw(st.sampled_from([0.2, 0.4, 0.7]))
-    loud = data.draw(st.sampled_from([0.0, 0.3]))  # how many biases are not 0
+    loud = data.draw(st.sampled_from([0.0, 0.3]))  # fraction of biases that are not 0
     params = {}
     for name, shape in shapes.items():
         values = rng.normal(size=shape)
@@ -689,9 +675,8 @@ def test_random_masks_of_plain_networks(data: st.DataObject) -> None:
     np.testing.assert_allclose(
         _plain(np, _masked(small), x), _plain(np, masked, x), rtol=1e-10, atol=1e-12
     )
-    if (
-        data.draw(st.integers(0, 2)) == 0
-    ):  # it compiles a program to know the constants, which are float32
+    # Folding compiles a program that computes the constants, in float32. A third of the cases do.
+    if data.draw(st.integers(0, 2)) == 0:
         folded = compaction.compact_tree(apply_fn, params, mask, (3,), fold=True)
         assert all(
             len(kept) <= len(small.plan.kept[name]) for name, kept in folded.plan.kept.items()
@@ -702,7 +687,7 @@ def test_random_masks_of_plain_networks(data: st.DataObject) -> None:
     back = compaction.expand_tree(small.plan, small.variables, params)
     for name, leaf in params.items():
         np.testing.assert_array_equal(back[name], leaf)
-    # Nothing useless is left: compacting again removes no unit.
+    # Compacting again removes no unit.
     again = compaction.compact_tree(apply_fn, small.variables, small.mask, (3,))
     assert {n: len(k) for n, k in again.plan.kept.items()} == {
         n: len(k) for n, k in small.plan.kept.items()

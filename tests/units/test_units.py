@@ -1,8 +1,11 @@
 """Checks the groups of units of known networks, and laws that hold for any network.
 
-The laws are what `Group` promises. If nothing reads a unit, its parameters have no effect. If a
-unit receives nothing and its sources are 0, what reads it has no effect (`zero`), and its sources
-have no gradient (`zero_stays`). Theorem 1: SynFlow's scores into and out of a unit are equal.
+The laws are what `Group` promises:
+
+- If nothing reads a unit, its parameters have no effect.
+- If nothing enters a unit and its sources are 0, the weights that read it have no effect (`zero`),
+  and its sources have no gradient (`zero_stays`).
+- Theorem 1: SynFlow's scores into and out of a unit are equal.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def _conv(x: jax.Array, kernel: jax.Array, num_groups: int = 1) -> jax.Array:
     )
 
 
-# A zoo of plain JAX: function, shapes of its parameters, input shape, groups that are not fixed.
+# Networks in plain JAX: function, shapes of its parameters, input shape, names of free groups.
 
 
 def _mlp(p: Params, x: jax.Array) -> jax.Array:
@@ -331,7 +334,7 @@ ZOO: dict[
 def _set(
     params: Params, axes: tuple[Axis, ...], unit: int, value: Callable[[jax.Array], Any]
 ) -> Params:
-    """The parameters with `value(entries)` where an axis is the unit."""
+    """Returns the parameters with `value(entries)` at all entries of a unit."""
     params = dict(params)
     for name, axis, of_unit in axes:
         moved = jnp.moveaxis(params[name], axis, 0)
@@ -354,11 +357,8 @@ def test_what_groups_promise_holds(name: str) -> None:
             unread = _set(params, group.readers, unit, jnp.zeros_like)
             own = group.writers + group.sources + group.scales
             changed = _set(unread, own, unit, lambda leaf: 3 * leaf + 1)
-            if name not in (
-                "recurrent",
-                "repeated",
-                "scanned_layers",
-            ):  # there a kernel reads and writes the same units
+            # In the other networks a kernel reads and writes the same units.
+            if name not in ("recurrent", "repeated", "scanned_layers"):
                 np.testing.assert_allclose(
                     apply_fn(changed, x), apply_fn(unread, x), rtol=1e-5, atol=1e-5
                 )
@@ -400,7 +400,7 @@ def test_what_is_not_zero_or_does_not_stay_so_is_said() -> None:
         == flags["attention", "up"]
         == (True, False)
     )
-    assert flags["gated", "gate"] == (True, True)  # it has no source
+    assert flags["gated", "gate"] == (True, True)  # has no sources
 
 
 @pytest.mark.parametrize(
@@ -463,9 +463,14 @@ def test_a_residual_stream_is_one_group() -> None:
     variables = {"params": params, "batch_stats": stats}
     found = _named(units.groups(lambda v, x: model.apply(v, x, train=False), variables, (8, 8, 3)))
     assert {name: group.size for name, group in found.items()} == {
-        "input": 3, "params/conv1": 4, "params/conv2_1/conv1": 4, "params/conv2_2/conv1": 4,
-        "params/conv3_1/conv1": 6, "params/conv3_1/conv2": 6, "params/head": 3,
-    }  # fmt: skip
+        "input": 3,
+        "params/conv1": 4,
+        "params/conv2_1/conv1": 4,
+        "params/conv2_2/conv1": 4,
+        "params/conv3_1/conv1": 6,
+        "params/conv3_1/conv2": 6,
+        "params/head": 3,
+    }
     stream = found["params/conv1"]
     kernels = ("conv1", "conv2_1/conv2", "conv2_2/conv2")
     assert _places(stream.writers) == {(f"params/{name}/kernel", 3) for name in kernels}
@@ -490,7 +495,8 @@ def test_the_form_of_a_convolution_does_not_matter(monkeypatch: pytest.MonkeyPat
     stats = jax.eval_shape(lambda key: models.init(model, (32, 32, 3), key), jax.random.key(0))[1]
     apply_fn = lambda v, x: model.apply({"params": v[0], "batch_stats": v[1]}, x, train=False)
     native = units.groups(apply_fn, (shapes, stats), (32, 32, 3))
-    # As patches times a matrix: pads, slices, concatenated channels, a kernel in pieces.
+    # On a CPU a convolution is patches times a matrix: pads, slices, channels that are
+    # concatenated, and a kernel in pieces.
     monkeypatch.setattr(
         jax.lax,
         "platform_dependent",
@@ -500,7 +506,8 @@ def test_the_form_of_a_convolution_does_not_matter(monkeypatch: pytest.MonkeyPat
     matrices = units.groups(apply_fn, (shapes, stats), (32, 32, 3))
     for a, b in zip(native, matrices, strict=True):
         assert a[:2] == b[:2] and a[-5:-3] == b[-5:-3] and a[-2:] == b[-2:]
-        if not a.is_input:  # whose rows and columns are known to be summed over
+        # The native form knows that the input's rows and columns are summed over.
+        if not a.is_input:
             assert a.fixed == b.fixed
         for ours, theirs in zip(a[2:6], b[2:6], strict=True):
             assert _places(ours) == _places(theirs)
@@ -569,7 +576,7 @@ def test_theorem_1_what_flows_in_flows_out(name: str) -> None:
     make, input_shape = NETWORKS[name]
     model = make()
     params, stats = models.init(model, input_shape, jax.random.key(0))
-    # Biases of any value, of convolutions and of norms; running means are constants and stay 0.
+    # Biases of convolutions and norms may have any value. Running means are constants and stay 0.
     kinds = trees.leaf_kinds(params)
     shift = lambda path, leaf: leaf + 0.01 * (kinds[trees.path_name(path)].endswith("bias"))
     params = jax.tree_util.tree_map_with_path(shift, params)
@@ -580,9 +587,8 @@ def test_theorem_1_what_flows_in_flows_out(name: str) -> None:
             lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree
         )
         score_fn = scores.synflow(models.synflow_fn(model, wide(stats)), input_shape)
-        score_fn = jax.jit(
-            score_fn, compiler_options={"xla_backend_optimization_level": 0}
-        )  # it runs once
+        # The program runs once, so optimizing it would cost more than it saves.
+        score_fn = jax.jit(score_fn, compiler_options={"xla_backend_optimization_level": 0})
         score = jax.tree.map(np.asarray, score_fn(wide(params), mask, jax.random.key(0)))
     found = units.groups(apply_fn, params, input_shape)
     totals = units.unit_scores(found, score)
@@ -595,7 +601,7 @@ def test_theorem_1_what_flows_in_flows_out(name: str) -> None:
         incoming, outgoing = totals[group.name]
         assert incoming.shape == (group.size,) and (incoming > 0).all()
         np.testing.assert_allclose(incoming, outgoing, rtol=1e-9)
-    # All that flows enters at the inputs or at a bias, and leaves at the outputs.
+    # All flow enters at the inputs or at a bias, and leaves at the outputs.
     biases = sum(
         leaf.sum()
         for n, leaf in zip(trees.names(score), jax.tree.leaves(score), strict=True)
@@ -620,7 +626,6 @@ def test_deep_networks_are_read_in_time() -> None:
     )
     apply_fn = lambda v, x: model.apply({"params": v[0], "batch_stats": v[1]}, x, train=False)
     found = units.groups(apply_fn, (shapes, stats), (32, 32, 3))
-    assert (
-        len(found) == 1 + 3 + 27 + 1
-    )  # the input, three streams, one layer inside of each block, the head
+    # The groups are the input, three streams, one layer inside each block, and the head.
+    assert len(found) == 1 + 3 + 27 + 1
     assert sum(len(g.writers) for g in found) == len(jax.tree.leaves(trees.prunable(shapes)))

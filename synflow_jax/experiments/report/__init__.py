@@ -5,6 +5,7 @@ Every function takes the console first, and prints a row or an event:
 - `lines` has single sentences: the network, its form, the result of a pruning;
 - `tables` has the layers of a pruning row, and the sizes and epochs of a training row;
 - `bars` has progress bars, as context managers that yield a callback;
+- `single` and `sweep` show the events of training, one run or a grid, and yield a callback too;
 - `listing` lists the files that a run has written;
 - `style` has what they share: the console, the look of tables, percentages.
 """
@@ -26,6 +27,8 @@ from synflow_jax.experiments.report.listing import files as files
 from synflow_jax.experiments.report.listing import grid_files as grid_files
 from synflow_jax.experiments.report.listing import sweep_files as sweep_files
 from synflow_jax.experiments.report.listing import train_files as train_files
+from synflow_jax.experiments.report.single import training_run as training_run
 from synflow_jax.experiments.report.style import console as console
+from synflow_jax.experiments.report.sweep import training_grid as training_grid
 from synflow_jax.experiments.report.tables import row as row
 from synflow_jax.experiments.report.tables import trained as trained

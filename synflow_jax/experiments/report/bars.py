@@ -46,6 +46,15 @@ def num_iterations(run: Run) -> int | None:
     return None if is_open else run.num_iterations
 
 
+def kept(info: PruneInfo, num_done: int) -> str:
+    """Returns how many weights are kept after some iterations, in words."""
+    # Before the first iteration the record is empty.
+    if num_done == 0:
+        return ""
+    num_kept = int(info.kept[num_done - 1].sum())
+    return f"{num_kept:,} weights kept"
+
+
 @contextlib.contextmanager
 def progress(
     output: Console, num_iterations: int | None
@@ -60,10 +69,8 @@ def progress(
         task = bar.add_task("compiling", total=num_iterations, now="")
 
         def update(num_done: int, info: PruneInfo) -> None:
-            kept = ""
-            if num_done:
-                kept = f"{int(info.kept[num_done - 1].sum()):,} weights kept"
-            bar.update(task, completed=num_done, description="pruning", now=kept)
+            now = kept(info, num_done)
+            bar.update(task, completed=num_done, description="pruning", now=now)
 
         yield update
 
@@ -82,6 +89,7 @@ def grid(output: Console, runs: Sequence[Run]) -> Iterator[EventFn]:
         *_times(),
     )
     iterations = [num_iterations(run) or _USUAL_ITERATIONS for run in runs]
+    width = len(str(len(runs)))
     num_ended = 0
     with rich.progress.Progress(*shown, console=output) as bar:
         task = bar.add_task(f"run 1 of {len(runs)}", total=sum(iterations))
@@ -93,36 +101,39 @@ def grid(output: Console, runs: Sequence[Run]) -> Iterator[EventFn]:
                 num_done = event.num_done
             elif isinstance(event, Finished | Failed):
                 num_ended += 1
-                number = f"{num_ended:{len(str(len(runs)))}}/{len(runs)}"
-                line = f"{number}  {_run_in_words(event.run)}: {_outcome_in_words(event)}"
-                output.print(line, soft_wrap=True)
+                number = f"{num_ended:{width}}/{len(runs)}"
+                run, outcome = _run_in_words(event.run), _outcome_in_words(event)
+                output.print(f"{number}  {run}: {outcome}", soft_wrap=True)
             else:
                 return
-            bar.update(
-                task,
-                completed=sum(iterations[:num_ended]) + num_done,
-                description=f"run {min(num_ended + 1, len(runs))} of {len(runs)}",
-            )
+            # A run that ended counts as all of its iterations, however many it took.
+            completed = sum(iterations[:num_ended]) + num_done
+            present = min(num_ended + 1, len(runs))
+            description = f"run {present} of {len(runs)}"
+            bar.update(task, completed=completed, description=description)
 
         yield show
 
 
 def _run_in_words(run: Run) -> str:
-    prune = run.config.prune
+    config, prune = run.config, run.config.prune
     compression = f"{prune.compression:,.6g}"
+    number = num_iterations(run) or "open"
+    # Padded, so that the lines of a grid stand under each other.
     return (
-        f"{run.config.model} {prune.pruner:<9} compression {compression:<10} "
-        f"{prune.schedule} n={num_iterations(run) or 'open'} seed {run.config.seed}"
+        f"{config.model} {prune.pruner:<9} compression {compression:<10} "
+        f"{prune.schedule} n={number} seed {config.seed}"
     )
 
 
 def _outcome_in_words(outcome: Outcome) -> str:
     if isinstance(outcome, Failed):
         return error(outcome.error)
-    parts = [f"{outcome.row['kept']:,} kept"]
-    if outcome.row["collapsed"]:
+    row = outcome.row
+    parts = [f"{row['kept']:,} kept"]
+    if row["collapsed"]:
         parts.append("[red]collapsed[/red]")
-    parts.append("already there" if outcome.found else f"{outcome.row['seconds']:.1f} s")
+    parts.append("already there" if outcome.found else f"{row['seconds']:.1f} s")
     return ", ".join(parts)
 
 

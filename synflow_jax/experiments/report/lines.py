@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # training takes a second to import, and prune.py does withou
 def network(output: Console, name: str, net: Network, max_compression: float) -> None:
     """Prints the size of a network and its maximal compression."""
     sizes = trees.sizes(net.mask)
-    height, width, channels = net.input_shape
+    total, num_layers = sum(sizes), len(sizes)
+    shape = "x".join(map(str, net.input_shape))
     output.print(
-        f"[bold]{name}[/bold] on {height}x{width}x{channels}: "
-        f"{sum(sizes):,} prunable weights in {len(sizes)} layers, "
+        f"[bold]{name}[/bold] on {shape}: {total:,} prunable weights in {num_layers} layers, "
         f"maximal compression {max_compression:,.0f}"
     )
 
@@ -51,6 +51,7 @@ def form(output: Console, chosen: Form) -> None:
 
 def recipe(output: Console, num_epochs: int, drops: Sequence[int]) -> None:
     """Prints the drops of the learning rate for which a run is too short, if there are any."""
+    # Legal, for a short trial of a long recipe, but easily overlooked.
     late = [epoch for epoch in drops if epoch >= num_epochs]
     if late:
         output.print(

@@ -68,7 +68,8 @@ def exported(
       network: with its mask.
       names: of the files.
     """
-    kept = sum(int(leaf.sum()) for leaf in jax.tree.leaves(network.mask))
+    kept_by_layer = [int(leaf.sum()) for leaf in jax.tree.leaves(network.mask)]
+    kept = sum(kept_by_layer)
     total = sum(trees.sizes(network.mask))
     output.print(f"[bold]{name}[/bold]: {kept:,} of {total:,} weights kept")
     kinds = {

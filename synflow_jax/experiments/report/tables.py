@@ -23,11 +23,12 @@ def row(output: Console, found: Mapping[str, Any]) -> None:
     """Prints a pruning row: its layers as a table, and what is left of the whole network."""
     _layers(output, found)
     multiply_adds = found["multiply_adds_kept"] / found["multiply_adds"]
+    reached, asked = found["reached_compression"], found["compression"]
+    maximum = found["max_compression"]
+    kept, total = found["kept"], found["total"]
     output.print(
-        f"compression {found['reached_compression']:,.2f} "
-        f"(asked {found['compression']:g}, maximal {found['max_compression']:,.0f}): "
-        f"{found['kept']:,} of {found['total']:,} weights, "
-        f"{100 * multiply_adds:.3g} % of the multiply-adds"
+        f"compression {reached:,.2f} (asked {asked:g}, maximal {maximum:,.0f}): "
+        f"{kept:,} of {total:,} weights, {100 * multiply_adds:.3g} % of the multiply-adds"
     )
     if found["collapsed"]:
         output.print(
@@ -45,14 +46,16 @@ def _layers(output: Console, found: Mapping[str, Any]) -> None:
     # Scores of the last iteration are in units of 2^log2_unit.
     log2_unit = found["iterations"]["log2_unit"][-1]
     for layer in found["layers"]:
+        size, kept = layer["size"], layer["kept"]
+        shape = "x".join(map(str, layer["shape"]))
         shown.add_row(
             layer["name"],
-            "x".join(str(length) for length in layer["shape"]),
-            f"{layer['size']:,}",
-            f"{layer['kept']:,}",
-            f"{layer['kept'] / layer['size']:.5f}",
+            shape,
+            f"{size:,}",
+            f"{kept:,}",
+            f"{kept / size:.5f}",
             score_in_words(layer["score"], log2_unit),
-            style="red" if layer["kept"] == 0 else "",
+            style="red" if kept == 0 else "",
         )
     output.print(shown)
 
@@ -89,9 +92,10 @@ def _largest_cut(output: Console, found: Mapping[str, Any]) -> None:
 def _shortfall(output: Console, found: Mapping[str, Any]) -> None:
     """Prints how far a certified run stayed from its compression, if it did."""
     asked = certified.num_kept(found["total"], found["compression"])
-    if rules.is_certified(found["schedule"]) and found["kept"] > asked:
+    kept = found["kept"]
+    if rules.is_certified(found["schedule"]) and kept > asked:
         output.print(
-            f"[bold red]{found['kept']:,} weights are left, not {asked:,}:[/bold red] each of them "
+            f"[bold red]{kept:,} weights are left, not {asked:,}:[/bold red] each of them "
             "carries all of the flow, or prune.num_iterations was too small"
         )
 
@@ -117,16 +121,17 @@ def trained(
 
 
 def _sizes(output: Console, found: Mapping[str, Any]) -> None:
-    full = found["size"]["full"]
+    sizes, full = found["size"], found["size"]["full"]
     shown = table(["network"], ["weights", "", "multiply-adds", ""])
     for form, words in _FORMS.items():
-        size = found["size"][form]
+        size = sizes[form]
         if size is None:  # no smaller network was made
             continue
         is_trained = form == ("compact" if found["compact"] else "full")
         cells = [f"{words} (trained, masked)" if is_trained else words]
         for count in ("weights", "multiply_adds"):
-            cells += [f"{size[count]:,}", f"{100 * size[count] / full[count]:.3g} %"]
+            share = size[count] / full[count]
+            cells += [f"{size[count]:,}", f"{100 * share:.3g} %"]
         shown.add_row(*cells)
     output.print(shown)
 
@@ -136,10 +141,8 @@ def _speed(output: Console, found: Mapping[str, Any], timing: Mapping[str, Any] 
         return
     seconds = timing["step_seconds"]
     batch_size = found["config"]["train"]["batch_size"]
-    output.print(
-        f"{1000 * seconds:.4g} ms per step of {batch_size} images, "
-        f"{batch_size / seconds:,.0f} images/s"
-    )
+    milliseconds, speed = 1000 * seconds, batch_size / seconds
+    output.print(f"{milliseconds:.4g} ms per step of {batch_size} images, {speed:,.0f} images/s")
 
 
 def _epochs(output: Console, found: Mapping[str, Any]) -> None:

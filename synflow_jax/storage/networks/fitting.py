@@ -1,7 +1,7 @@
-"""Finds out how the arrays of a PyTorch state dict fit the variables of a model.
+"""Checks how the arrays of a PyTorch state dict fit the variables of a model.
 
-Each check returns the texts of what it found wrong, [] for nothing, so that one message can list
-everything.
+Each check returns a list of problems, as text. The list is empty if there are none. One message can
+therefore name everything that is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from synflow_jax.storage.arrays import Arrays
 from synflow_jax.storage.networks import flat, pytorch_layout, pytorch_names
 
-# PyTorch counts the batches of each batch norm. Our networks have no use for the counter.
+# PyTorch counts the batches that each batch norm has seen. Our networks do not need the counter.
 COUNTER = "num_batches_tracked"
 
 
@@ -32,49 +32,6 @@ class Match(NamedTuple):
     state: Arrays
     found: Arrays
 
-    def wrong_names(self) -> list[str]:
-        """Finds variables without an array and arrays without a variable."""
-        wanted = set(self.names.values())
-        missing = [name for name in self.names.values() if name not in self.state]
-        others = [name for name in self.state if name not in wanted]
-        unknown = [name for name in others if not name.endswith(COUNTER)]
-        return [*_listed("missing", missing), *_listed("unknown", unknown)]
-
-    def not_float(self) -> list[str]:
-        """Finds arrays of integers or booleans."""
-        wrong = []
-        for ours, array in self.found.items():
-            # NumPy does not count bfloat16 among the floating point types.
-            if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-                wrong.append(self.names[ours])
-        return _listed("not floating point", wrong)
-
-    def other_rank(self, expected: flat.Shapes) -> list[str]:
-        """Finds arrays with another number of axes than the variable."""
-        wrong = []
-        for ours, array in self.found.items():
-            if array.ndim != len(expected[ours]):
-                wrong.append(f"{self.names[ours]} {list(array.shape)}")
-        return _listed("of another number of axes", wrong)
-
-    def other_shape(self, expected: flat.Shapes) -> list[str]:
-        """Finds arrays of another shape than the variable has in PyTorch."""
-        wrong = []
-        for ours, array in self.found.items():
-            wanted = pytorch_layout.torch_shape(expected[ours])
-            if array.shape != wanted:
-                shape = list(array.shape)
-                wrong.append(f"{self.names[ours]} {shape} in place of {list(wanted)}")
-        return _listed("of another shape", wrong)
-
-    def not_finite(self) -> list[str]:
-        """Finds arrays with NaN or infinities."""
-        wrong = []
-        for ours, array in self.found.items():
-            if not np.isfinite(array).all():
-                wrong.append(self.names[ours])
-        return _listed("NaN or infinite", wrong)
-
 
 def match_state(model: nn.Module, expected: flat.Shapes, state: Arrays) -> Match:
     """Assigns the arrays of a state dict to the variables of a model by their names.
@@ -85,15 +42,77 @@ def match_state(model: nn.Module, expected: flat.Shapes, state: Arrays) -> Match
       state: arrays by PyTorch's names.
     """
     names = pytorch_names.leaf_names(model, expected)
-    found = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
+    found = {}
+    for ours, theirs in names.items():
+        if theirs in state:
+            found[ours] = state[theirs]
     return Match(names, state, found)
+
+
+def wrong_names(match: Match) -> list[str]:
+    """Finds variables without an array and arrays without a variable."""
+    wanted = dict.fromkeys(match.names.values())  # a set that keeps the order of the layers
+    missing = [name for name in wanted if name not in match.state]
+    unknown = []
+    for name in match.state:
+        if name not in wanted and not name.endswith(COUNTER):
+            unknown.append(name)
+    return [
+        *_listed("missing", missing),
+        *_listed("unknown", unknown),
+    ]
+
+
+def not_float(match: Match) -> list[str]:
+    """Finds arrays of integers or booleans."""
+    wrong = []
+    for ours, array in match.found.items():
+        # NumPy does not count bfloat16 among the floating point types.
+        is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+        if not is_float:
+            wrong.append(match.names[ours])
+    return _listed("not floating point", wrong)
+
+
+def other_rank(match: Match, expected: flat.Shapes) -> list[str]:
+    """Finds arrays with another number of axes than the variable."""
+    wrong = []
+    for ours, array in match.found.items():
+        if array.ndim != len(expected[ours]):
+            theirs = match.names[ours]
+            shape = list(array.shape)
+            wrong.append(f"{theirs} {shape}")
+    return _listed("of another number of axes", wrong)
+
+
+def other_shape(match: Match, expected: flat.Shapes) -> list[str]:
+    """Finds arrays of another shape than the variable has in PyTorch."""
+    wrong = []
+    for ours, array in match.found.items():
+        wanted = pytorch_layout.torch_shape(expected[ours])
+        if array.shape != wanted:
+            theirs = match.names[ours]
+            shape = list(array.shape)
+            wrong.append(f"{theirs} {shape} in place of {list(wanted)}")
+    return _listed("of another shape", wrong)
+
+
+def not_finite(match: Match) -> list[str]:
+    """Finds arrays with NaN or infinities."""
+    wrong = []
+    for ours, array in match.found.items():
+        # Loaded weights are trusted from here on: a NaN would show up only as a bad score later.
+        if not np.isfinite(array).all():
+            wrong.append(match.names[ours])
+    return _listed("NaN or infinite", wrong)
 
 
 def refuse(what: str, problems: Sequence[str]) -> None:
     """Raises ValueError if there are problems."""
     if problems:
+        listed = "; ".join(problems)
         raise ValueError(
-            f"{what}: {'; '.join(problems)}. Choose the network and the number of classes that the "
+            f"{what}: {listed}. Choose the network and the number of classes that the "
             "weights were made for; storage.networks.torch_names lists the names."
         )
 
@@ -103,6 +122,7 @@ def _listed(problem: str, names: Sequence[str], most: int = 6) -> list[str]:
     if not names:
         return []
     listed = ", ".join(names[:most])
-    if len(names) > most:
-        listed += f" and {len(names) - most} more"
+    num_more = len(names) - most
+    if num_more > 0:
+        listed += f" and {num_more} more"
     return [f"{problem}: {listed}"]

@@ -35,10 +35,12 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> tuple[Params, Tree]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(flat[name])
+        array = flat[name]
+        node[last] = jnp.asarray(array)
     return tree["params"], tree["batch_stats"]
 
 
+# Tracing a deep network takes seconds, and an export needs the shapes several times.
 @functools.cache
 def shapes_of(model: nn.Module, input_shape: tuple[int, ...]) -> Shapes:
     """Returns the shape of every variable of a model, by name, without drawing any weight."""
@@ -49,12 +51,12 @@ def shapes_of(model: nn.Module, input_shape: tuple[int, ...]) -> Shapes:
 
 
 def check_shapes(found: Mapping[str, np.ndarray], expected: Shapes, what: str) -> None:
-    """Checks that all variables of a model are there, and no others.
+    """Checks that the variables are exactly those of a model.
 
     Args:
       found: variables by name.
-      expected: of `shapes_of`.
-      what: what the variables are, for the message.
+      expected: the result of `shapes_of`.
+      what: a description of the variables, for the message.
 
     Raises:
       ValueError: a variable is missing, unknown or of another shape; names the first.
@@ -72,9 +74,12 @@ def check_shapes(found: Mapping[str, np.ndarray], expected: Shapes, what: str) -
 
 def widths(params: Params) -> dict[str, int]:
     """Returns the number of outputs of each layer, by the layer's name."""
+    names = trees.names(params)
+    leaves = jax.tree.leaves(params)
     found = {}
-    for name, leaf in zip(trees.names(params), jax.tree.leaves(params), strict=True):
+    for name, leaf in zip(names, leaves, strict=True):
         layer, _, kind = name.rpartition("/")
+        # The last axis of a kernel counts the outputs, of a convolution and of a dense layer.
         if kind == "kernel":
             found[layer] = int(leaf.shape[-1])
     return found
@@ -83,10 +88,15 @@ def widths(params: Params) -> dict[str, int]:
 def _by_name(params: Params, batch_stats: Tree) -> dict[str, Any]:
     """Returns the leaves of both collections by name."""
     collections = {"params": params, "batch_stats": batch_stats}
-    leaves = jax.tree_util.tree_leaves_with_path(collections)
-    return {trees.path_name(path): leaf for path, leaf in leaves}
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(collections):
+        name = trees.path_name(path)
+        found[name] = leaf
+    return found
 
 
 def _said(shape: tuple[int, ...] | None) -> str:
-    """Returns a shape as messages print it."""
-    return "missing" if shape is None else str(list(shape))
+    """Formats a shape for a message."""
+    if shape is None:
+        return "missing"
+    return str(list(shape))

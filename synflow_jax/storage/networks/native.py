@@ -24,7 +24,9 @@ from synflow_jax.storage import arrays, masks
 from synflow_jax.storage.files import AnyPath
 from synflow_jax.storage.networks import flat
 
+# Written into every file. Another format would make existing files unreadable.
 FORMAT = "synflow_jax network 1"
+# These names are in the files as well, so the classes cannot be renamed.
 _FAMILIES: dict[str, type[nn.Module]] = {
     "VGG": VGG,
     "ResNet": ResNet,
@@ -55,6 +57,8 @@ def save(path: AnyPath, network: Network, run: Mapping[str, Any] | None = None) 
     flat.check_shapes(variables, expected, f"the variables to be written to {str(path)!r}")
     trees.check_mask(network.mask, network.params)
 
+    # Pruned weights are written too, not as zeros: training may have stopped at any value, and a
+    # network that is loaded must be equal in every bit.
     kept = _masks_by_name(network)
     packed = {name: masks.pack(mask) for name, mask in kept.items()}
     tensors = variables | packed
@@ -67,7 +71,8 @@ def save(path: AnyPath, network: Network, run: Mapping[str, Any] | None = None) 
         "run": json.dumps(dict(run or {})),
         "sha256": _digest(tensors),
     }
-    storage.write_bytes(pathlib.Path(path), safetensors.numpy.save(tensors, header))
+    content = safetensors.numpy.save(tensors, header)
+    storage.write_bytes(pathlib.Path(path), content)
 
 
 def load(path: AnyPath) -> Network:
@@ -91,22 +96,28 @@ def load(path: AnyPath) -> Network:
     if _digest(tensors) != header.get("sha256"):
         raise ValueError(f"{where} has tensors that do not match its sha256. {arrays.DAMAGED}")
     try:
-        model = _build(json.loads(header["model"]))
+        described = json.loads(header["model"])
+        model = _build(described)
         input_shape = tuple(json.loads(header["input_shape"]))
+        layers = json.loads(header["mask"])
         kept = {}
-        for name, layer in json.loads(header["mask"]).items():
+        for name, layer in layers.items():
             shape = tuple(layer["shape"])
-            kept[name] = masks.unpack(tensors.pop(name), shape)
+            # Popped, so that only the variables are left.
+            packed = tensors.pop(name)
+            kept[name] = masks.unpack(packed, shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} has metadata that cannot be read: {error!r}. {arrays.DAMAGED}"
         ) from error
-    flat.check_shapes(tensors, flat.shapes_of(model, input_shape), where)
+    expected = flat.shapes_of(model, input_shape)
+    flat.check_shapes(tensors, expected, where)
     params, batch_stats = flat.unflatten(tensors)
 
     def mask_of(keys: tuple, leaf: jax.Array) -> jax.Array | None:
         del leaf
-        mask = kept.get(f"mask/{trees.path_name(keys)}")
+        name = trees.path_name(keys)
+        mask = kept.get(f"mask/{name}")
         return None if mask is None else jnp.asarray(mask)
 
     mask = jax.tree_util.tree_map_with_path(mask_of, params)
@@ -126,37 +137,46 @@ def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, dict[str, str]]:
 
 def _masks_by_name(network: Network) -> dict[str, np.ndarray]:
     """Returns the leaves of the mask under the names that they have in a file."""
-    names = [f"mask/{name}" for name in trees.names(network.mask)]
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(network.mask)]
-    return dict(zip(names, leaves, strict=True))
+    names = trees.names(network.mask)
+    leaves = jax.tree.leaves(network.mask)
+    found = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        found[f"mask/{name}"] = np.asarray(leaf)
+    return found
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    """Returns the family and the attributes of a model, as JSON can hold them."""
+    """Returns the family and the attributes of a model, as values that JSON can hold."""
     family = type(model).__name__
+    # A subclass may compute something else from the same attributes.
     if type(model) is not _FAMILIES.get(family):
-        raise ValueError(f"model is a {family}; a file can describe one of {', '.join(_FAMILIES)}.")
+        known = ", ".join(_FAMILIES)
+        raise ValueError(f"model is a {family}; a file can describe one of {known}.")
     described = {"family": family}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
-        # Flax's own fields say nothing here. Initializers are functions, and decide nothing once
-        # there are weights.
-        if field.name not in ("parent", "name") and not callable(value):
+        # Flax's own fields do not describe the network. Initializers are functions, and have no
+        # effect once weights exist.
+        is_flax = field.name in ("parent", "name")
+        if not is_flax and not callable(value):
             described[field.name] = value
     return described
 
 
 def _build(described: dict[str, Any]) -> nn.Module:
     """Builds the model that `_describe` described."""
-    family = _FAMILIES[described.pop("family")]
-    values = {name: _with_tuples(value) for name, value in described.items()}
-    return family(**values)
+    name = described.pop("family")
+    attributes = _with_tuples(described)
+    return _FAMILIES[name](**attributes)
 
 
 def _with_tuples(value: Any) -> Any:
-    """Turns lists back into tuples, which JSON does not know and a Linen module needs."""
+    """Turns lists back into tuples: JSON has no tuples."""
+    # A Linen module must be hashable, because functions are cached and compiled per module.
     if isinstance(value, list):
         return tuple(_with_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
     return value
 
 
@@ -165,7 +185,8 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         # The zero byte ends the name, so that no name and content can be read as another pair.
+        content = tensors[name].tobytes()
         digest.update(name.encode())
         digest.update(b"\0")
-        digest.update(tensors[name].tobytes())
+        digest.update(content)
     return digest.hexdigest()

@@ -35,9 +35,8 @@ def to_jax(network: Network, *, platforms: Sequence[str] = PLATFORMS) -> bytes:
     """
     unknown = set(platforms) - {*PLATFORMS, "rocm"}
     if unknown or not platforms:
-        raise ValueError(
-            f"platforms={tuple(platforms)} must be some of {', '.join(PLATFORMS)} and rocm."
-        )
+        known = ", ".join(PLATFORMS)
+        raise ValueError(f"platforms={tuple(platforms)} must be some of {known} and rocm.")
     trees.check_mask(network.mask, network.params)
     weights = trees.apply_mask(network.params, network.mask)
     apply_fn = models.eval_fn(network.model, network.batch_stats)

@@ -51,15 +51,21 @@ def to_torch(network: Network) -> dict[str, np.ndarray]:
     """
     model, params, batch_stats, mask, input_shape = network
     trees.check_mask(mask, params)
-    variables = flat.flatten(trees.apply_mask(params, mask), batch_stats)
-    flat.check_shapes(variables, flat.shapes_of(model, input_shape), "the variables")
+    # A state dict has no place for a mask, so the pruned weights are written as 0.
+    weights = trees.apply_mask(params, mask)
+    variables = flat.flatten(weights, batch_stats)
+    expected = flat.shapes_of(model, input_shape)
+    flat.check_shapes(variables, expected, "the variables")
 
     maps = pytorch_layout.flattened(model, input_shape)
+    names = pytorch_names.leaf_names(model, variables)
     state = {}
-    for ours, theirs in pytorch_names.leaf_names(model, variables).items():
-        state[theirs] = pytorch_layout.to_torch(variables[ours], maps.get(ours))
-    # PyTorch refuses a state dict without its counters.
-    norms = [name.removesuffix("running_var") for name in state if name.endswith(".running_var")]
+    for ours, theirs in names.items():
+        variable = variables[ours]
+        state[theirs] = pytorch_layout.to_torch(variable, maps.get(ours))
+    # PyTorch refuses a state dict without the counters of its batch norms.
+    ending = "running_var"
+    norms = [name.removesuffix(ending) for name in state if name.endswith(f".{ending}")]
     for norm in norms:
         state[f"{norm}{fitting.COUNTER}"] = np.zeros((), np.int64)
     return state
@@ -101,15 +107,18 @@ def save_torch(path: AnyPath, network: Network, run: Mapping[str, Any] | None = 
     """
     state = to_torch(network)
     names = pytorch_names.torch_names(network.model)
-    widths = {names[layer]: width for layer, width in flat.widths(network.params).items()}
+    widths = {}
+    for layer, width in flat.widths(network.params).items():
+        widths[names[layer]] = width
     *image, channels = network.input_shape
     header = {
-        "format": "pt",
+        "format": "pt",  # libraries that read safetensors look for this word
         "widths": json.dumps(widths),
         "input_shape": json.dumps([channels, *image]),
         "run": json.dumps(dict(run or {})),
     }
-    storage.write_bytes(pathlib.Path(path), safetensors.numpy.save(state, header))
+    content = safetensors.numpy.save(state, header)
+    storage.write_bytes(pathlib.Path(path), content)
 
 
 def from_torch(
@@ -144,20 +153,24 @@ def from_torch(
     """
     built, shape = _model_and_shape(model, input_shape)
     expected = flat.shapes_of(built, shape)
-    match = fitting.match_state(built, expected, _read_state(state))
+    arrays = _read_state(state)
+    match = fitting.match_state(built, expected, arrays)
 
     what = "the state dict" if isinstance(state, Mapping) else f"file {str(state)!r}"
     wanted = model if isinstance(model, str) else type(model).__name__
-    # All that is wrong is told at once. But shapes can be compared only after names and axes fit.
+    # One message reports as many problems as possible. Shapes can be compared only once the names
+    # and the numbers of axes fit.
     refuse = functools.partial(fitting.refuse, f"{what} does not fit {wanted}")
-    problems = [*match.wrong_names(), *match.not_float()]
+    problems = [*fitting.wrong_names(match), *fitting.not_float(match)]
     if isinstance(model, str):
-        # Widths can be read off the weights only if every array has its axes.
-        refuse([*problems, *match.other_rank(expected)])
+        # Widths can be read off the weights only if every array has the right number of axes.
+        other_rank = fitting.other_rank(match, expected)
+        refuse([*problems, *other_rank])
         built = _with_widths_of(built, match.found)
         expected = flat.shapes_of(built, shape)
-    refuse([*problems, *match.other_shape(expected)])
-    refuse(match.not_finite())
+    other_shape = fitting.other_shape(match, expected)
+    refuse([*problems, *other_shape])
+    refuse(fitting.not_finite(match))
 
     maps = pytorch_layout.flattened(built, shape)
     variables = {}
@@ -165,7 +178,8 @@ def from_torch(
         single = np.asarray(array, np.float32)
         variables[name] = pytorch_layout.from_torch(single, maps.get(name))
     params, batch_stats = flat.unflatten(variables)
-    return Network(built, params, batch_stats, trees.prunable(params), shape)
+    nothing_pruned = trees.prunable(params)
+    return Network(built, params, batch_stats, nothing_pruned, shape)
 
 
 def read_variables(
@@ -201,6 +215,7 @@ def _model_and_shape(
     """Returns the model to fill, with provisional widths if only its name is known."""
     if isinstance(model, str):
         shape = models.default_input_shape(model) if input_shape is None else input_shape
+        # The number of classes is provisional as well: `_with_widths_of` reads it off the head.
         return models.create(model, 1), shape
     if input_shape is None:
         raise ValueError(
@@ -217,9 +232,10 @@ def _read_state(state: AnyPath | State) -> Arrays:
     else:
         arrays = _read_file(pathlib.Path(state))
     prefix = "module."
-    if all(name.startswith(prefix) for name in arrays):
-        return {name.removeprefix(prefix): array for name, array in arrays.items()}
-    return arrays
+    # All names or none: a published network may itself have a layer of the name "module".
+    if not all(name.startswith(prefix) for name in arrays):
+        return arrays
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def _read_file(path: pathlib.Path) -> Arrays:
@@ -227,7 +243,8 @@ def _read_file(path: pathlib.Path) -> Arrays:
     if not path.is_file():
         raise FileNotFoundError(f"file {str(path)!r} does not exist.")
     if path.suffix == ".safetensors":
-        return native.read_safetensors(path)[0]
+        arrays, _ = native.read_safetensors(path)
+        return arrays
     if path.suffix != ".npz":
         raise ValueError(
             f"file {str(path)!r} is neither .safetensors nor .npz. Convert it where PyTorch is "
@@ -241,11 +258,13 @@ def _read_file(path: pathlib.Path) -> Arrays:
 
 def _with_widths_of(model: Any, found: Mapping[str, np.ndarray]) -> nn.Module:
     """Returns the model whose layers have as many outputs as PyTorch's weights."""
-    # `resized` reads the last axis of kernels alone: no weights are needed for it.
+    # `resized` reads only the last axis of kernels, so arrays of zeros stand in for them.
     kernels = {}
     for name, array in found.items():
         if name.endswith("/kernel"):
-            kernels[name] = np.zeros((1, array.shape[0]), np.float32)
+            num_outputs = array.shape[0]
+            kernels[name] = np.zeros((1, num_outputs), np.float32)
     params, _ = flat.unflatten(kernels)
     num_classes = params[models.HEAD]["kernel"].shape[-1]
-    return model.resized(params).clone(num_classes=num_classes)
+    resized = model.resized(params)
+    return resized.clone(num_classes=num_classes)

@@ -28,9 +28,13 @@ def flattened(model: nn.Module, input_shape: tuple[int, ...]) -> Mapping[str, Ma
     """
     height, width = input_shape[:2]
     if isinstance(model, VGG):
-        halved = 2 ** len(model.widths)
-        maps = (height // halved, width // halved)
-        return {"params/fc1/kernel": maps} if model.hidden else {}
+        # The CIFAR form averages its maps.
+        if not model.hidden:
+            return {}
+        # A 2x2 pool after each stage halves the maps.
+        factor = 2 ** len(model.widths)
+        maps = (height // factor, width // factor)
+        return {"params/fc1/kernel": maps}
     if isinstance(model, MLP):
         first = "fc1" if model.widths else models.HEAD
         return {f"params/{first}/kernel": (height, width)}
@@ -44,7 +48,7 @@ def to_torch(array: np.ndarray, maps: MapSize | None) -> np.ndarray:
 
     Args:
       array: a kernel, or a vector, which stays as it is.
-      maps: of `flattened`, or None.
+      maps: the entry of `flattened` for this variable, or None.
 
     Returns:
       A contiguous array, as PyTorch needs it.
@@ -53,7 +57,8 @@ def to_torch(array: np.ndarray, maps: MapSize | None) -> np.ndarray:
         # [height * width * channels, out] -> [out, channels * height * width]
         num_inputs, num_outputs = array.shape
         by_place = array.reshape(*maps, -1, num_outputs)
-        rearranged = by_place.transpose(3, 2, 0, 1).reshape(num_outputs, num_inputs)
+        by_channel = by_place.transpose(3, 2, 0, 1)
+        rearranged = by_channel.reshape(num_outputs, num_inputs)
     elif array.ndim == 4:
         rearranged = array.transpose(3, 2, 0, 1)
     else:
@@ -65,9 +70,11 @@ def to_torch(array: np.ndarray, maps: MapSize | None) -> np.ndarray:
 def from_torch(array: np.ndarray, maps: MapSize | None) -> np.ndarray:
     """Undoes `to_torch`."""
     if maps is not None:
+        # [out, channels * height * width] -> [height * width * channels, out]
         num_outputs, num_inputs = array.shape
         by_channel = array.reshape(num_outputs, -1, *maps)
-        return by_channel.transpose(2, 3, 1, 0).reshape(num_inputs, num_outputs)
+        by_place = by_channel.transpose(2, 3, 1, 0)
+        return by_place.reshape(num_inputs, num_outputs)
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     return array.T

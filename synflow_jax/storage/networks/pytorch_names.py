@@ -57,15 +57,17 @@ def leaf_names(model: nn.Module, variables: Iterable[str]) -> Names:
       variables: our names, such as "params/head/kernel", whose PyTorch name is "fc.weight".
     """
     layers = torch_names(model)
-    order = {layer: place for place, layer in enumerate(layers)}
-    place_of = {}
-    names = {}
+    # Our variables come sorted by name. Files list layers as PyTorch does, from input to output.
+    by_layer: dict[str, Names] = {layer: {} for layer in layers}
     for name in variables:
         _, _, in_collection = name.partition("/")
         layer, _, leaf = in_collection.rpartition("/")
-        place_of[name] = order[layer]
-        names[name] = f"{layers[layer]}.{_LEAVES[leaf]}"
-    return {name: names[name] for name in sorted(names, key=place_of.__getitem__)}
+        theirs = layers[layer]
+        by_layer[layer][name] = f"{theirs}.{_LEAVES[leaf]}"
+    names: Names = {}
+    for of_layer in by_layer.values():
+        names |= of_layer
+    return names
 
 
 def _vgg(model: VGG) -> Names:
@@ -87,10 +89,11 @@ def _torchvision_vgg(model: VGG) -> Names:
                 index += 1
             index += 1  # the ReLU
         index += 1  # the pooling
-    dense = [f"fc{i}" for i in range(1, len(model.hidden) + 1)]
+    dense = [f"fc{i}" for i, _ in enumerate(model.hidden, 1)]
     for i, layer in enumerate([*dense, models.HEAD]):
         # A ReLU and a dropout follow each hidden layer.
-        names[layer] = f"classifier.{3 * i}"
+        index = 3 * i
+        names[layer] = f"classifier.{index}"
     return names
 
 
@@ -110,7 +113,14 @@ def _openlth_vgg(model: VGG) -> Names:
 
 
 class _ResNetWords(NamedTuple):
-    """The words in which two libraries differ. `block(stage, i, num_before)` names a block."""
+    """The names in which the ResNets of two libraries differ.
+
+    Attributes:
+      stem, stem_norm: the first convolution and its batch norm.
+      block: `block(stage, i, num_before)` names block i of a stage, which has `num_before` blocks
+        before it in the whole network. All three count from 0.
+      shortcut: the convolution and the norm on the shortcut of a block.
+    """
 
     stem: str
     stem_norm: str
@@ -118,17 +128,34 @@ class _ResNetWords(NamedTuple):
     shortcut: str
 
 
+def _torchvision_block(stage: int, i: int, num_before: int) -> str:
+    """Names a block by its place within the stage."""
+    del num_before
+    return f"layer{stage + 1}.{i}"
+
+
+def _openlth_block(stage: int, i: int, num_before: int) -> str:
+    """Names a block by its place in the network."""
+    del stage, i
+    return f"blocks.{num_before}"
+
+
 _TORCHVISION = _ResNetWords(
-    "conv1", "bn1", lambda stage, i, num_before: f"layer{stage + 1}.{i}", "downsample"
+    stem="conv1",
+    stem_norm="bn1",
+    block=_torchvision_block,
+    shortcut="downsample",
 )
 _OPENLTH = _ResNetWords(
-    "conv", "bn", lambda stage, i, num_before: f"blocks.{num_before}", "shortcut"
+    stem="conv",
+    stem_norm="bn",
+    block=_openlth_block,
+    shortcut="shortcut",
 )
 
 
 def _resnet(model: ResNet) -> Names:
     """Returns the names of a ResNet: torchvision's have four stages, OpenLTH's three."""
-    # Torchvision counts blocks within a stage, OpenLTH over the whole network.
     words = _TORCHVISION if len(model.num_blocks) == 4 else _OPENLTH
     names = {"conv1": words.stem, "conv1_norm": words.stem_norm}
     num_before = 0
@@ -139,16 +166,18 @@ def _resnet(model: ResNet) -> Names:
             names |= _convolutions(model, ours, theirs)
             # The same condition as in the network itself.
             if i == 0 and (stage > 0 or model.has_stem_shortcut()):
-                names[f"{ours}/shortcut"] = f"{theirs}.{words.shortcut}.0"
-                names[f"{ours}/shortcut_norm"] = f"{theirs}.{words.shortcut}.1"
+                shortcut = f"{theirs}.{words.shortcut}"
+                names[f"{ours}/shortcut"] = f"{shortcut}.0"
+                names[f"{ours}/shortcut_norm"] = f"{shortcut}.1"
             num_before += 1
     return names | {models.HEAD: "fc"}
 
 
 def _convolutions(model: ResNet, ours: str, theirs: str) -> Names:
     """Returns the names of the convolutions and the norms on the main branch of a block."""
+    num_convolutions = 3 if model.bottleneck else 2
     names: Names = {}
-    for k in range(1, 4 if model.bottleneck else 3):
+    for k in range(1, num_convolutions + 1):
         names[f"{ours}/conv{k}"] = f"{theirs}.conv{k}"
         names[f"{ours}/conv{k}_norm"] = f"{theirs}.bn{k}"
     return names
@@ -156,15 +185,27 @@ def _convolutions(model: ResNet, ours: str, theirs: str) -> Names:
 
 def _mlp(model: MLP) -> Names:
     """Returns the names in nn.Sequential(Flatten, Linear, ReLU, Linear, ReLU, ..., Linear)."""
-    layers = [f"fc{i}" for i in range(1, len(model.widths) + 1)]
-    return {layer: str(2 * i + 1) for i, layer in enumerate([*layers, models.HEAD])}
+    layers = [f"fc{i}" for i, _ in enumerate(model.widths, 1)]
+    names = {}
+    for i, layer in enumerate([*layers, models.HEAD]):
+        # Flatten has index 0, and a ReLU follows each layer.
+        index = 2 * i + 1
+        names[layer] = str(index)
+    return names
 
 
 def _conv_net(model: ConvNet) -> Names:
     """Returns the names in nn.Sequential(Conv2d, ReLU, Conv2d, ReLU, ..., Flatten, Linear)."""
-    layers = [f"conv{i}" for i in range(1, len(model.widths) + 1)]
-    names = {layer: str(2 * i) for i, layer in enumerate(layers)}
-    return names | {models.HEAD: str(2 * len(layers) + 1)}
+    layers = [f"conv{i}" for i, _ in enumerate(model.widths, 1)]
+    names = {}
+    for i, layer in enumerate(layers):
+        # A ReLU follows each convolution.
+        index = 2 * i
+        names[layer] = str(index)
+    # Flatten comes before the head.
+    head_index = 2 * len(layers) + 1
+    names[models.HEAD] = str(head_index)
+    return names
 
 
 _FAMILIES: dict[type[nn.Module], Callable[[Any], Names]] = {

@@ -1,29 +1,30 @@
 """Follows units through the program of a network.
 
 **What a unit is.** A unit is a neuron or a channel: a position that several axes of several
-parameters have in common. The kernel that writes it has it along its output axis, its bias along
-its only axis, and the kernels that read it along their input axes. Which axes these are, only the
-program of the network says.
+parameters have in common. It is one position along the output axis of the kernel that writes it,
+along the axis of its bias, and along the input axes of the kernels that read it. Only the program
+of the network tells which axes these are.
 
-**How they are found.** Each position of each axis of each parameter starts as a node of its own,
-and each position of the network's input does too. The jaxpr of the network is followed once.
-Each array in it is represented by a `Value`, which says which nodes lie along its axes. Where two
-values meet element by element, the nodes that lie on each other are recorded as one unit, and so
-are the nodes along the axes over which a kernel and its input are summed.
+**How units are found.** Each position along each axis of each parameter starts as a separate node,
+and so does each position along the axes of the network's input. The jaxpr of the network is
+followed once. A `Value` stands for each array in it, and says which nodes lie along the axes of
+the array. Where two values meet element by element, nodes at the same position are recorded as one
+unit. So are the nodes along the axes over which a kernel and its input are summed.
 
 For example, in `relu(x @ w1 + b1) @ w2` the product gives its result the nodes of the second axis
 of w1. The sum unifies them with the nodes of b1, and the second product with those of the first
 axis of w2: unit j is column j of w1, entry j of b1 and row j of w2.
 
 **What is guaranteed.** Nodes are never dropped without a record. Where a step has no rule, or mixes
-units (a sum over them, a softmax), they are recorded as fixed. So two units may be taken for one,
-or a unit for one that must stay, but never the other way round.
+units (a sum over them, a softmax), they are recorded as fixed. So the result errs on the safe side:
+two units may be taken for one, or a unit may have to stay that could be removed, but never the
+other way round.
 
 Read the files in this order:
 
     values.py        fields of units along the axes of a value
     records.py       statements about units
-    meeting.py       two values that lie on each other
+    meeting.py       two values that are combined element by element
     rules.py         the table of rules
     layout.py        rules: axes that move, are cut or joined
     elementwise.py   rules: functions of each element, reductions
@@ -56,7 +57,8 @@ from synflow_jax.units.tracing.rules import TABLE
 from synflow_jax.units.tracing.values import NONE as NONE
 from synflow_jax.units.tracing.values import LeafAxis as LeafAxis
 
-_BATCH = 2  # an axis of size 1 would be taken for one that can be dropped
+# The batch of the traced input. An axis of size 1 would be taken for one that was broadcast.
+_BATCH = 2
 
 
 def trace(
@@ -74,7 +76,7 @@ def trace(
       params: a tree of arrays, or of their shapes if `evaluate` is False.
       input_shape: of one example.
       dtype: of the inputs.
-      evaluate: computes the function as well, for inputs of 0, so that `Read.values` are known.
+      evaluate: whether to compute the function as well, for inputs of 0, to know `Read.values`.
     """
 
     def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -94,11 +96,15 @@ def trace(
         _follow(records, program, x.shape, [*leaves, x])
         return [(read.values, read.steady) for read in records.reads]
 
-    arrays = jax.device_get(evaluated(jax.tree.leaves(params), jnp.zeros(x.shape, dtype)))
-    records.reads = [
-        read._replace(values=values, steady=steady)
-        for read, (values, steady) in zip(records.reads, arrays, strict=True)
-    ]
+    # While the function is traced by `jit`, `records` collects the statements, and its reads hold
+    # tracers. The computed arrays replace them.
+    leaves = jax.tree.leaves(params)
+    outputs = evaluated(leaves, jnp.zeros(x.shape, dtype))
+    arrays = jax.device_get(outputs)
+    reads = []
+    for read, (values, steady) in zip(records.reads, arrays, strict=True):
+        reads.append(read._replace(values=values, steady=steady))
+    records.reads = reads
     return records
 
 
@@ -108,7 +114,7 @@ def _follow(
     input_shape: tuple[int, ...],
     arrays: Sequence[Any] | None = None,
 ) -> None:
-    """Records what becomes of the units in a program.
+    """Records statements about the units of a program.
 
     Args:
       records: new ones.
@@ -124,7 +130,8 @@ def _follow(
     for value in walk(TABLE, records, program, inputs):
         records.consume(value.fields)
         records.outputs += [field.nodes for field in value.fields]
-    # A parameter with several uses is not the bias of one product.
+    # A parameter that is used several times is not the bias of one product: it could not take up
+    # the constants of that product alone.
     for number, read in enumerate(records.reads):
         if read.bias is not None and records.num_uses[read.bias] > 1:
             records.reads[number] = read._replace(bias=None)

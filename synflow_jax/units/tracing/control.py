@@ -52,10 +52,11 @@ def _cond(records: Records, eqn: Any, operands: list[Value]) -> Sequence[Value]:
         return walk(TABLE, records, cond.branches[-1], cond.operands)
     records.lose(cond.index.fields, Cause.DECIDES, "cond")
     branches = [walk(TABLE, records, branch, cond.operands) for branch in cond.branches]
-    results = [
-        functools.reduce(functools.partial(join, records), outputs)
-        for outputs in zip(*branches, strict=True)
-    ]
+    join_next = functools.partial(join, records)
+    results = []
+    for outputs in zip(*branches, strict=True):
+        result = functools.reduce(join_next, outputs)
+        results.append(result)
     return with_arrays(records, eqn, operands, results)
 
 
@@ -73,10 +74,12 @@ def _scan(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     slices = [_one_slice(records, x) for x in scan.xs]
 
     def body(carry: list[Value]) -> list[Value]:
-        return walk(TABLE, records, scan.body, [*scan.consts, *carry, *slices])
+        inputs = [*scan.consts, *carry, *slices]
+        return walk(TABLE, records, scan.body, inputs)
 
     carry, ys = _settle(records, body, scan.carry)
-    return [*carry, *(_stack(y, scan.length) for y in ys)]
+    stacked = [_stack(y, scan.length) for y in ys]
+    return [*carry, *stacked]
 
 
 @rule("while")
@@ -84,17 +87,19 @@ def _while(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     loop = While.of(eqn, operands)
 
     def body(carry: list[Value]) -> list[Value]:
-        return walk(TABLE, records, loop.body, [*loop.body_consts, *carry])
+        inputs = [*loop.body_consts, *carry]
+        return walk(TABLE, records, loop.body, inputs)
 
     carry, _ = _settle(records, body, loop.carry)
-    for value in walk(TABLE, records, loop.condition, [*loop.condition_consts, *carry]):
+    inputs = [*loop.condition_consts, *carry]
+    for value in walk(TABLE, records, loop.condition, inputs):
         records.lose(value.fields, Cause.DECIDES, "while")
     return carry
 
 
 def _settle(records: Records, body: Any, carry: Sequence[Value]) -> tuple[list[Value], list[Value]]:
-    """Returns values that hold for the carried values of every iteration, and the other outputs."""
-    # What is known of the values before the first iteration alone does not hold in the loop.
+    """Returns values that stand for the carried values of every iteration, and other outputs."""
+    # The array and the parameter that a value is at the start are not those of later iterations.
     start = [value._replace(array=None, leaf=None, product=None) for value in carry]
     return fixed_point(
         body,
@@ -109,8 +114,10 @@ def _is_settled(a: Value, b: Value) -> bool:
     """Returns True if two values differ in nothing but the numbers of nodes."""
     if (a.kind, a.uniform, a.number) != (b.kind, b.uniform, b.number):
         return False
-    # The nodes differ, but are unified already.
-    return [field[1:] for field in a.fields] == [field[1:] for field in b.fields]
+    # The nodes differ, but `join` has unified them.
+    in_a = [field[1:] for field in a.fields]
+    in_b = [field[1:] for field in b.fields]
+    return in_a == in_b
 
 
 def _one_slice(records: Records, stacked: Value) -> Value:
@@ -142,19 +149,21 @@ def _is_gate(eqn: Any) -> bool:
         function = lambda x: bind(eqn, [x])
         return jax.jvp(function, (x,), (jnp.ones_like(x),))
 
-    program = jax.make_jaxpr(value_and_derivative)(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-    # The network may be evaluated, and so be traced, at this moment. The gate is computed at once.
+    x = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    program = jax.make_jaxpr(value_and_derivative)(x)
+    # If the network is evaluated, it is being traced at this moment. The gate is computed at once.
     with jax.ensure_compile_time_eval():
         try:
-            # Every entry is treated alike, and so one number stands for all of them.
-            results = walk(_SCALARS, None, program, [np.zeros((), aval.dtype)])
+            # Every entry is treated alike, so one number stands for all of them.
+            zero = np.zeros((), aval.dtype)
+            results = walk(_SCALARS, None, program, [zero])
         except _NotElementwiseError:
             return False
         return not any(np.any(result) for result in results)
 
 
 class _NotElementwiseError(Exception):
-    """Is raised where a program is not a function of each element alone."""
+    """Ends the walk through a program that is not a function of each element alone."""
 
 
 def _fail(state: None, eqn: core.JaxprEqn, operands: list[Any]) -> NoReturn:

@@ -1,8 +1,8 @@
 """Follows units through primitives that act on each element, and through reductions.
 
-An elementwise primitive leaves units where they are. What it may change is whether a unit that
-receives nothing is 0: `tanh` keeps 0 at 0, `exp` does not. A reduction along an axis mixes the
-units along it, and leaves all others.
+An elementwise primitive does not move units. But it decides whether a unit that receives nothing
+is still 0: `tanh` keeps 0 at 0, `exp` does not. A reduction along an axis mixes the units along
+this axis, and does not change any others.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _elementwise(records: Records, eqn: Any, operands: list[Value]) -> list[Valu
     # A unit that is 0 makes the quotient infinite.
     if primitive == "div" and operands[1].kind == Kind.ACTIVATIONS:
         records.nonzero += [field.nodes for field in operands[1].fields]
-    result = functools.reduce(functools.partial(meet, records, primitive), operands)
+    meet_next = functools.partial(meet, records, primitive)
+    result = functools.reduce(meet_next, operands)
     # A function of one operand is another array: not the number, parameter or product that it was.
     if len(operands) == 1 and primitive not in IDENTITIES:
         result = result._replace(number=None, leaf=None, product=None)

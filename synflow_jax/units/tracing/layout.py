@@ -1,4 +1,8 @@
-"""Follows units through primitives that move, cut and join axes."""
+"""Follows units through primitives that move, cut and join axes.
+
+Most of them only move units. Units are lost where they lie along no axis of the result, or where
+the position of a cut depends on data.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ from synflow_jax.units.tracing.values import (
     places_without,
     reshape_blocks,
     reshape_field,
+    single_axes,
     slice_axes,
     split_fields,
 )
@@ -40,14 +45,18 @@ def mix(records: Records, value: Value, axes: Iterable[int], primitive: str) -> 
     axes = frozenset(axes)
     apart, mixed = split_fields(value, axes)
     records.lose(mixed, Cause.MIXED, primitive)
-    return Value(apart, value.kind, value.shape, value.uniform - axes)
+    uniform = value.uniform - axes
+    return Value(apart, value.kind, value.shape, uniform)
 
 
 # ----------------------------------------------------------------------------- Axes of size 1
 
 
 def broadcast(
-    records: Records, value: Value, places: Sequence[int], shape: tuple[int, ...]
+    records: Records,
+    value: Value,
+    places: Sequence[int],
+    shape: tuple[int, ...],
 ) -> Value:
     """Broadcasts a value to a shape: axis i becomes axis `places[i]`.
 
@@ -55,10 +64,14 @@ def broadcast(
     """
     if value.shape == shape:
         return value
-    widened = {axis for axis, place in enumerate(places) if value.shape[axis] != shape[place]}
-    kept = _drop_single_axes(records, value, widened, "broadcast")
     new = set(range(len(shape))).difference(places)
-    new.update(places[axis] for axis in widened)
+    widened = set()
+    for axis, place in enumerate(places):
+        if value.shape[axis] != shape[place]:
+            widened.add(axis)
+            new.add(place)
+    # A unit along a widened axis would be repeated, and then be one with every unit it meets.
+    kept = _drop_single_axes(records, value, widened, "broadcast")
     result = move_axes(kept, dict(enumerate(places)), shape, new)
     return result._replace(leaf=value.leaf)
 
@@ -76,27 +89,37 @@ def _squeeze(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
 
 
 def _squeeze_axes(
-    records: Records, value: Value, axes: AbstractSet[int], shape: tuple[int, ...]
+    records: Records,
+    value: Value,
+    axes: AbstractSet[int],
+    shape: tuple[int, ...],
 ) -> Value:
     """Drops axes of size 1 from a value."""
     kept = _drop_single_axes(records, value, axes, "squeeze")
-    result = move_axes(kept, places_without(axes, value.ndim), shape)
+    places = places_without(axes, value.ndim)
+    result = move_axes(kept, places, shape)
     return result._replace(leaf=value.leaf)
 
 
 def _drop_single_axes(
-    records: Records, value: Value, axes: AbstractSet[int], primitive: str
+    records: Records,
+    value: Value,
+    axes: AbstractSet[int],
+    primitive: str,
 ) -> Value:
-    """Drops axes of size 1 from the fields of a value. A unit that lies along no other is lost."""
+    """Drops axes of size 1 from the fields of a value.
+
+    A unit that lies along no other axis is lost. Only units of activations are recorded as lost: a
+    parameter along an axis of size 1 meets all units alike.
+    """
     lost = [field for field in value.fields if field.lies_within(axes)]
     if value.kind == Kind.ACTIVATIONS:
         records.lose(lost, Cause.AXIS_LOST, primitive)
-    kept = excluding(value.fields, lost)
-    return value._replace(fields=[_without_axes(field, axes) for field in kept])
-
-
-def _without_axes(field: Field, axes: AbstractSet[int]) -> Field:
-    return field._replace(support=field.support - axes)
+    kept = []
+    for field in excluding(value.fields, lost):
+        support = field.support - axes
+        kept.append(field._replace(support=support))
+    return value._replace(fields=kept)
 
 
 # -------------------------------------------------------------------------------- Moving axes
@@ -118,33 +141,39 @@ def _reshape(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
         new = reshape_field(field, value.shape, shape, blocks)
         if new.support and not _is_one_beside_others(value, field, blocks):
             fields.append(new)
+            # No later rule could remove a unit from two axes, such as [heads, dimension], at once.
             if len(new.support) > 1:
                 records.fix([field], Cause.AXIS_SPLIT, "reshape")
         elif value.kind == Kind.ACTIVATIONS:
             records.lose([field], Cause.AXIS_LOST, "reshape")
 
-    # An axis is uniform if all that went into it was.
-    uniform: set[int] = set()
-    for block in blocks:
-        if all(axis in value.uniform or value.shape[axis] == 1 for axis in block.old):
-            uniform.update(block.new)
+    uniform = _reshape_uniform(value, blocks)
     for field in fields:
         uniform -= field.support
-    return [Value(fields, value.kind, shape, frozenset(uniform), value.number, value.leaf)]
+    return [Value(fields, value.kind, shape, uniform, value.number, value.leaf)]
+
+
+def _reshape_uniform(value: Value, blocks: Sequence[Block]) -> frozenset[int]:
+    """Returns the axes after a reshape of which every axis that went into them was uniform."""
+    was_uniform = value.uniform | single_axes(value.shape)
+    uniform: set[int] = set()
+    for block in blocks:
+        if was_uniform.issuperset(block.old):
+            uniform.update(block.new)
+    return frozenset(uniform)
 
 
 def _is_one_beside_others(value: Value, field: Field, blocks: Sequence[Block]) -> bool:
-    """Returns True if a field is a single unit, and several units come to lie on its new axis."""
-
-    def is_single(one: Field) -> bool:
-        return all(value.shape[axis] == 1 for axis in one.support)
-
-    if not is_single(field):
+    """Returns True if a field is a single unit whose new axis also holds several other units."""
+    single = single_axes(value.shape)
+    if not field.lies_within(single):
         return False
-    touched = [block for block in blocks if field.touches(block.old)]
-    near = {axis for block in touched for axis in block.old}
-    others = [other for other in value.fields if other.touches(near)]
-    return not all(is_single(other) for other in others)
+    near: set[int] = set()
+    for block in blocks:
+        if field.touches(block.old):
+            near.update(block.old)
+    _, others = split_fields(value, near)
+    return not all(other.lies_within(single) for other in others)
 
 
 # ------------------------------------------------------------------------------------- Cutting
@@ -152,17 +181,20 @@ def _is_one_beside_others(value: Value, field: Field, blocks: Sequence[Block]) -
 
 @rule("slice")
 def _slice(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
+    (value,) = operands
     starts = eqn.params["start_indices"]
     limits = eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
-    index = [slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)]
-    part = slice_axes(operands[0], index, output_shape(eqn))
+    strides = eqn.params["strides"] or [1] * value.ndim
+    index = []
+    for start, limit, stride in zip(starts, limits, strides, strict=True):
+        index.append(slice(start, limit, stride))
+    part = slice_axes(value, index, output_shape(eqn))
     return [_without_whole_parts(records, part)]
 
 
 @rule("rev")
 def _reverse(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
-    value = operands[0]
+    (value,) = operands
     index = [slice(None)] * value.ndim
     for axis in eqn.params["dimensions"]:
         index[axis] = slice(None, None, -1)
@@ -195,10 +227,11 @@ def _without_whole_parts(records: Records, value: Value) -> Value:
     if value.kind != Kind.ACTIVATIONS:
         return value
     several = {field.support for field in value.fields if not is_one_unit(field)}
-    whole = [f for f in value.fields if f.support in several and is_one_unit(f)]
+    whole = [field for field in value.fields if field.support in several and is_one_unit(field)]
     if not whole:
         return value
     records.lose(whole, Cause.ONE_PART)
+    # As a writer, the axis of the rows would become a layer with one unit per row.
     nodes = {int(field.nodes.flat[0]) for field in whole}
     for leaf_axis, row in records.rows.items():
         if not nodes.isdisjoint(row.tolist()):
@@ -212,10 +245,13 @@ def _dynamic_slice(records: Records, eqn: Any, operands: list[Value]) -> list[Va
     shape = output_shape(eqn)
     for start in starts:
         records.fix(start.fields, Cause.DECIDES, "dynamic_slice")
-    sizes = zip(value.shape, shape, strict=True)
-    cut = [axis for axis, (old, new) in enumerate(sizes) if old != new]
-    kind = max(operand.kind for operand in operands)
+    # Which units a cut leaves is known only when the program runs.
+    cut = []
+    for axis, size in enumerate(shape):
+        if size != value.shape[axis]:
+            cut.append(axis)
     result = mix(records, value, cut, "dynamic_slice")
+    kind = max(operand.kind for operand in operands)
     return [result._replace(shape=shape, kind=kind)]
 
 
@@ -225,10 +261,15 @@ def _gather(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     table, indices = operands
     numbers = eqn.params["dimension_numbers"]
     sizes = eqn.params["slice_sizes"]
+    # Older versions of JAX have no batching axes.
     batching = getattr(numbers, "operand_batching_dims", ())
     dropped = {*numbers.collapsed_slice_dims, *batching}
     kept = [axis for axis in range(table.ndim) if axis not in dropped]
-    cut = dropped.union(axis for axis in kept if sizes[axis] != table.shape[axis])
+    cut = set(dropped)
+    for axis in kept:
+        if sizes[axis] != table.shape[axis]:
+            cut.add(axis)
+
     records.lose(indices.fields, Cause.DECIDES, "gather")
     if table.kind == Kind.PARAMETERS:
         # The table is an embedding. A position in it that is looked up is no unit.
@@ -236,8 +277,11 @@ def _gather(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
         whole = table._replace(fields=apart)
     else:
         whole = mix(records, table, cut, "gather")
+
+    # The rows that the indices choose may differ, so no axis of the result counts as uniform.
+    whole = whole._replace(uniform=frozenset())
     places = dict(zip(kept, numbers.offset_dims, strict=True))
-    result = move_axes(whole._replace(uniform=frozenset()), places, output_shape(eqn))
+    result = move_axes(whole, places, output_shape(eqn))
     if table.kind == Kind.PARAMETERS and indices.kind == Kind.ACTIVATIONS:
         fields = [_write(records, field) for field in result.fields]
         result = result._replace(kind=Kind.ACTIVATIONS, fields=fields)
@@ -257,19 +301,24 @@ def _write(records: Records, field: Field) -> Field:
 def _pad(records: Records, eqn: Any, operands: list[Value]) -> list[Value]:
     value, fill = operands
     config = eqn.params["padding_config"]
-    padded = [axis for axis, widths in enumerate(config) if tuple(widths) != (0, 0, 0)]
+    padded = set()
+    for axis, widths in enumerate(config):
+        if tuple(widths) != (0, 0, 0):
+            padded.add(axis)
     records.fix(fill.fields, Cause.FILLS, "pad")
-    # -inf pads what goes into a maximum, and has no effect there.
+    # An operand of a maximum is padded with -inf, which has no effect there.
     fills_zero = not padded or fill.number in (0, -math.inf)
     fields = []
     for field in value.fields:
         nodes = field.nodes
         for axis in field.support.intersection(padded):
             nodes = pad_nodes(nodes, axis, config[axis])
-        fields.append(field._replace(nodes=nodes, zero=field.zero and fills_zero))
+        zero = field.zero and fills_zero
+        fields.append(field._replace(nodes=nodes, zero=zero))
     kind = max(value.kind, fill.kind)
     shape = output_shape(eqn)
-    return [Value(fields, kind, shape, value.uniform.difference(padded))]
+    uniform = value.uniform.difference(padded)
+    return [Value(fields, kind, shape, uniform)]
 
 
 @rule("concatenate")
@@ -277,16 +326,19 @@ def _concatenate(records: Records, eqn: Any, operands: list[Value]) -> list[Valu
     axis = eqn.params["dimension"]
     shape = output_shape(eqn)
     kind = max(operand.kind for operand in operands)
-    # Along the axis of the concatenation, the units of the operands lie one after another.
+    # Along the axis of the concatenation, the units of the operands follow each other.
     parts = [_part_along(records, operand, axis, kind) for operand in operands]
-    # Along all other axes they lie on each other.
+    sizes = [operand.shape[axis] for operand in operands]
+
+    # Along all other axes the operands have the same units, as if they were added.
     rests = []
     for operand in operands:
         apart, _ = split_fields(operand, [axis])
         rests.append(operand._replace(fields=apart, shape=shape))
-    rest = functools.reduce(functools.partial(meet, records, "concatenate"), rests)
-    sizes = [operand.shape[axis] for operand in operands]
-    fields = (*rest.fields, *_join_parts(records, parts, sizes, axis, shape))
+    meet_next = functools.partial(meet, records, "concatenate")
+    rest = functools.reduce(meet_next, rests)
+    joined = _join_parts(records, parts, sizes, axis, shape)
+    fields = (*rest.fields, *joined)
     uniform = rest.uniform - {axis}
     return [rest._replace(fields=fields, kind=kind, uniform=uniform, number=None)]
 
@@ -303,9 +355,10 @@ def _part_along(records: Records, operand: Value, axis: int, kind: Kind) -> Fiel
     _, fields = split_fields(operand, [axis])
     if not fields:
         return None
-    if len({field.support for field in fields}) > 1:
+    supports = {field.support for field in fields}
+    if len(supports) > 1:
         records.fix(fields, Cause.AXES_DIFFER, "concatenate")
-    support = frozenset().union(*[field.support for field in fields])
+    support = frozenset().union(*supports)
     part = records.combine(fields, sorted(support))
     if operand.kind == Kind.PARAMETERS and kind == Kind.ACTIVATIONS:
         return _write(records, part)
@@ -335,10 +388,14 @@ def _join_parts(
     if len(supports) > 1:
         records.lose(present, Cause.AXES_DIFFER, "concatenate")
         return []
+    # An operand without units along the axis fills its part with positions that are no unit.
     (support,) = supports
+    joined_shape = [size if i in support else 1 for i, size in enumerate(shape)]
     rows = []
     for part, size in zip(parts, sizes, strict=True):
-        full = [length if i in support else 1 for i, length in enumerate(shape)]
-        full[axis] = size
-        rows.append(np.broadcast_to(NONE if part is None else part.nodes, full))
-    return [merge_fields(present, np.concatenate(rows, axis), support)]
+        part_shape = joined_shape.copy()
+        part_shape[axis] = size
+        nodes = NONE if part is None else part.nodes
+        rows.append(np.broadcast_to(nodes, part_shape))
+    joined = np.concatenate(rows, axis)
+    return [merge_fields(present, joined, support)]

@@ -1,8 +1,9 @@
-"""Says what becomes of units where two values meet.
+"""Unifies the units of two values that meet.
 
-Where two values are added or multiplied element by element, the units that lie on each other are
-the same (`meet`). Where a value is one of two, and the program decides which (a branch, or a value
-before and after an iteration of a loop), units are the same as well (`join`).
+`meet` is for two values that are added or multiplied element by element: units at the same position
+are one unit. `join` is for a value that is one of two, where the program decides which: the result
+of a branch, or a value before and after an iteration of a loop. There too, units at the same
+position are one unit.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from synflow_jax.units.tracing.values import (
     Kind,
     Value,
     excluding,
+    fields_along,
     leaf_axes,
     merge_fields,
+    parameters_of,
     same_pattern,
+    split_fields,
+    with_flags,
 )
 
 
 class _Meeting(NamedTuple):
-    """Holds what is common to all fields of two values that meet.
+    """Describes how two values meet. It is the same for all of their fields.
 
     Attributes:
-      primitive: that combines them.
-      scales: it multiplies or divides. All other primitives count as additions.
-      mixed: one value depends on parameters alone, the other one on the network's inputs.
-      kind: of the result.
+      primitive: the primitive that combines the values.
+      scales: whether it multiplies or divides. All other primitives count as additions.
+      mixed: whether parameters meet activations.
+      kind: the kind of the result.
     """
 
     primitive: str
@@ -51,33 +56,37 @@ def is_mixed(a: Value, b: Value) -> bool:
 
 
 def meet(records: Records, primitive: str, a: Value, b: Value) -> Value:
-    """Combines two values of one shape element by element. Units that lie on each other are one."""
+    """Combines two values of one shape element by element.
+
+    Units at the same position are one unit.
+    """
     kind = max(a.kind, b.kind)
-    meeting = _Meeting(primitive, primitive in ("mul", "div"), is_mixed(a, b), kind)
+    scales = primitive in ("mul", "div")
+    meeting = _Meeting(primitive, scales, is_mixed(a, b), kind)
     a, b = match_fields(records, a, b)
     if meeting.mixed:
         _record_bias(records, meeting, a, b)
 
-    # Fields that lie on each other.
-    pairs = [(f, g) for f in a.fields for g in b.fields if f.touches(g.support)]
+    # Fields of both values along the same axes.
+    pairs = []
+    for f in a.fields:
+        for g in b.fields:
+            if f.touches(g.support):
+                pairs.append((f, g))
+    met_in_a = [f for f, _ in pairs]
+    met_in_b = [g for _, g in pairs]
     if meeting.mixed:
-        parameters = [f if a.kind == Kind.PARAMETERS else g for f, g in pairs]
+        parameters = met_in_a if a.kind == Kind.PARAMETERS else met_in_b
         _record_role(records, meeting, parameters)
     fields = []
     for f, g in pairs:
         records.unify(f.nodes, g.nodes)
-        fields.append(_meet_fields(records, meeting, f, g, a.kind))
+        field = _meet_fields(records, meeting, f, g, a.kind)
+        fields.append(field)
 
     # Fields of one value where the other one has no units.
-    met_in_a = [f for f, _ in pairs]
-    met_in_b = [g for _, g in pairs]
-    for value, other, met in ((a, b, met_in_a), (b, a, met_in_b)):
-        for field in excluding(value.fields, met):
-            if not field.lies_within(other.uniform):
-                records.fix([field], Cause.MEETS_CONSTANT, primitive)
-            # A parameter along an axis that holds no units of the activations leaves no field.
-            if not (meeting.mixed and value.kind == Kind.PARAMETERS):
-                fields.append(_pass_field(meeting, field, other))
+    fields += _meet_no_units(records, meeting, excluding(a.fields, met_in_a), a.kind, b)
+    fields += _meet_no_units(records, meeting, excluding(b.fields, met_in_b), b.kind, a)
     uniform = a.uniform & b.uniform
     return Value(_without_duplicates(fields), kind, a.shape, uniform)
 
@@ -89,12 +98,19 @@ def _record_role(records: Records, meeting: _Meeting, parameters: Sequence[Field
         role.update(leaf_axes([field]))
 
 
-def _meet_fields(records: Records, meeting: _Meeting, f: Field, g: Field, kind_of_f: Kind) -> Field:
-    """Returns the field of the result where two fields lie on each other."""
+def _meet_fields(
+    records: Records,
+    meeting: _Meeting,
+    f: Field,
+    g: Field,
+    kind_of_f: Kind,
+) -> Field:
+    """Returns the field of the result where two fields lie along the same axes."""
     smaller, larger = sorted((f, g), key=lambda field: len(field.support))
     if not smaller.lies_within(larger.support):
         records.fix([f, g], Cause.MEETS_OTHER_AXES)
     nodes = smaller.nodes
+    # One of the two may be padded with `NONE` where the other one has units.
     if f.support == g.support:
         nodes = np.where(f.nodes >= 0, f.nodes, g.nodes)
     result = merge_fields((f, g), nodes, smaller.support)
@@ -114,46 +130,93 @@ def _meet_fields(records: Records, meeting: _Meeting, f: Field, g: Field, kind_o
     return result
 
 
+def _meet_no_units(
+    records: Records,
+    meeting: _Meeting,
+    fields: Sequence[Field],
+    kind: Kind,
+    other: Value,
+) -> list[Field]:
+    """Returns the fields of the result where the other value has no units.
+
+    Args:
+      records: of the program.
+      meeting: of the two values.
+      fields: of one value, along axes where the other value has no fields.
+      kind: of that value.
+      other: the other value.
+    """
+    results = []
+    for field in fields:
+        # The other value has an entry for each unit. It could not be removed with the unit.
+        if not field.lies_within(other.uniform):
+            records.fix([field], Cause.MEETS_CONSTANT, meeting.primitive)
+        # A parameter along an axis that holds no units of the activations leaves no field.
+        is_parameter = meeting.mixed and kind == Kind.PARAMETERS
+        if not is_parameter:
+            result = _pass_field(meeting, field, other)
+            results.append(result)
+    return results
+
+
 def _pass_field(meeting: _Meeting, field: Field, other: Value) -> Field:
-    """Returns the field of the result where the other value has no units."""
+    """Returns a field after it has met a value without units."""
     # Elementwise rules check later whether a number other than 0 is harmless, e.g. max(x, -1).
     may_be_harmless = other.number is not None and meeting.primitive != "concatenate"
-    zero = field.zero and (meeting.scales or other.number == 0 or may_be_harmless)
-    return field._replace(zero=zero, ungated=field.ungated or meeting.adds_parameter)
+    keeps_zero = meeting.scales or other.number == 0 or may_be_harmless
+    zero = field.zero and keeps_zero
+    ungated = field.ungated or meeting.adds_parameter
+    return field._replace(zero=zero, ungated=ungated)
 
 
 def _without_duplicates(fields: Sequence[Field]) -> Sequence[Field]:
-    """Merges equal fields. There are some where one field has met several."""
+    """Merges equal fields, which arise where one field has met several."""
+    # Most values have one field. The dictionary would be the larger part of their cost.
     if len(fields) < 2:
         return fields
     groups: dict[tuple[frozenset[int], bytes], list[Field]] = {}
     for field in fields:
         key = (field.support, field.nodes.tobytes())
         groups.setdefault(key, []).append(field)
-    return [merge_fields(same, same[0].nodes, same[0].support) for same in groups.values()]
+
+    merged = []
+    for same in groups.values():
+        first = same[0]
+        field = merge_fields(same, first.nodes, first.support)
+        merged.append(field)
+    return merged
 
 
 def _record_bias(records: Records, meeting: _Meeting, a: Value, b: Value) -> None:
-    """Records the use of a parameter, and that it is the bias of the product it is added to."""
+    """Counts the use of a parameter, and records whether it is the bias of a product.
+
+    It is the bias if it is added to the result of the product, or subtracted from it.
+    """
     parameter, x = (a, b) if a.kind == Kind.PARAMETERS else (b, a)
-    leaves = {leaf for field in parameter.fields for leaf, _ in field.leaf_axes}
+    leaves = parameters_of(parameter)
     records.num_uses.update(leaves)
-    is_sum = meeting.primitive == "add" or (meeting.primitive == "sub" and x is a)
-    if not is_sum or x.product is None or parameter.leaf is None:
+    # b - x is no sum of the product and a bias: the product itself changes its sign.
+    sign = 0
+    if meeting.primitive == "add":
+        sign = 1
+    elif meeting.primitive == "sub" and x is a:
+        sign = -1
+    if sign == 0 or x.product is None or parameter.leaf is None:
         return
+
     read = records.reads[x.product]
-    if _lies_along(parameter, x, records.rows.get((read.leaf, read.write))):
-        sign = 1 if meeting.primitive == "add" else -1
+    # A kernel that was computed from a parameter has no output axis.
+    row = records.rows.get((read.leaf, read.write))
+    if row is not None and _lies_along(parameter, x, row):
         records.reads[x.product] = read._replace(bias=parameter.leaf, sign=sign)
 
 
-def _lies_along(parameter: Value, x: Value, row: np.ndarray | None) -> bool:
-    """Returns True if a parameter lies along the axis of a value that has these nodes."""
-    if row is None:
-        return False
+def _lies_along(parameter: Value, x: Value, row: np.ndarray) -> bool:
+    """Returns True if a parameter lies along the axis of `x` that has the nodes of `row`."""
     for field in x.fields:
         if np.array_equal(field.nodes.ravel(), row):
-            return any(own.support == field.support for own in parameter.fields)
+            along_same_axis = fields_along(parameter, field.support)
+            return len(along_same_axis) > 0
     return False
 
 
@@ -162,9 +225,10 @@ def _lies_along(parameter: Value, x: Value, row: np.ndarray | None) -> bool:
 
 def match_fields(records: Records, a: Value, b: Value) -> tuple[Value, Value]:
     """Reduces several fields along the same axes to one, where the other value has fields there."""
-    for support in {field.support for field in (*a.fields, *b.fields)}:
-        in_a = _fields_along(a, support)
-        in_b = _fields_along(b, support)
+    supports = {field.support for field in (*a.fields, *b.fields)}
+    for support in supports:
+        in_a = fields_along(a, support)
+        in_b = fields_along(b, support)
         if len(in_a) > 1 and in_b:
             a = _narrow(records, a, in_a, in_b)
         if len(in_b) > 1 and in_a:
@@ -172,34 +236,42 @@ def match_fields(records: Records, a: Value, b: Value) -> tuple[Value, Value]:
     return a, b
 
 
-def _fields_along(value: Value, support: frozenset[int]) -> list[Field]:
-    return [field for field in value.fields if field.support == support]
-
-
 def _narrow(
-    records: Records, value: Value, several: Sequence[Field], others: Sequence[Field]
+    records: Records,
+    value: Value,
+    several: Sequence[Field],
+    others: Sequence[Field],
 ) -> Value:
     """Replaces several fields along the same axes by one.
 
-    Of a parameter it is the field whose units repeat as those of the other value do: a kernel
-    [3, 3, in, out] that was reshaped to [9 * in, out] has three fields along its first axis, and
-    its input decides which one counts. Otherwise it is the combination of all.
+    For a parameter this is the field whose units repeat as those of the other value do. A kernel
+    [3, 3, in, out] that was reshaped to [9 * in, out], for example, has three fields along its
+    first axis, and its input decides which one counts. Otherwise it is the combination of all.
+
+    Args:
+      records: of the program.
+      value: to be narrowed.
+      several: its fields along these axes.
+      others: the fields of the other value along these axes.
     """
     alike = []
     if value.kind == Kind.PARAMETERS and len(others) == 1:
-        alike = [field for field in several if same_pattern(field.nodes, others[0].nodes)]
+        pattern = others[0].nodes
+        alike = [field for field in several if same_pattern(field.nodes, pattern)]
     if alike:
         chosen = alike[-1]
     else:
-        chosen = records.combine(several, sorted(several[0].support))
-    return value._replace(fields=[*excluding(value.fields, several), chosen])
+        axes = sorted(several[0].support)
+        chosen = records.combine(several, axes)
+    rest = excluding(value.fields, several)
+    return value._replace(fields=[*rest, chosen])
 
 
 # ---------------------------------------------------------------------------------------- Choices
 
 
 def join(records: Records, a: Value, b: Value) -> Value:
-    """Returns the value that is `a` or `b`, where the program decides which of them."""
+    """Returns the value that stands for `a` and `b`, where the program decides between them."""
     fields = []
     for field in a.fields:
         partner = _partner(field, a, b)
@@ -211,29 +283,34 @@ def join(records: Records, a: Value, b: Value) -> Value:
     for field in b.fields:
         if _partner(field, b, a) is None:
             fields += _join_alone(records, field, a)
+    kind = max(a.kind, b.kind)
+    number = a.number if a.number == b.number else None
+    uniform = a.uniform & b.uniform
+    result = Value(fields, kind, a.shape, uniform, number)
     if is_mixed(a, b):
         # The parameter becomes an activation, as if it were added to 0.
         records.sources.update(leaf_axes(fields))
-        fields = [field._replace(leaf_axes=frozenset(), zero=False) for field in fields]
-    kind = max(a.kind, b.kind)
-    number = a.number if a.number == b.number else None
-    return Value(fields, kind, a.shape, a.uniform & b.uniform, number)
+        result = with_flags(result, leaf_axes=frozenset(), zero=False)
+    return result
 
 
 def _partner(field: Field, value: Value, other: Value) -> Field | None:
     """Returns the field of another value along the same axes, or None unless both have just one."""
-    here = [own for own in value.fields if own.touches(field.support)]
-    there = [own for own in other.fields if own.touches(field.support)]
-    if len(here) == len(there) == 1 and there[0].support == field.support:
-        return there[0]
-    return None
+    _, here = split_fields(value, field.support)
+    _, there = split_fields(other, field.support)
+    # Among several, nothing tells which two belong together.
+    if len(here) != 1 or len(there) != 1:
+        return None
+    (partner,) = there
+    return partner if partner.support == field.support else None
 
 
 def _join_alone(records: Records, field: Field, other: Value) -> list[Field]:
     """Returns the field of the result, if any, where the other value has no field to match."""
     has_units = any(own.touches(field.support) for own in other.fields)
+    # A recurrent network, for example, begins with a state of zeros that has no units.
     if not has_units and field.lies_within(other.uniform):
-        # For example the state of a recurrent network before the first step.
-        return [field._replace(zero=field.zero and other.number == 0)]
+        zero = field.zero and other.number == 0
+        return [field._replace(zero=zero)]
     records.lose([field], Cause.AXES_DIFFER, "cond")
     return []

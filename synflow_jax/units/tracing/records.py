@@ -1,8 +1,8 @@
-"""Records what is found out about units while a program is followed.
+"""Records statements about units while a program is followed.
 
-`Records` is the only state of tracing. It numbers the nodes and collects statements about them:
-these two are one unit, this one must stay, this axis writes to these. The rules of each primitive
-make the statements; `units.groups` puts them together in the end.
+`Records` is the only state of tracing. It numbers the nodes (see `values`) and collects statements
+about them: two nodes are one unit, a unit must stay, an axis of a parameter writes to units. The
+rules of the primitives make the statements. `units.groups` puts them together at the end.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from synflow_jax.units.tracing.values import Field, Kind, LeafAxis, Value, along
 class Cause(enum.Enum):
     """Says why a unit may not be removed. The values are sentences about "them", the units."""
 
-    UNKNOWN_STEP = "{primitive} does with them what no rule describes"
+    UNKNOWN_STEP = "{primitive} uses them in a way that no rule describes"
     MIXED = "{primitive} mixes them"
-    DECIDES = "{primitive} decides by them what is computed"
+    DECIDES = "they control {primitive}"
     AXIS_LOST = "{primitive} leaves no axis for them"
     AXIS_SPLIT = "{primitive} splits them over several axes"
     AXES_DIFFER = "{primitive} joins values in which they lie along different axes"
@@ -84,24 +84,26 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass
 class Records:
-    """Holds everything that has been found out about a program.
+    """Holds all statements about the units of a program.
 
     Attributes:
       leaf_shapes: the shapes of the parameters.
-      evaluating: values carry their arrays.
-      num_nodes: how many nodes there are. They are numbered from 0.
+      evaluating: whether the program is evaluated at the same time, so that values hold arrays.
+      num_nodes: the number of nodes so far. They are numbered from 0.
       rows: the nodes of each axis of each parameter.
       inputs: the nodes of each axis of the network's input.
       outputs: nodes of the network's outputs.
       same: pairs of arrays of nodes. Nodes at the same position are one unit.
-      fixed: nodes of units that must stay, and the reason.
-      nonzero: nodes that are consumed where they may differ from 0 though nothing reaches them and
-        nothing but 0 is added to them.
+      fixed: nodes of units that must stay, each with the reason.
+      nonzero: nodes that are consumed where they may differ from 0 although no unit reaches them
+        and everything added to them is 0.
       ungated: nodes that are consumed after something was added to them, and before a function
         whose derivative at 0 is 0.
-      writers, readers, sources, scales: axes of parameters, as ordered sets: output axes of
-        kernels, input axes of kernels, axes of what is added to units, of what multiplies them.
-      reads: the products.
+      writers: output axes of kernels. Like the next three, an ordered set of axes of parameters.
+      readers: input axes of kernels.
+      sources: axes of parameters that are added to units.
+      scales: axes of parameters that multiply units.
+      reads: the products of activations with kernels.
       num_uses: how often each parameter meets activations.
     """
 
@@ -121,7 +123,7 @@ class Records:
     scales: dict[LeafAxis, None] = dataclasses.field(default_factory=dict)
     reads: list[Read] = dataclasses.field(default_factory=list)
     num_uses: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
-    _combined: dict[tuple[bytes, ...], np.ndarray] = dataclasses.field(default_factory=dict)
+    _combined: dict[tuple[Any, ...], np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for leaf, shape in enumerate(self.leaf_shapes):
@@ -139,21 +141,28 @@ class Records:
     def parameter(self, leaf: int) -> Value:
         """Returns the value of a parameter, with its own nodes along each axis."""
         shape = self.leaf_shapes[leaf]
+        ndim = len(shape)
         fields = []
-        for axis in range(len(shape)):
-            nodes = along(self.rows[leaf, axis], axis, len(shape))
-            fields.append(Field(nodes, frozenset([axis]), frozenset([(leaf, axis)])))
+        for axis in range(ndim):
+            nodes = along(self.rows[leaf, axis], axis, ndim)
+            origin = frozenset([(leaf, axis)])
+            field = Field(nodes, frozenset([axis]), origin)
+            fields.append(field)
         return Value(fields, Kind.PARAMETERS, shape, leaf=leaf)
 
     def network_input(self, shape: tuple[int, ...]) -> Value:
-        """Returns the value of the network's input, with its own nodes along each axis but the
-        first. The kernels that read it decide later which of the axes are features.
+        """Returns the value of the network's input, with nodes along each axis but the batch.
+
+        The kernels that read it decide later which of the axes are features.
         """
+        ndim = len(shape)
         fields = []
-        for axis, size in enumerate(shape[1:], 1):
-            row = self.new_nodes(size)
+        for axis in range(1, ndim):
+            row = self.new_nodes(shape[axis])
             self.inputs.append(row)
-            fields.append(Field(along(row, axis, len(shape)), frozenset([axis]), zero=False))
+            nodes = along(row, axis, ndim)
+            field = Field(nodes, frozenset([axis]), zero=False)
+            fields.append(field)
         return Value(fields, Kind.ACTIVATIONS, shape)
 
     # ------------------------------------------------------------------------------ Statements
@@ -161,7 +170,9 @@ class Records:
     def unify(self, a: np.ndarray, b: np.ndarray) -> None:
         """Records that nodes at the same position of two arrays are one unit."""
         a, b = np.broadcast_arrays(a, b)
-        differ = (a >= 0) & (b >= 0) & (a != b)
+        are_nodes = (a >= 0) & (b >= 0)
+        differ = are_nodes & (a != b)
+        # A node that meets itself, as in x * sigmoid(x), needs no statement.
         if differ.any():
             self.same.append((a[differ], b[differ]))
 
@@ -169,14 +180,20 @@ class Records:
         """Records that the units of these fields must stay."""
         reason = Reason(cause, primitive)
         for field in fields:
-            self.fixed.append((field.nodes[field.nodes >= 0], reason))
+            is_node = field.nodes >= 0
+            nodes = field.nodes[is_node]
+            self.fixed.append((nodes, reason))
 
     def consume(self, fields: Sequence[Field]) -> None:
-        """Records that these units are read here, and whether a unit that receives nothing is 0 at
-        this point and stays 0 in training.
+        """Records that these units are read here, with the flags `zero` and `ungated` they have.
+
+        A unit that receives nothing may be removed only if it is 0 wherever it is read.
         """
-        self.nonzero += [field.nodes for field in fields if not field.zero]
-        self.ungated += [field.nodes for field in fields if field.ungated]
+        for field in fields:
+            if not field.zero:
+                self.nonzero.append(field.nodes)
+            if field.ungated:
+                self.ungated.append(field.nodes)
 
     def lose(self, fields: Sequence[Field], cause: Cause, primitive: str = "") -> None:
         """Records that these units are read and cannot be followed any further, so must stay."""
@@ -191,28 +208,44 @@ class Records:
         """
         # Units of the inputs stay in any case. Where others share the axis with them, the others
         # are the units that count.
-        inputs = np.concatenate([np.zeros(0, int), *self.inputs])
-        hidden = [field for field in fields if not np.isin(field.nodes, inputs).all()]
+        no_nodes = np.zeros(0, int)
+        inputs = np.concatenate([no_nodes, *self.inputs])
+        hidden = []
+        for field in fields:
+            is_input = np.isin(field.nodes, inputs)
+            if not is_input.all():
+                hidden.append(field)
         fields = hidden or fields
         if len(fields) == 1:
             return fields[0]
+
         support = frozenset(axes)
         arrays = np.broadcast_arrays(*[field.nodes for field in fields])
         shape = arrays[0].shape
-        # The same combination, met again, has the same nodes as before.
-        key = (str(shape).encode(), *(nodes.tobytes() for nodes in arrays))
+        # A combination that occurs again must have the same nodes as before: the body of a loop is
+        # followed several times, and would never settle.
+        contents = [nodes.tobytes() for nodes in arrays]
+        key = (shape, *contents)
         if key not in self._combined:
-            stacked = np.stack([nodes.ravel() for nodes in arrays])
-            unique, combination = np.unique(stacked, axis=1, return_inverse=True)
-            combination = np.reshape(combination, -1)
-            new = self.new_nodes(unique.shape[1])
-            self._combined[key] = new[combination].reshape(shape)
+            nodes = self._new_combinations(arrays)
+            self._combined[key] = nodes
             if not hidden:
-                self.inputs.append(new)
+                self.inputs.append(np.unique(nodes))
         nodes = self._combined[key]
         if hidden:
             self.fix([*fields, Field(nodes, support)], Cause.COMBINED)
         return merge_fields(fields, nodes, support)
+
+    def _new_combinations(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns new nodes of the shape of some arrays, one node per combination of entries."""
+        stacked = np.stack([nodes.ravel() for nodes in arrays])
+        unique, combination = np.unique(stacked, axis=1, return_inverse=True)
+        # Versions of NumPy differ in the shape of the inverse.
+        combination = np.reshape(combination, -1)
+        num_combinations = unique.shape[1]
+        new = self.new_nodes(num_combinations)
+        shape = arrays[0].shape
+        return new[combination].reshape(shape)
 
     # -------------------------------------------------------------------------------- Rewinding
 
@@ -232,7 +265,7 @@ class Records:
         roles: Sequence[dict[LeafAxis, None]],
         num_uses: collections.Counter[int],
     ) -> None:
-        """Takes back everything beyond these lengths, roles and counts."""
+        """Restores the statements to these lengths, roles and counts."""
         for statements, length in zip(self._lists(), lengths, strict=True):
             del statements[length:]
         for role, before in zip(self._roles(), roles, strict=True):

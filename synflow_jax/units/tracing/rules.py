@@ -1,10 +1,10 @@
-"""Holds the table of rules that follow units through a program, one for each kind of primitive.
+"""Holds the table of rules that follow units through a program, one rule per kind of primitive.
 
-The files `elementwise`, `layout`, `products` and `control` fill the table: a rule there is a
-function `(records, eqn, operands) -> results`, with the decorator `rule(...)` that names its
+The files `elementwise`, `layout`, `products` and `control` fill the table. A rule there is a
+function `(records, eqn, operands) -> results` with the decorator `rule(...)`, which names its
 primitives. It makes statements about units in `records`, and returns a `Value` for each output of
-the equation. It returns None where it cannot tell; then, as for every primitive that has no rule,
-`unknown_step` lets the units stay.
+the equation. A rule returns None for an equation that it cannot follow. Such an equation, like
+every primitive without a rule, goes to `unknown_step`, which fixes all units of the operands.
 """
 
 from __future__ import annotations
@@ -25,30 +25,41 @@ def unknown_step(records: Records, eqn: Any, operands: list[Value]) -> list[Valu
     for operand in operands:
         records.lose(operand.fields, Cause.UNKNOWN_STEP, eqn.primitive.name)
     kind = max([operand.kind for operand in operands], default=Kind.CONSTANT)
-    # What comes of the parameters can no longer be told apart. It is as unknown as an activation.
+    # The result no longer tells which parameters it comes from, so it cannot be a kernel. As
+    # activations, it fixes the units that it is multiplied with.
     if kind == Kind.PARAMETERS:
         kind = Kind.ACTIVATIONS
-    shapes = [variable.aval.shape for variable in eqn.outvars]
-    return [Value((), kind, shape, single_axes(shape)) for shape in shapes]
+    results = []
+    for variable in eqn.outvars:
+        shape = variable.aval.shape
+        result = Value((), kind, shape, single_axes(shape))
+        results.append(result)
+    return results
 
 
 def with_arrays(
-    records: Records, eqn: Any, operands: Sequence[Value], results: Sequence[Value]
+    records: Records,
+    eqn: Any,
+    operands: Sequence[Value],
+    results: Sequence[Value],
 ) -> Sequence[Value]:
-    """Computes the arrays of an equation's results, where the program is evaluated."""
+    """Computes the arrays of an equation's results, if the program is evaluated."""
+    # A rule that returns a wrong shape would go unnoticed until much later.
     for result, variable in zip(results, eqn.outvars, strict=True):
         assert result.shape == variable.aval.shape, (eqn, result.shape)
     if not records.evaluating:
         return results
-    if any(operand.array is None for operand in operands):
+    arrays = [operand.array for operand in operands]
+    if any(array is None for array in arrays):
         return [result._replace(array=None) for result in results]
-    arrays = bind(eqn, [operand.array for operand in operands])
-    pairs = zip(results, arrays, strict=True)
+    computed = bind(eqn, arrays)
+    pairs = zip(results, computed, strict=True)
     return [result._replace(array=array) for result, array in pairs]
 
 
 def _unknown_step_with_arrays(records: Records, eqn: Any, operands: list[Value]) -> Sequence[Value]:
-    return with_arrays(records, eqn, operands, unknown_step(records, eqn, operands))
+    results = unknown_step(records, eqn, operands)
+    return with_arrays(records, eqn, operands, results)
 
 
 TABLE: Table[Value] = Table(constant=constant, default=_unknown_step_with_arrays)
@@ -63,7 +74,9 @@ def rule(*primitives: str) -> Callable[[AnyRule], AnyRule]:
     def register(function: AnyRule) -> AnyRule:
         @TABLE.rule(*primitives)
         def rule_with_arrays(
-            records: Records, eqn: Any, operands: list[Value]
+            records: Records,
+            eqn: Any,
+            operands: list[Value],
         ) -> Sequence[Value] | None:
             results = function(records, eqn, operands)
             if results is None:

@@ -1,15 +1,18 @@
-"""Represents the values of a program by the units that lie along their axes.
+"""Represents each array of a program by the units along its axes.
 
-While a program is followed, a `Value` stands for each array in it. A value does not hold numbers
-(unless the program is evaluated on the way). It holds fields. A `Field` tells, for some axes of the
-value, which node each position is: activations [batch, height, width, channels] have one field,
-along axis 3; a kernel [in, out] has two, one along each axis.
+A *node* is an integer that names one position along one axis of a parameter or of the network's
+input: input channel 5 of a kernel, for example. At the start all nodes are different. Nodes that
+turn out to be the same neuron or channel are joined, and the joined nodes are one *unit*.
 
-A node is a number. Each position of each axis of each parameter gets a node of its own at the start
-(see `records`). Nodes that turn out to be the same neuron or channel are joined into one unit.
+A *field* is an array of nodes: it says which node each position along some axes of an array is.
+Activations [batch, height, width, channels] have one field, along axis 3. A kernel [in, out] has
+two, one along each axis.
 
-The functions of this file say what becomes of fields where axes are moved, cut and reshaped. They
-change nothing but the values that they return.
+A *value* stands for one array of the program while the program is followed. It holds the fields of
+the array, and not its numbers (unless the program is evaluated at the same time).
+
+The functions of this file return the fields of arrays whose axes are moved, cut or reshaped. They
+are pure: statements about nodes are made elsewhere (see `records`).
 """
 
 from __future__ import annotations
@@ -17,18 +20,19 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-NONE = -1  # in place of a node or a unit, where there is none
+NONE = -1  # stands for no node, or for no unit
 
-LeafAxis = tuple[int, int]  # the number of a parameter among the leaves, and one of its axes
+LeafAxis = tuple[int, int]  # the index of a parameter among the leaves, and one of its axes
 
 
 class Kind(enum.IntEnum):
-    """Says what a value depends on. The result of several operands has the largest of their kinds.
+    """Tells values apart by their dependencies. A result has the largest kind of its operands.
 
     Members are CONSTANT (on nothing), PARAMETERS (on parameters alone) and ACTIVATIONS (on the
     inputs of the network).
@@ -46,11 +50,11 @@ class Field(NamedTuple):
       nodes: int array with as many axes as the value, of size 1 along all axes but `support`.
         `NONE` where a position is no unit, e.g. in padding.
       support: the axes along which the units lie.
-      leaf_axes: the axes of parameters that the nodes come from, while the value depends on
-        parameters alone.
-      zero: the unit is 0 here if it receives nothing and everything added to it is 0.
-      ungated: something was added to the unit, and no function whose derivative at 0 is 0 (such as
-        `jax.nn.relu`) has followed yet.
+      leaf_axes: the axes of parameters that the nodes come from. Only values that depend on
+        parameters alone have them.
+      zero: whether a unit is 0 here if it receives nothing and everything added to it is 0.
+      ungated: whether something was added to the units, and no function whose derivative at 0 is 0
+        (such as `jax.nn.relu`) has followed yet.
     """
 
     nodes: np.ndarray
@@ -69,18 +73,18 @@ class Field(NamedTuple):
 
 
 class Value(NamedTuple):
-    """Holds what is known of an array in the program.
+    """Describes an array of the program.
 
     Attributes:
-      fields: the units that lie along its axes.
-      kind: what it depends on.
-      shape: its shape.
-      uniform: axes along which all entries are equal, because it was broadcast.
-      number: the number itself, of a constant scalar or of one that was broadcast.
-      leaf: the parameter that it is; axes of size 1 may have been added or dropped.
-      product: the index in `Records.reads` of the product that it is the result of.
-      array: the array itself, where the program is evaluated.
-      is_platform: it tells which platform the program runs on.
+      fields: the units along its axes.
+      kind: whether it depends on parameters, and on the inputs.
+      shape: the shape of the array.
+      uniform: the axes along which all entries are equal, because the array was broadcast.
+      number: the entry of a constant scalar, which may have been broadcast. Otherwise None.
+      leaf: the index of the parameter that the array is, up to axes of size 1. Otherwise None.
+      product: the index in `Records.reads` of the product that made the array. Otherwise None.
+      array: the array itself, if the program is evaluated. Otherwise None.
+      is_platform: whether it is the index of the platform that the program runs on.
     """
 
     fields: Sequence[Field]
@@ -100,11 +104,13 @@ class Value(NamedTuple):
 
 
 def constant(array: Any) -> Value:
-    """Returns the value of an array or a number that is known."""
+    """Returns the value of an array or a number that the program holds."""
     shape = np.shape(array)
-    is_number = not shape and jnp.issubdtype(jnp.result_type(array), jnp.number)
+    dtype = jnp.result_type(array)
+    is_number = not shape and jnp.issubdtype(dtype, jnp.number)
     number = float(array) if is_number else None
-    return Value((), Kind.CONSTANT, shape, single_axes(shape), number, array=array)
+    uniform = single_axes(shape)
+    return Value((), Kind.CONSTANT, shape, uniform, number, array=array)
 
 
 def output_shape(eqn: Any) -> tuple[int, ...]:
@@ -139,25 +145,39 @@ def split_fields(value: Value, axes: Iterable[int]) -> tuple[list[Field], list[F
     return apart, touching
 
 
+def fields_along(value: Value, axes: AbstractSet[int]) -> list[Field]:
+    """Returns the fields whose units lie along exactly these axes."""
+    return [field for field in value.fields if field.support == axes]
+
+
 def excluding(fields: Iterable[Field], gone: Iterable[Field]) -> list[Field]:
     """Returns the fields that are none of `gone`."""
-    # Fields hold arrays and are compared by identity.
+    # Compared by identity: fields hold arrays, which `==` would compare entry by entry.
     identities = {id(field) for field in gone}
     return [field for field in fields if id(field) not in identities]
 
 
 def leaf_axes(fields: Iterable[Field]) -> dict[LeafAxis, None]:
     """Returns the axes of parameters that the fields come from, as an ordered set."""
-    axes = {axis for field in fields for axis in field.leaf_axes}
-    return dict.fromkeys(sorted(axes))
+    found: set[LeafAxis] = set()
+    for field in fields:
+        found |= field.leaf_axes
+    # Sorted, so that the order does not depend on how the fields were merged.
+    return dict.fromkeys(sorted(found))
+
+
+def parameters_of(value: Value) -> set[int]:
+    """Returns the indices of the parameters that a value depends on, if on parameters alone."""
+    return {leaf for leaf, _ in leaf_axes(value.fields)}
 
 
 def merge_fields(fields: Sequence[Field], nodes: np.ndarray, support: frozenset[int]) -> Field:
     """Returns one field with these nodes, with the origins and flags of several."""
+    origins = [field.leaf_axes for field in fields]
     return Field(
         nodes,
         support,
-        leaf_axes=frozenset().union(*[field.leaf_axes for field in fields]),
+        leaf_axes=frozenset().union(*origins),
         zero=all(field.zero for field in fields),
         ungated=any(field.ungated for field in fields),
     )
@@ -165,7 +185,8 @@ def merge_fields(fields: Sequence[Field], nodes: np.ndarray, support: frozenset[
 
 def with_flags(value: Value, **flags: Any) -> Value:
     """Replaces attributes, such as `zero`, in all fields of a value."""
-    return value._replace(fields=[field._replace(**flags) for field in value.fields])
+    fields = [field._replace(**flags) for field in value.fields]
+    return value._replace(fields=fields)
 
 
 def is_one_unit(field: Field) -> bool:
@@ -174,14 +195,20 @@ def is_one_unit(field: Field) -> bool:
 
 
 def _differ(nodes: np.ndarray) -> bool:
-    return bool((nodes != nodes.flat[0]).any())
+    """Returns True if there is more than one node. There is at least one."""
+    first = nodes.flat[0]
+    return bool((nodes != first).any())
 
 
 def same_pattern(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns True if two arrays of nodes are equal up to the numbers of the nodes."""
-    pairs = np.stack([nodes.ravel() for nodes in np.broadcast_arrays(a, b)])
-    distinct = [np.unique(pairs[0]), np.unique(pairs[1]), np.unique(pairs, axis=1).T]
-    return len({len(nodes) for nodes in distinct}) == 1
+    """Returns True if renaming the nodes turns one array of nodes into the other."""
+    a, b = np.broadcast_arrays(a, b)
+    pairs = np.stack([a.ravel(), b.ravel()])
+    # The pairs are a map in both directions if there are as many of them as nodes on each side.
+    nodes_a = np.unique(pairs[0])
+    nodes_b = np.unique(pairs[1])
+    distinct_pairs = np.unique(pairs, axis=1).T
+    return len(nodes_a) == len(nodes_b) == len(distinct_pairs)
 
 
 # ---------------------------------------------------------------------------- Moving and cutting
@@ -201,19 +228,28 @@ def move_axes(
       shape: of the result.
       new: axes of the result along which it is uniform.
     """
-    fields = [_move_field(field, places, len(shape)) for field in value.fields]
-    uniform = {places[axis] for axis in value.uniform if axis in places}
-    return Value(fields, value.kind, shape, frozenset(uniform.union(new)), value.number)
+    ndim = len(shape)
+    fields = [_move_field(field, places, ndim) for field in value.fields]
+    uniform = set(new)
+    for axis in value.uniform:
+        if axis in places:
+            uniform.add(places[axis])
+    # `leaf` and `product` are dropped: the result is another array. A caller that only adds or
+    # drops axes of size 1 puts `leaf` back.
+    return Value(fields, value.kind, shape, frozenset(uniform), value.number)
 
 
 def _move_field(field: Field, places: Mapping[int, int], ndim: int) -> Field:
-    """Moves the axes along which units lie. All others have size 1."""
+    """Moves the axes along which units lie."""
     support = sorted(field.support, key=lambda axis: places[axis])
     others = [axis for axis in range(field.nodes.ndim) if axis not in field.support]
     sizes = [1] * ndim
     for axis in support:
-        sizes[places[axis]] = field.nodes.shape[axis]
-    nodes = field.nodes.transpose([*support, *others]).reshape(sizes)
+        place = places[axis]
+        sizes[place] = field.nodes.shape[axis]
+    # The nodes have size 1 along all other axes, so those can come last, and then be dropped.
+    moved = field.nodes.transpose([*support, *others])
+    nodes = moved.reshape(sizes)
     new_support = frozenset(places[axis] for axis in support)
     return field._replace(nodes=nodes, support=new_support)
 
@@ -233,7 +269,8 @@ def slice_axes(value: Value, index: Sequence[slice], shape: tuple[int, ...]) -> 
         own = [slice(None)] * value.ndim
         for axis in field.support:
             own[axis] = index[axis]
-        fields.append(field._replace(nodes=field.nodes[tuple(own)]))
+        nodes = field.nodes[tuple(own)]
+        fields.append(field._replace(nodes=nodes))
     return Value(fields, value.kind, shape, value.uniform, value.number)
 
 
@@ -246,7 +283,8 @@ def cut_axis(value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
         index[axis] = slice(start, start + size)
         shape = list(value.shape)
         shape[axis] = size
-        parts.append(slice_axes(value, index, tuple(shape)))
+        part = slice_axes(value, index, tuple(shape))
+        parts.append(part)
         start += size
     return parts
 
@@ -264,13 +302,21 @@ def pad_nodes(nodes: np.ndarray, axis: int, config: Sequence[int]) -> np.ndarray
     """
     low, high, interior = config
     rows = np.moveaxis(nodes, axis, 0)
-    num_rows = max(0, len(rows) * (interior + 1) - interior)
-    wide = np.full((num_rows, *rows.shape[1:]), NONE)
-    wide[:: interior + 1] = rows
-    kept = wide[max(0, -low) : num_rows - max(0, -high)]
-    before = np.full((max(0, low), *rows.shape[1:]), NONE)
-    after = np.full((max(0, high), *rows.shape[1:]), NONE)
-    return np.moveaxis(np.concatenate([before, kept, after]), 0, axis)
+    row_shape = rows.shape[1:]
+
+    def none(num_rows: int) -> np.ndarray:
+        num_rows = max(0, num_rows)
+        return np.full((num_rows, *row_shape), NONE)
+
+    step = interior + 1
+    num_rows = len(rows) * step - interior
+    wide = none(num_rows)
+    wide[::step] = rows
+    first = max(0, -low)
+    stop = len(wide) - max(0, -high)
+    kept = wide[first:stop]
+    padded = np.concatenate([none(low), kept, none(high)])
+    return np.moveaxis(padded, 0, axis)
 
 
 # -------------------------------------------------------------------------------------- Reshaping
@@ -294,10 +340,11 @@ def reshape_blocks(before: Sequence[int], after: Sequence[int]) -> list[Block]:
         return [Block(range(len(before)), range(len(after)))]
     blocks = []
     old_stop = new_stop = 0
-    while old_stop < len(before) or new_stop < len(after):
+    num_old, num_new = len(before), len(after)
+    while old_stop < num_old or new_stop < num_new:
         old_start, new_start = old_stop, new_stop
-        old_stop = min(old_start + 1, len(before))
-        new_stop = min(new_start + 1, len(after))
+        old_stop = min(old_start + 1, num_old)
+        new_stop = min(new_start + 1, num_new)
         # The side with fewer elements takes one more axis, until both have equally many.
         while True:
             old_size = math.prod(before[old_start:old_stop])
@@ -308,12 +355,17 @@ def reshape_blocks(before: Sequence[int], after: Sequence[int]) -> list[Block]:
                 old_stop += 1
             else:
                 new_stop += 1
-        blocks.append(Block(range(old_start, old_stop), range(new_start, new_stop)))
+        old = range(old_start, old_stop)
+        new = range(new_start, new_stop)
+        blocks.append(Block(old, new))
     return blocks
 
 
 def reshape_field(
-    field: Field, before: Sequence[int], after: Sequence[int], blocks: Sequence[Block]
+    field: Field,
+    before: Sequence[int],
+    after: Sequence[int],
+    blocks: Sequence[Block],
 ) -> Field:
     """Reshapes a field with its value.
 
@@ -323,22 +375,28 @@ def reshape_field(
       blocks: `reshape_blocks(before, after)`.
 
     Returns:
-      The field of the result. It has no support if its units lie along no axis any more.
+      The field of the result. Its support is empty if its units no longer lie along any axis.
     """
-    touched = [block for block in blocks if field.touches(block.old)]
-    old_axes = {axis for block in touched for axis in block.old}
-    new_axes = {axis for block in touched for axis in block.new}
+    old_axes: set[int] = set()
+    new_axes: set[int] = set()
+    for block in blocks:
+        if field.touches(block.old):
+            old_axes.update(block.old)
+            new_axes.update(block.new)
+
     # Nodes are spread over all axes of the blocks that they lie in, and are reshaped there.
-    full = [size if axis in old_axes else 1 for axis, size in enumerate(before)]
-    sizes = [size if axis in new_axes else 1 for axis, size in enumerate(after)]
+    full = _with_ones(before, old_axes)
+    sizes = _with_ones(after, new_axes)
     nodes = np.broadcast_to(field.nodes, full).reshape(sizes)
     support = set(new_axes)
-    # No units lie along an axis along which the nodes do not change. One axis is left in any case.
+
+    # No units lie along an axis along which the nodes do not change. At least one axis stays.
     for axis in sorted(new_axes):
         first = nodes.take([0], axis=axis)
         if after[axis] > 1 and len(support) > 1 and (nodes == first).all():
             nodes = first
             support.remove(axis)
+
     single = {axis for axis in support if after[axis] == 1}
     if nodes.size == 0 or _differ(nodes):
         support -= single
@@ -346,3 +404,8 @@ def reshape_field(
         # Any of these axes could be that of a single unit. In most layouts it is the last one.
         support = {max(single)}
     return field._replace(nodes=nodes, support=frozenset(support))
+
+
+def _with_ones(shape: Sequence[int], axes: AbstractSet[int]) -> list[int]:
+    """Returns a shape with 1 in place of the sizes of all axes but these."""
+    return [size if axis in axes else 1 for axis, size in enumerate(shape)]
