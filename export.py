@@ -1,7 +1,7 @@
 """Writes the network of a run, trained or pruned, as files for others.
 
-    python export.py --workdir=runs/digits --config=configs/digits.py --out=exported --compact
-    python export.py --workdir=runs/digits --run=RUN_ID --format=jax --out=exported
+    python export.py --workdir=runs/digits --config=configs/digits.py --out=runs/exported --compact
+    python export.py --workdir=runs/digits --run=RUN_ID --format=jax --out=runs/exported
 
 The formats are safetensors (everything; `synflow_jax.storage.networks.load` reads it), jax (a
 program that needs no other package) and torch (a state dict).

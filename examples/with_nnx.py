@@ -29,8 +29,11 @@ class Network(nnx.Module):
 
 def main() -> tuple[analysis.Conservation, trees.Mask]:
     """Returns the audit and the mask."""
-    graph, params = nnx.split(Network(nnx.Rngs(0)))
-    apply_fn = lambda params, x: nnx.merge(graph, params)(x)
+    model = Network(nnx.Rngs(0))
+    # Turns off dropout and makes batch norm use its running statistics, in models that have them.
+    model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    apply_fn = lambda params, x: nnx.merge(graph, params, rest)(x)
 
     audit = synflow_jax.conservation(apply_fn, params, input_shape=(784,))
     score_fn = synflow_jax.synflow(apply_fn, (784,))

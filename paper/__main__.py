@@ -82,8 +82,7 @@ def main(argv: Sequence[str]) -> None:
 def _name(words: Sequence[str]) -> str:
     if len(words) != 1:
         raise ValueError(
-            f"{len(words)} figures are named; name one of {', '.join(_NAMES)}, and the rows: "
-            "--rows=DIR."
+            f"name one figure: {', '.join(_NAMES)}. Name the folder of its rows as --rows=DIR."
         )
     if words[0] not in _NAMES:
         raise ValueError(f"figure {words[0]!r} is unknown. Choose one of {', '.join(_NAMES)}.")
@@ -96,16 +95,16 @@ def _draw(name: str, folders: Sequence[pathlib.Path]) -> Figure:
             raise ValueError(
                 f"--rows names {len(folders)} folders, and {name} shows one: choose one of them."
             )
-        return _OF_PRUNING[name].draw(rows.read(folders[0]))
+        return _OF_PRUNING[name].draw(rows.read(folders[0], name))
     if name == "fig5b":
-        return fig5b.draw(rows.read_trained(folders))
+        return fig5b.draw(rows.read_trained(folders, name))
     return _draw_accuracy(name, folders)
 
 
 def _draw_accuracy(name: str, folders: Sequence[pathlib.Path]) -> Figure:
     epoch = _ACCURACY.value
     behind = None if _PUBLISHED.value is None else published.read(pathlib.Path(_PUBLISHED.value))
-    panels = _OF_ACCURACY[name].panels(rows.read_trained(folders), epoch)
+    panels = _OF_ACCURACY[name].panels(rows.read_trained(folders, name), epoch)
     for panel in panels:
         print("\n".join(curves.summary(panel)))
     if name in _OF_RULES:

@@ -104,7 +104,9 @@ def init_state(
     """
     num_layers = len(jax.tree.leaves(mask))
     unknown = jnp.full(num_iterations, jnp.nan, dtype)
-    removed_in = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.uint16), mask)
+    removed_in = None
+    if records_removal:
+        removed_in = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.uint16), mask)
     info = PruneInfo(
         num_done=jnp.int32(0),
         kept=jnp.zeros((num_iterations, num_layers), jnp.int32),
@@ -112,7 +114,7 @@ def init_state(
         pruned_score=unknown,
         cut=unknown,
         exponent=jnp.zeros(num_iterations, jnp.int32),
-        removed_in=removed_in if records_removal else None,
+        removed_in=removed_in,
     )
     return PruneState(mask, info, finite=jnp.bool_(True), done=jnp.bool_(False))
 
@@ -294,8 +296,11 @@ def prune_loop(
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was. The
       info holds their totals in the row of that iteration and NaN below it; see `check_finite`.
     """
-    chex.assert_shape(counts, (counts.shape[0], {1, len(jax.tree.leaves(mask))}))
-    num_iterations = counts.shape[0]
+    chex.assert_shape(counts, (len(counts), {1, len(jax.tree.leaves(mask))}))
+    chex.assert_type(counts, int)
+    num_iterations = len(counts)
+    # A schedule returns NumPy arrays, which a traced iteration cannot index.
+    counts = jnp.asarray(counts, jnp.int32)
     state = init_state(mask, num_iterations, score_type(params, mask))
     propose = propose_smallest(counts, nested=nested)
     state = advance(
@@ -378,7 +383,7 @@ def prune(
     check_request(params, mask, compression)
     if num_iterations is None:
         num_iterations = usual_iterations(rule, compression)
-    counts = schedule_counts(schedule, mask, compression, num_iterations)
+    counts = schedule_counts(schedule, mask, compression, num_iterations, nested=nested)
 
     with scoring_dtype(score_dtype, params, mask) as cast:
         rule, params = cast((rule, params))
@@ -450,7 +455,7 @@ def run_in_stretches(
 
 
 def schedule_counts(
-    schedule: Schedule, mask: Mask, compression: float, num_iterations: int
+    schedule: Schedule, mask: Mask, compression: float, num_iterations: int, *, nested: bool
 ) -> np.ndarray:
     """Calls a schedule for the prunable leaves of a mask, and checks the counts that it returns.
 
@@ -461,9 +466,11 @@ def schedule_counts(
         raise ValueError(
             f"schedule={schedule!r} must be a function, for instance schedules.linear."
         )
+    # Here, since a schedule of the user's own may check nothing.
+    schedules.check_request(compression, num_iterations)
     shapes = [leaf.shape for leaf in jax.tree.leaves(mask)]
     counts = schedule(shapes, compression, num_iterations)
-    return schedules.check_counts(counts, trees.sizes(mask))
+    return schedules.check_counts(counts, trees.sizes(mask), num_iterations, nested=nested)
 
 
 def usual_iterations(rule: Rule, compression: float) -> int:

@@ -184,10 +184,17 @@ def _toward(kept: Sequence[int], shapes: Sequence[Shape], num_iterations: int) -
             f"the quotas are for {len(kept)} layers, and the network has {len(sizes)} prunable "
             "ones. Take the quotas from a mask of the same network."
         )
+    for layer, (num_kept, size) in enumerate(zip(kept, sizes, strict=True)):
+        if num_kept > size:
+            raise ValueError(
+                f"the quota of layer {layer} is {num_kept} weights, and the layer has {size}. "
+                "Take the quotas from a mask of the same network."
+            )
     columns = []
     for num_kept, size in zip(kept, sizes, strict=True):
+        density = num_kept / max(size, 1)  # a layer may be empty
         steps = range(1, num_iterations + 1)
-        densities = [(num_kept / size) ** (step / num_iterations) for step in steps]
+        densities = [density ** (step / num_iterations) for step in steps]
         column = counts_of([size], densities)
         column[-1] = size - num_kept  # exactly, whatever float64 makes of the fraction
         columns.append(column)
@@ -212,8 +219,16 @@ def check_request(compression: float, num_iterations: int) -> None:
         )
 
 
-def check_counts(counts: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+def check_counts(
+    counts: np.ndarray, sizes: Sequence[int], num_iterations: int, *, nested: bool
+) -> np.ndarray:
     """Checks the counts that a schedule returned, and returns them as an array.
+
+    Args:
+      counts: what the schedule returned.
+      sizes: the number of weights of each prunable layer.
+      num_iterations: the number of rows that it was asked for.
+      nested: whether pruned weights stay pruned. Otherwise counts may fall.
 
     Raises:
       ValueError: they are not whole numbers of a fitting shape, or out of their range.
@@ -221,11 +236,12 @@ def check_counts(counts: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     counts = np.asarray(counts)
     num_layers = len(sizes)
     has_columns = counts.ndim == 2 and counts.shape[1] in (1, num_layers)
-    if not has_columns or not len(counts) or counts.dtype.kind not in "iu":
+    has_rows = counts.ndim == 2 and len(counts) == num_iterations
+    if not has_columns or not has_rows or counts.dtype.kind not in "iu":
         raise ValueError(
             f"schedule returned {counts.dtype}{list(counts.shape)}. It must return whole numbers, "
-            f"int[num_iterations, 1] for one ranking of all weights or "
-            f"int[num_iterations, {num_layers}] for one of each layer."
+            f"int[{num_iterations}, 1] for one ranking of all weights or "
+            f"int[{num_iterations}, {num_layers}] for one of each layer."
         )
     limits = np.array([sum(sizes)] if counts.shape[1] == 1 else sizes)
     if (counts < 0).any() or (counts > limits).any():
@@ -233,7 +249,7 @@ def check_counts(counts: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
             f"schedule returned {counts.tolist()}. Counts must be between 0 and the number of "
             f"weights, {limits.tolist()}."
         )
-    if (np.diff(counts, axis=0) < 0).any():
+    if nested and (np.diff(counts, axis=0) < 0).any():
         raise ValueError(
             f"schedule returned {counts.tolist()}. Counts must not fall from one iteration to the "
             "next: they include the weights that were pruned before."

@@ -71,8 +71,9 @@ FlowFn = Callable[[Params, Mask, chex.PRNGKey], Flow]
 class Rule:
     """Scores the weights of a network: `rule(params, mask, key) -> scores`.
 
-    score: `score(params, mask, key)`, a `Partial`. If the rule has batches, it is called as
-      `score(sum_over_batches, params, mask, key)`, so that several devices can share the sum.
+    score: `score(params, mask, key)`. If the rule has batches, it is called as
+      `score(sum_over_batches, params, mask, key)`, so that several devices can share the sum. A
+      `jax.tree_util.Partial`, if it binds arrays.
     num_iterations: how often the rule is usually applied on the way to the final mask.
     batches: the data, from `stack_batches`; None for a rule without data.
     flow: returns the cut together with the scores. None for a rule whose scores are not positive
@@ -102,7 +103,7 @@ def as_rule(score_fn: ScoreFn) -> Rule:
       ValueError: `score_fn` is not a function, or makes rules instead of being one.
     """
     if isinstance(score_fn, Rule):
-        return score_fn
+        return _with_partials(score_fn)
     is_factory = score_fn in (synflow, snip, grasp, magnitude, random, inverted, fixed)
     if not callable(score_fn) or is_factory:
         name = getattr(score_fn, "__name__", type(score_fn).__name__)
@@ -111,6 +112,17 @@ def as_rule(score_fn: ScoreFn) -> Rule:
             "input_shape), or a function (params, mask, key) -> scores."
         )
     return Rule(_as_partial(score_fn))
+
+
+def _with_partials(rule: Rule) -> Rule:
+    """Makes the plain functions of a rule pytrees. A rule of this package stays as it is."""
+    fields = {"score": rule.score, "flow": rule.flow, "objective": rule.objective}
+    plain: dict[str, Any] = {
+        name: _as_partial(function)
+        for name, function in fields.items()
+        if function is not None and not isinstance(function, Partial)
+    }
+    return dataclasses.replace(rule, **plain) if plain else rule
 
 
 def _as_partial(function: Callable[..., Any]) -> Partial:

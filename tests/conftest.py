@@ -43,7 +43,7 @@ def cache() -> pathlib.Path:
 
 def _is_small(file: pathlib.Path) -> bool:
     """Returns whether a golden file is of a network that is pruned in seconds."""
-    return file.stat().st_size < 200_000
+    return file.stat().st_size < 120_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

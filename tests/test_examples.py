@@ -70,6 +70,7 @@ def test_a_library_is_scored_pruned_and_audited(
     )
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_mask_in_every_library() -> None:
     """Prunes an MLP of widths 6-8-3, written in the layout and with the names of each library."""
     rng = np.random.default_rng(0)
@@ -161,6 +162,7 @@ def test_architecture_search() -> None:
     assert proxies == sorted(proxies, reverse=True) and np.isfinite(proxies).all()
 
 
+@pytest.mark.slow
 def test_norms_are_the_identity_for_the_search() -> None:
     example = _load("architecture_search")
     params = {
@@ -182,8 +184,7 @@ def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
-    # The block that shows how a rule is called takes a key, which the reader has to supply.
-    names = {"__name__": "readme", "key": jax.random.key(0)}
+    names = {"__name__": "readme"}
     for block in blocks[:2]:
         exec(block, names)
     printed = capsys.readouterr().out.strip()
@@ -196,3 +197,20 @@ def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
 
     exec(blocks[2], names)
     assert _num_kept(names["mask"]) == sum(sizes) - int(0.9 * sum(sizes))
+    printed = capsys.readouterr().out.strip()
+    assert f"This prints `{printed}`" in readme
+
+
+@pytest.mark.parametrize("page", slow_except(["add_a_rule"], ["add_a_rule", "own_models"]))
+def test_the_code_in_a_guide_runs(
+    page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Executes all Python blocks of a page in order, as one program."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    monkeypatch.chdir(tmp_path)  # own_models.md writes a mask under runs/
+    names = {"__name__": page}
+    for block in blocks:
+        exec(block, names)
+    assert 0 < _num_kept(names["mask"]) < sum(trees.sizes(names["mask"]))

@@ -18,8 +18,12 @@ Row = dict[str, Any]
 RULES = ("random", "magnitude", "snip", "grasp", "synflow")  # the order of the paper's panels
 
 
-def read(folder: pathlib.Path) -> list[Row]:
+def read(folder: pathlib.Path, figure: str = "fig2") -> list[Row]:
     """Reads the pruning rows of a folder.
+
+    Args:
+      folder: the --workdir of prune.py or train.py.
+      figure: for the message of an error: the config of this name makes the rows.
 
     Raises:
       ValueError: there are none, or the file is damaged.
@@ -27,16 +31,20 @@ def read(folder: pathlib.Path) -> list[Row]:
     found = [row for row in _read_all(folder) if is_pruning(row)]
     if not found:
         raise ValueError(
-            f"--rows={str(folder)!r}: {_why_nothing(folder, 'pruning')}. Make rows by prune.py, "
-            f"for instance python prune.py --config=paper/configs/fig4.py --workdir={folder}."
+            f"--rows={str(folder)!r}: {_why_nothing(folder, 'pruning')}. Make rows by "
+            f"python prune.py --config=paper/configs/{figure}.py --workdir=DIR."
         )
     return found
 
 
-def read_trained(folders: Sequence[pathlib.Path]) -> list[Row]:
+def read_trained(folders: Sequence[pathlib.Path], figure: str = "fig1") -> list[Row]:
     """Reads the training rows of several folders.
 
     Each has its pruning row as "pruning", None where that row is missing.
+
+    Args:
+      folders: each the --workdir of train.py.
+      figure: for the message of an error: the config of this name and "_digits" makes the rows.
 
     Raises:
       ValueError: a folder has no training row, or a file is damaged.
@@ -49,8 +57,7 @@ def read_trained(folders: Sequence[pathlib.Path]) -> list[Row]:
         if not trained:
             raise ValueError(
                 f"--rows={str(folder)!r}: {_why_nothing(folder, 'training')}. Make rows by "
-                "train.py, for instance python train.py --config=paper/configs/fig1_digits.py "
-                f"--workdir={folder}."
+                f"python train.py --config=paper/configs/{figure}_digits.py --workdir=DIR."
             )
         found += [{**row, "pruning": pruning.get(row["prune_run_id"])} for row in trained]
     return found
@@ -78,6 +85,8 @@ def _read_all(folder: pathlib.Path) -> list[Row]:
 
 
 def _why_nothing(folder: pathlib.Path, kind: str) -> str:
+    if folder.is_file():
+        return f"{folder} is a file, not a folder"
     path = folder / "rows.jsonl"
     if Workdir(folder).has_rows():
         return f"{path} holds no {kind} row"

@@ -30,7 +30,7 @@ def log10_path_norm(
     mask: Mask,
     input_shape: Sequence[int],
 ) -> float:
-    """Returns log10 of SynFlow's objective (Eq. 4) of the masked network.
+    """Returns log10 of SynFlow's objective (Eq. 2) of the masked network.
 
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode.

@@ -80,7 +80,8 @@ def verify(
 
     Args:
       path: of the JSON file; see `storage.load_certificate`.
-      on_progress: called as `on_progress(num_done, num_iterations)`.
+      on_progress: called as `on_progress(num_done, num_iterations)`: once the files are checked,
+        and after each iteration.
       init: the file of weights that the run began from, if it did.
 
     Raises:
@@ -91,6 +92,8 @@ def verify(
     network = initialization.build(from_dict(certificate["config"], init))
     _check_layers(path, certificate, removed_in, network)
     num_iterations = len(certificate["iterations"])
+    if on_progress is not None:
+        on_progress(0, num_iterations)
     fractions = []
     with jax.enable_x64(True):
         replay = _make_replay(network, removed_in)

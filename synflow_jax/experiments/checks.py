@@ -117,6 +117,8 @@ def _from_to(key: str, low: float, high: float = math.inf) -> Check:
         value = run.value(key)
         if low <= value < high:
             return None
+        if high == math.inf:
+            return f"{key}={value} must be finite and at least {low}."
         return f"{key}={value} must be at least {low} and below {high}."
 
     return check_value
@@ -302,9 +304,12 @@ def _rewound_network_is_masked(run: Run) -> str | None:
 
 def _drops_rise(run: Run) -> str | None:
     drops = list(run.config.train.drops)
-    if drops == sorted(set(drops)) and all(epoch >= 1 for epoch in drops):
+    are_epochs = all(isinstance(epoch, numbers.Integral) and epoch >= 1 for epoch in drops)
+    if are_epochs and drops == sorted(set(drops)):
         return None
-    return f"train.drops={run.config.train.drops} must be epochs from 1 on, in rising order."
+    return (
+        f"train.drops={run.config.train.drops} must be epoch numbers, from 1, in increasing order."
+    )
 
 
 def _optimizer_is_a_function(run: Run) -> str | None:

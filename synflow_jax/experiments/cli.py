@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import os
 import pathlib
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +16,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks
+from synflow_jax.experiments import checks, parsing
 from synflow_jax.experiments.config import Config
+from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
 from synflow_jax.parallel import hosts
 
@@ -74,13 +72,21 @@ def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
     def guarded(argv: Sequence[str]) -> None:
         with _errors_as_messages():
             if len(argv) > 1 and not words:
-                raise ValueError(
-                    f"{argv[1]!r} is no flag. Flags begin with --, values follow an =."
-                )
+                raise ValueError(f"{argv[1]!r} is not a flag. Write --name=value.")
             _configure()
             main(argv)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags, and prints errors as one message."""
+    try:
+        return parsing.parse(argv)
+    except ValueError as error:
+        if "--traceback" in argv:
+            raise
+        _fail(str(error))
 
 
 @contextlib.contextmanager
@@ -202,7 +208,7 @@ def check_config(value: Any, *, reads_data: bool = True) -> Config:
         raise ValueError(
             f"--config {problem}; it must name a file whose get_config() returns a "
             "synflow_jax.experiments.config.Config, for instance "
-            f"--config=configs/vgg16_c100.py. {_config_files()}"
+            f"--config=configs/vgg16_c100.py. {parsing.config_files()}"
         )
     checks.check(value, reads_data=reads_data)
     _check_overrides(value)
@@ -218,107 +224,3 @@ def _check_overrides(config: Config) -> None:
                 f"--config.{key} has no effect: the config's grid sets it to {values[key]}. Set "
                 f"--config.grid.{key.removeprefix('prune.')} instead."
             )
-
-
-# Parsing flags
-
-
-def config_help(*omitted: str) -> str:
-    """Returns the help of --config: the keys that flags can set.
-
-    Args:
-      *omitted: keys that begin with one of these are left out.
-    """
-    keys = [
-        key
-        for key, type_ in _keys(Config).items()
-        if type_ is not Any and not key.startswith(omitted)
-    ]
-    return (
-        "a file of configs/; each of its keys is a flag as well, --config.KEY=VALUE. The keys are "
-        f"{', '.join(keys)}"
-    )
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags, which loads the config file, and prints errors as one message."""
-    app.define_help_flags()
-    files = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
-    try:
-        _check_files(files)
-        _check_keys(argv)
-        flags.FLAGS.set_gnu_getopt()  # flags may follow words
-        return flags.FLAGS(argv)
-    except (flags.Error, ValueError) as error:
-        if "Traceback (most recent call last)" not in str(error):
-            _fail(str(error))
-        if "--traceback" in argv:
-            raise
-        # ml_collections puts the traceback of a config file into its message. The last line is the
-        # error of the file.
-        _fail_to_load(files, str(error).strip().splitlines()[-1])
-    except Exception as error:  # a config file is a program: it may raise anything
-        if "--traceback" in argv:
-            raise
-        _fail_to_load(files, f"{error!r}.")
-
-
-def _fail_to_load(files: Sequence[str], problem: str) -> NoReturn:
-    _fail(f"--config={''.join(files)} does not load: {problem} --traceback shows where.")
-
-
-def _check_files(files: Sequence[str]) -> None:
-    """Checks that the config file exists. Its name may be followed by a colon and an argument."""
-    for file in files:
-        if not pathlib.Path(file.partition(":")[0]).is_file():
-            raise ValueError(f"--config={file}: there is no such file. {_config_files()}")
-
-
-def _check_keys(argv: Sequence[str]) -> None:
-    """Checks that each --config.KEY is a key that a flag can set."""
-    keys = _keys(Config)
-    for arg in argv:
-        match = re.match(r"--?config\.([^=]+)", arg)
-        if match is None:
-            continue
-        key = match[1]
-        if key not in keys:
-            raise ValueError(
-                f"--config.{key} is no key of the config. {_hint(key, keys)}The keys are: "
-                f"{', '.join(keys)}."
-            )
-        if keys[key] is Any:
-            raise ValueError(
-                f"--config.{key} is no value that a flag can give: set it in the config file."
-            )
-
-
-def _hint(unknown: str, keys: Sequence[str] | dict[str, Any]) -> str:
-    """Returns a question with the key that was probably meant, or an empty string."""
-    # First of all a key without its part: "compression" for "prune.compression".
-    whole = [key for key in keys if key.endswith(f".{unknown}") and not key.startswith("grid.")]
-    close = whole or difflib.get_close_matches(unknown, keys, n=1, cutoff=0.5)
-    return f"Did you mean --config.{close[0]}? " if close else ""
-
-
-def _keys(dataclass: Any) -> dict[str, Any]:
-    """Returns the keys of a config and their types; those within its parts have a dot."""
-    keys: dict[str, Any] = {}
-    for field in dataclasses.fields(dataclass):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if dataclasses.is_dataclass(default):
-            inner = _keys(default)
-            keys |= {f"{field.name}.{key}": type_ for key, type_ in inner.items()}
-        else:
-            keys[field.name] = field.type
-    return keys
-
-
-def _config_files() -> str:
-    """Returns a sentence that says which config files there are."""
-    paths = pathlib.Path("configs").glob("*.py")
-    # The configs share recipes.py, which is none itself.
-    found = sorted(str(path) for path in paths if path.name != "recipes.py")
-    if found:
-        return f"There are {', '.join(found)}."
-    return "The repository has examples under configs/."

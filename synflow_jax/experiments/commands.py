@@ -99,6 +99,8 @@ def verify(path: str, config: Any) -> None:
     Raises:
       ValueError: the certificate does not hold.
     """
+    if not path:
+        raise ValueError("--verify='' names no certificate: write --verify=FILE.json.")
     cli.use_compilation_cache()
     init = None if config is None else cli.check_config(config).init
     output = report.console()
@@ -215,6 +217,7 @@ def export(
         raise ValueError(
             "--workdir is missing: name the folder that prune.py or train.py has written."
         )
+    storage.check_folder(pathlib.Path(workdir))
     run = None
     if config is not None:
         run = resolve_one(cli.check_config(config, reads_data=False))

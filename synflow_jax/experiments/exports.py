@@ -51,10 +51,10 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
     for name in wanted:
         if name in rows:
             return rows[name]
+    known = f"its runs are {', '.join(rows)}" if rows else "it has no runs"
     raise ValueError(
-        f"workdir={str(workdir)!r} has no run {wanted[-1]!r}; its runs are "
-        f"{', '.join(rows) or 'none'}. Name one by --run=RUN_ID, or make it with prune.py or "
-        "train.py."
+        f"workdir={str(workdir)!r} has no run {wanted[-1]!r}; {known}. Name one by --run=RUN_ID, "
+        "or make it with prune.py or train.py."
     )
 
 

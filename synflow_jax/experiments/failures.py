@@ -40,6 +40,6 @@ def check(failed: Sequence[Failed], num_runs: int, workdir: Workdir) -> None:
     """
     if failed:
         raise ValueError(
-            f"{len(failed)} of {num_runs} runs failed, the first one so: {failed[0].error} "
+            f"{len(failed)} of {num_runs} runs failed. The first error: {failed[0].error} "
             f"{workdir.failed_path} lists them; the same command tries them again."
         )

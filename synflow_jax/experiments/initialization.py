@@ -115,8 +115,8 @@ def check_compression(run: Run, network: Network, maximum: float) -> None:
     total = sum(trees.sizes(network.mask))
     raise ValueError(
         f"prune.compression={compression:.10g} is above {maximum:.10g}, the maximum of "
-        f"{run.config.model}: {total} prunable weights over the {round(total / maximum)} of the "
-        "shortest path from input to output. Beyond it no network is left: choose a smaller "
+        f"{run.config.model}: {total} prunable weights divided by the {round(total / maximum)} "
+        "on the shortest path from input to output. Beyond it no network is left: choose a smaller "
         "compression."
     )
 
@@ -158,7 +158,7 @@ def _check_exclude(run: Run, params: Params) -> None:
     """Checks that prune.exclude matches a parameter: a pattern of nothing is a mistake."""
     pattern, names = run.config.prune.exclude, trees.names(params)
     if pattern and not any(re.search(pattern, name) for name in names):
-        raise ValueError(f"prune.exclude={pattern!r} matches none of {names}: mend the pattern.")
+        raise ValueError(f"prune.exclude={pattern!r} matches none of {names}: fix the pattern.")
 
 
 def _read(run: Run) -> tuple[Params, trees.Tree]:
@@ -167,8 +167,8 @@ def _read(run: Run) -> tuple[Params, trees.Tree]:
     assert path is not None
     if not pathlib.Path(path).exists():
         raise ValueError(
-            f"init={path!r} is what a run knows of the weights that it began from, not where they "
-            "are: name the file, --config=CONFIG --config.init=FILE."
+            f"init={path!r} is a digest, not a path: name the file of weights that the run began "
+            "from, --config=CONFIG --config.init=FILE."
         )
     try:
         return networks.read_variables(path, *architecture(run))

@@ -329,6 +329,7 @@ def _values(config: Config, grid: Grid) -> dict[str, tuple[Any, ...]]:
 
 _KINDS = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}
 _EXAMPLES = {int: "0,1", float: "10,100", str: "\"('snip','grasp')\"", bool: "True,False"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "words", bool: "True or False"}
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -339,9 +340,8 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     is_bool = isinstance(value, bool)
     is_of_kind = isinstance(value, _KINDS[kind]) and is_bool == (kind is bool)
     if not is_of_kind or is_joined:
-        problem = "several values in one" if is_joined else f"not of type {kind.__name__}"
         raise ValueError(
-            f"grid.{name} holds {value!r}, which is {problem}. Values are given as "
-            f"{_EXAMPLES[kind]}."
+            f"grid.{name} holds {value!r}. Its values must be {_PLURALS[kind]}, written as "
+            f"--config.grid.{name}={_EXAMPLES[kind]}."
         )
     return kind(value)

@@ -92,11 +92,30 @@ def default_input_shape(name: str) -> tuple[int, int, int]:
 def _find(name: str) -> _Entry:
     """Returns the entry of a name, or raises ValueError with the names that are close."""
     if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
+        close = _same_family(name) or difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
         listed = " or ".join(close)
         hint = f"Did you mean {listed}? " if close else ""
         raise ValueError(f"model={name!r} is unknown. {hint}The networks are {_families()}.")
     return _REGISTRY[name]
+
+
+def _same_family(name: str) -> list[str]:
+    """Returns the network that differs from a name only in its depth, and least in that.
+
+    >>> _same_family("cifar_resnet21")
+    ['cifar_resnet20']
+    """
+    number = re.compile(r"\d+")
+    family = number.sub("{}", name, count=1)
+    depths = {}
+    for other in NAMES:
+        match = number.search(other)
+        if match is not None and number.sub("{}", other) == family:
+            depths[int(match[0])] = other
+    if not depths:
+        return []
+    wanted = int(number.findall(name)[0])
+    return [depths[min(depths, key=lambda depth: abs(depth - wanted))]]
 
 
 def _families() -> str:

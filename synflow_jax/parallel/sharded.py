@@ -80,7 +80,7 @@ def prune(
     if num_iterations is None:
         num_iterations = pruning.usual_iterations(rule, compression)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(mask))
-    counts = pruning.schedule_counts(schedule, mask, compression, num_iterations)
+    counts = pruning.schedule_counts(schedule, mask, compression, num_iterations, nested=nested)
     mesh = _mesh(devices)
 
     with pruning.scoring_dtype(score_dtype, params, mask) as cast:

@@ -9,6 +9,7 @@ from synflow_jax.storage.arrays import load_arrays as load_arrays
 from synflow_jax.storage.arrays import save_arrays as save_arrays
 from synflow_jax.storage.certificates import load_certificate as load_certificate
 from synflow_jax.storage.certificates import save_certificate as save_certificate
+from synflow_jax.storage.files import check_folder as check_folder
 from synflow_jax.storage.files import check_writable as check_writable
 from synflow_jax.storage.files import write_bytes as write_bytes
 from synflow_jax.storage.files import write_json as write_json

@@ -12,7 +12,7 @@ import json
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -62,23 +62,13 @@ def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
     """
     path = pathlib.Path(path)
     arrays_path = path.with_suffix(".npz")
-    for file in (path, arrays_path):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"certificate file {str(file)!r} does not exist. prune.py writes both files of a "
-                "certificate to WORKDIR/certificates/ if schedule='certified'."
-            )
-    try:
-        certificate = json.loads(path.read_text())
-        iterations = arrays.read_npz(arrays_path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"certificate {str(path)!r} cannot be read: {error}. {arrays.DAMAGED}"
-        ) from error
+    certificate = _read(path, lambda file: json.loads(file.read_text()))
+    # Checked before the arrays are looked for: a file of another kind has none.
     if not isinstance(certificate, dict) or certificate.get("format") != _FORMAT:
         raise ValueError(
             f"file {str(path)!r} is not a certificate of the format {_FORMAT!r}. {arrays.DAMAGED}"
         )
+    iterations = _read(arrays_path, arrays.read_npz)
     # Each file is written atomically, but not both at once: a crash between the two writes leaves
     # the new arrays with an older claim.
     if certificate.get("removed_in_sha256") != arrays.digest(iterations):
@@ -87,3 +77,23 @@ def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
             f"folder. {arrays.DAMAGED}"
         )
     return certificate, iterations
+
+
+def _read(path: pathlib.Path, reader: Callable[[pathlib.Path], Any]) -> Any:
+    """Reads one of the two files.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"certificate file {str(path)!r} does not exist. prune.py writes both files of a "
+            "certificate to WORKDIR/certificates/ if schedule='certified'."
+        )
+    try:
+        return reader(path)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"certificate file {str(path)!r} cannot be read: {error}. {arrays.DAMAGED}"
+        ) from error

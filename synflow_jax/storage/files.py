@@ -24,6 +24,25 @@ AnyPath = str | os.PathLike[str]
 _PERMISSIONS = 0o644
 
 
+def check_folder(folder: pathlib.Path, flag: str = "workdir") -> None:
+    """Checks that a path can be that of a folder: neither it nor a parent is a file.
+
+    Args:
+      folder: the folder, which need not exist.
+      flag: the flag that named it, for the message.
+
+    Raises:
+      ValueError: it is a file, or in a file.
+    """
+    nearest = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        where = "" if nearest == folder else f": {str(nearest)!r}"
+        raise ValueError(
+            f"{flag}={str(folder)!r}{where} is a file, not a folder. Choose another folder: "
+            f"--{flag}=DIR."
+        )
+
+
 def check_writable(folder: pathlib.Path, flag: str = "workdir") -> None:
     """Makes a folder and checks that a file can be written there, before a run starts.
 
@@ -34,6 +53,7 @@ def check_writable(folder: pathlib.Path, flag: str = "workdir") -> None:
     Raises:
       ValueError: no file can be written there.
     """
+    check_folder(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permissions alone do not tell: the file system may be full or read-only.

@@ -139,6 +139,7 @@ def test_what_is_not_homogeneous_is_named(
         assert f"not homogeneous of degree one: {primitive}" in str(audit)
 
 
+@pytest.mark.slow
 def test_a_mean_of_the_batch_takes_all_flow_of_one_input() -> None:
     """Shows why SynFlow fails in training mode: its only input is the mean of the batch."""
     params = {"fc": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}

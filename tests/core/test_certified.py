@@ -161,6 +161,7 @@ def test_the_certificate_can_be_replayed() -> None:
     )
 
 
+@pytest.mark.slow
 def test_with_biases_a_cut_holds_more_than_flows_in() -> None:
     """Bounds by the flow at the input, which every cut holds. Biases add flow after it."""
 
@@ -245,6 +246,15 @@ def test_progress_and_objective() -> None:
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _case("mlp").prune(0, **options)
+
+
+def test_a_network_without_a_path_is_told() -> None:
+    case = _case("mlp")
+    params = jax.tree.map(jnp.zeros_like, case.draw(jax.random.key(0)))
+    rule = scores.synflow(case.apply_fn, case.input_shape)
+    with pytest.warns(certified.Shortfall, match="no path leads from the input to the output"):
+        mask, _ = certified.prune(rule, params, compression=10)
+    assert all(bool(leaf.all()) for leaf in jax.tree.leaves(mask))
 
 
 def test_biases_cannot_be_pruned_by_it() -> None:

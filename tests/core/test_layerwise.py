@@ -118,7 +118,7 @@ def test_counts_that_are_given_are_met() -> None:
     np.testing.assert_array_equal(info.kept, np.array([120, 200, 40]) - counts)
     assert [int(leaf.sum()) for leaf in jax.tree.leaves(mask)] == [20, 1, 0]
     for bad, message in (
-        (counts[:, :2], r"schedule returned int64\[2, 2\].*int\[num_iterations, 3\]"),
+        (counts[:, :2], r"schedule returned int64\[2, 2\].*int\[2, 3\]"),
         (counts + 0.5, "schedule returned float64"),
         (counts + 100, "must be between 0 and the number of weights"),
     ):

@@ -422,9 +422,14 @@ def _mask_like(function: Callable[[jax.Array], Any]) -> trees.Mask:
     [
         ({"schedule": lambda *_: np.zeros((3, 2), int)}, r"schedule returned int64\[3, 2\]"),
         ({"schedule": lambda *_: np.full((3, 1), 0.5)}, r"schedule returned float64\[3, 1\]"),
-        ({"schedule": lambda *_: np.array([[-1]])}, "Counts must be between 0 and the number of"),
-        ({"schedule": lambda *_: np.array([[SIZE + 1]])}, r"weights, \[165\]"),
-        ({"schedule": lambda *_: np.array([[5], [3]])}, "Counts must not fall"),
+        (
+            {"schedule": lambda *_: np.array([[1], [2]])},
+            r"schedule returned int64\[2, 1\].*int\[3,",
+        ),
+        ({"schedule": lambda *_: np.array([[-1]] * 3)}, "Counts must be between 0 and the number"),
+        ({"schedule": lambda *_: np.array([[SIZE + 1]] * 3)}, r"weights, \[165\]"),
+        ({"schedule": lambda *_: np.array([[5], [3], [4]])}, "Counts must not fall"),
+        ({"schedule": lambda *_: np.zeros((3, 1), int), "compression": 0.5}, "compression=0.5"),
         ({"schedule": "linear"}, "schedule='linear' must be a function"),
         ({"compression": "2"}, "compression='2' must be a number"),
         ({"compression": 0.5}, r"compression=0.5 must be a finite number of at least 1"),
@@ -472,6 +477,33 @@ def test_bad_arguments_end_before_any_work(arguments: dict[str, Any], message: s
 def test_what_is_not_a_rule_is_refused(score_fn: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pruning.prune(score_fn, _params(), compression=2, num_iterations=3)
+
+
+def test_a_rule_may_be_made_of_plain_functions() -> None:
+    rule = scores.Rule(lambda params, mask, key: jax.tree.map(jnp.abs, params), num_iterations=1)
+    expected, _ = pruning.prune(MAGNITUDE, _params(), compression=3)
+    _assert_same(pruning.prune(rule, _params(), compression=3)[0], expected)
+
+
+def test_prune_loop_takes_what_a_schedule_returns() -> None:
+    counts = schedules.exponential([(SIZE,)], 10, 3)
+    mask = trees.prunable(_params())
+    found, _ = pruning.prune_loop(MAGNITUDE, _params(), counts, jax.random.key(0), mask)
+    expected, _ = pruning.prune(MAGNITUDE, _params(), compression=10, num_iterations=3)
+    _assert_same(found, expected)
+
+
+def test_counts_may_fall_where_weights_return() -> None:
+    counts = np.array([[100], [20]])
+    _, info = pruning.prune(
+        MAGNITUDE,
+        _params(),
+        compression=2,
+        num_iterations=2,
+        schedule=lambda *_: counts,
+        nested=False,
+    )
+    assert info.kept.sum(axis=1).tolist() == [SIZE - 100, SIZE - 20]
 
 
 def test_an_input_shape_is_a_sequence() -> None:

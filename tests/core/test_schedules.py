@@ -171,6 +171,17 @@ def test_quotas_of_another_network() -> None:
         schedules.quotas_of(mask)([(3,), (4,)], 2.0, 1)
 
 
+def test_quotas_of_larger_layers_name_the_layer() -> None:
+    mask = {"a": np.ones(3, bool), "b": np.ones(4, bool)}
+    with pytest.raises(ValueError, match="quota of layer 1 is 4 weights, and the layer has 2"):
+        schedules.quotas_of(mask)([(3,), (2,)], 2.0, 1)
+
+
+def test_an_empty_layer_has_an_empty_quota() -> None:
+    counts = schedules.erdos_renyi_kernel([(0, 3), (4, 5)], 2, 2)
+    assert counts.shape == (2, 2) and counts[:, 0].tolist() == [0, 0]
+
+
 def test_erdos_renyi_kernel_ends_at_its_quotas() -> None:
     shapes = [(3, 3, 1, 8), (3, 3, 8, 8), (128, 10)]
     quotas = schedules.erdos_renyi_kernel_quotas(shapes, 10)

@@ -228,6 +228,7 @@ def test_streams_are_orders_of_the_seed_and_go_on_where_they_stood() -> None:
     assert (next(stream(seed=1))[1] != batches[0][1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("streamed")
 def test_test_streams_and_pruning_batches() -> None:

@@ -259,6 +259,7 @@ def test_scores_made_once_give_the_masks_of_the_loop() -> None:
         np.testing.assert_allclose(info.pruned_score, wanted_info.pruned_score, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_masks_are_those_of_runs_alone(tmp_path: pathlib.Path) -> None:
     grid, single = Workdir(tmp_path / "grid"), Workdir(tmp_path / "alone")
     runs = _runs(pruner=("grasp", "random", "synflow"), num_iterations=(1, 2), compression=(2, 30))
@@ -303,8 +304,11 @@ def test_networks_scores_and_programs_are_shared(
     # The first run of each rule traces; the other seed only asks for the shapes of its network.
     first = counts[0, "synflow", "linear", 2.0]
     assert counts[0, "snip", "linear", 2.0] == counts[0, "snip", "exponential", 30.0] < first
-    assert first == counts[0, "synflow", "exponential", 30.0]
-    assert len(traced) <= first + 1
+    # Whether the first network without a path has collapsed is checked once more, in float64.
+    again = counts[0, "synflow", "linear", 30.0]
+    assert counts[0, "synflow", "linear", 5.0] == first <= again <= first + 1
+    assert again == counts[0, "synflow", "exponential", 30.0]
+    assert len(traced) <= again + 1
 
 
 def test_a_failing_run_stops_no_other(tmp_path: pathlib.Path) -> None:
@@ -318,7 +322,7 @@ def test_a_failing_run_stops_no_other(tmp_path: pathlib.Path) -> None:
     listed = json.loads(workdir.failed_path.read_text())
     assert [run["run_id"] for run in listed] == [outcome.run.prune_id for outcome in failed]
     with pytest.raises(
-        ValueError, match=r"2 of 6 runs failed, the first one so: prune\.compression"
+        ValueError, match=r"2 of 6 runs failed\. The first error: prune\.compression"
     ):
         failures.check(failed, len(runs), workdir)
 

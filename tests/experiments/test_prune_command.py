@@ -116,6 +116,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     assert damaged.returncode != 0 and "line 1" in damaged.stderr
 
 
+@pytest.mark.slow
 def test_a_certificate_is_written_and_can_be_verified(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
@@ -154,8 +155,15 @@ def test_a_certificate_is_written_and_can_be_verified(
         assert (
             forged.returncode == 2 and message in forged.stderr and forged.stderr.count("\n") == 1
         ), forged.stderr
-    missing = _prune(cache, "--verify=none.json")
-    assert missing.returncode == 2 and "'none.json' does not exist" in missing.stderr
+    (tmp_path / "no_certificate.json").write_text("{}")
+    for value, message in (
+        ("none.json", "'none.json' does not exist"),
+        (f"{tmp_path / 'no_certificate.json'}", "no_certificate.json' is not a certificate"),
+        ("", "--verify='' names no certificate"),
+    ):
+        refused = _prune(cache, f"--verify={value}")
+        assert refused.returncode == 2 and message in refused.stderr
+        assert refused.stdout == ""  # no progress bar before an error
 
 
 def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
@@ -168,6 +176,7 @@ def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
     assert re.split(r",\s+", text.strip()) == keys
 
 
+@pytest.mark.slow
 def test_one_network_on_several_devices(
     tmp_path: pathlib.Path, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,10 +273,38 @@ BAD = {
         "prune.examples_per_class=0",
         "at least 1",
     ),
-    "pattern of nothing": (["--config.prune.exclude=fc7"], "exclude='fc7'", "mend the pattern"),
+    "pattern of nothing": (["--config.prune.exclude=fc7"], "exclude='fc7'", "fix the pattern"),
     "no folder": (["--workdir="], "--workdir=''", "--workdir=DIR"),
-    "flag": (["--seed=3"], "seed", "Unknown command line flag"),
-    "word": (["seed"], "'seed'", "Flags begin with --"),
+    "key as a flag": (["--seed=3"], "--seed is not a flag", "Did you mean --config.seed?"),
+    "key of a part as a flag": (
+        ["--compression=3"],
+        "--compression",
+        "--config.prune.compression?",
+    ),
+    "misspelled flag": (["--workdr=runs"], "--workdr is not a flag", "Did you mean --workdir?"),
+    "unknown flag": (["--xyzzy=3"], "--xyzzy is not a flag", "--help lists the flags"),
+    "word": (["seed"], "'seed' is not a flag", "Write --name=value"),
+    "number": (["--config.prune.compression=abc"], "compression=abc", "must be a number (float)"),
+    "whole number": (["--config.seed=1.5"], "--config.seed=1.5", "must be a whole number (int)"),
+    "optional whole number": (
+        ["--config.prune.num_iterations=1.5"],
+        "--config.prune.num_iterations=1.5",
+        "must be a whole number (int)",
+    ),
+    "bool": (["--config.prune.nested=maybe"], "nested=maybe", "must be True or False (bool)"),
+    "key of a grid with its part": (
+        ["--config.grid.prune.pruner=snip"],
+        "--config.grid.prune.pruner is not a key of the config",
+        "Did you mean --config.grid.pruner?",
+    ),
+    "unknown key": (["--config.xyzzy=3"], "--config.xyzzy is not a key", "The keys are: model,"),
+    "group of keys": (["--config.data=here"], "--config.data is a group of keys", "data.dir"),
+    "letters as seeds": (["--config.grid.seed=a,b"], "grid.seed holds 'a,b'", "whole numbers"),
+    "nearest network": (
+        ["--config.model=cifar_resnet21"],
+        "model='cifar_resnet21'",
+        "Did you mean cifar_resnet20?",
+    ),
 }
 
 
@@ -295,6 +332,11 @@ def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None
     assert not workdir.exists() or not list(workdir.iterdir())
 
 
+def test_a_hint_replaces_the_list_of_keys(bad: tuple[pathlib.Path, dict[str, Any]]) -> None:
+    assert "The keys are" not in bad[1]["key"].stderr
+    assert "make_optimizer" not in bad[1]["unknown key"].stderr  # no flag can set it
+
+
 def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     broken, foreign = tmp_path / "broken.py", tmp_path / "foreign.py"
     broken.write_text("def get_config(:\n")
@@ -302,7 +344,12 @@ def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
         "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict()\n"
     )
     for flags, message in (
-        (["--config=none.py"], "no such file"),
+        (["--config=none.py"], "--config=none.py: there is no such file"),
+        (["--config", "none.py"], "--config=none.py: there is no such file"),
+        (["--config=configs"], "--config=configs is a folder, not a file"),
+        (["--config="], "--config= names no file"),
+        (["--config=README.md"], "--config=README.md is not a Python file"),
+        (["--config=configs/recipes.py"], "recipes.py has no function get_config()"),
         ([f"--config={broken}"], "does not load: SyntaxError"),
         ([f"--config={foreign}"], "--config is a ConfigDict"),
         ([], "--config is missing"),
@@ -318,7 +365,7 @@ def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None
     (tmp_path / "file").write_text("")
     result = _prune(cache, "--config=configs/digits.py", f"--workdir={tmp_path / 'file'}")
     assert result.returncode != 0
-    assert "cannot be written" in result.stderr
+    assert "is a file, not a folder" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -218,6 +218,7 @@ def test_loops_and_batches_agree(tmp_path: pathlib.Path) -> None:
                 )
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +307,7 @@ def test_compact_runs_train_by_themselves(tmp_path: pathlib.Path) -> None:
     assert compact.row["compact"] and not collapsed.row["compact"]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_sweep() -> None:
     runs = resolve(_grid(seed=(0, 1), compression=(2.0, 10.0), pruner=("random", "snip")))
     text = io.StringIO()

@@ -183,7 +183,7 @@ BAD = {
     "epochs": (["--config.train.num_epochs=0"], "train.num_epochs=0", "at least 1"),
     "batch": (["--config.train.batch_size=2000"], "batch_size=2000", "1438"),
     "rate": (["--config.train.learning_rate=nan"], "train.learning_rate=nan", "at least 0"),
-    "drops": (["--config.train.drops=(3,2)"], "train.drops=(3, 2)", "rising"),
+    "drops": (["--config.train.drops=(3,2)"], "train.drops=(3, 2)", "in increasing order"),
     "dtype": (
         ["--config.train.compute_dtype=float16"],
         "train.compute_dtype='float16'",
@@ -207,6 +207,7 @@ def bad(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None:
     (_, argument, cure), workdir, result = BAD[case], bad[0] / case, bad[1][case]
@@ -302,6 +303,7 @@ def test_checkpoints_come_back_and_know_their_run(tmp_path: pathlib.Path) -> Non
         checkpoints.restore_latest(opened, _tree())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # grain and orbax warn
 def test_streamed_runs_go_on_as_others_do(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,7 @@ def test_a_residual_network_of_300_layers_is_pruned_in_float32_as_in_float64() -
     assert same >= 0.999 * sum(trees.sizes(narrow))
 
 
+@pytest.mark.slow
 def test_beyond_float64_the_path_norm_has_its_logarithm_and_scores_are_conserved() -> None:
     params = _deep_params(2000, 8, 1.0)
     mask = trees.prunable(params)
@@ -191,6 +192,7 @@ def test_bfloat16_scores_a_network_beyond_its_range() -> None:
         np.testing.assert_allclose(shift * np.asarray(a, np.float32), b, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_branches_meet_at_the_larger_exponent() -> None:
     x, w = jnp.full((1, 2), 3.0), jnp.full((2, 2), 8.0)
     assert jnp.isinf(_branches(x, w))

@@ -673,6 +673,7 @@ def test_shapes_of_outputs_and_of_any_batch(model: nn.Module, shape: tuple[int, 
         assert outputs.shape == (batch, 10) and outputs.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_weights_drawn_one_by_one_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks that networks of very many leaves get the same numbers, up to rounding."""
     model = models.create("cifar_vgg11_bn", 10, width_multiplier=1 / 16)

@@ -345,8 +345,14 @@ def test_rows_that_do_not_fit(tmp_path: pathlib.Path, grid: list[rows.Row]) -> N
         fig1.panels([*grid, {**twin, "run_id": "other"}], "best")
     with pytest.raises(ValueError, match=r"--accuracy=mean is unknown. Choose one of best, last"):
         fig1.panels(grid, "mean")
-    with pytest.raises(ValueError, match=r"rows.jsonl does not exist. Make rows by train.py"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl does not exist. Make rows by python train.py --config=paper"
+    ):
         rows.read_trained([tmp_path / "none"])
+    with pytest.raises(ValueError, match=r"--config=paper/configs/fig6_digits.py"):
+        rows.read_trained([tmp_path / "none"], "fig6")
+    with pytest.raises(ValueError, match=r"--config=paper/configs/fig3.py"):
+        rows.read(tmp_path / "none", "fig3")
     with pytest.raises(ValueError, match=r"holds no training row"):
         rows.read_trained([_write(tmp_path / "pruned", [_pair("snip", 10.0, 0, 90, False)[:1]])])
     bad = tmp_path / "bad.json"

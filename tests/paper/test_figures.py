@@ -191,6 +191,7 @@ def test_the_command_writes_png_and_pdf(folder: pathlib.Path, tmp_path: pathlib.
     assert png.read_bytes().startswith(b"\x89PNG") and pdf.read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_bad_commands(tmp_path: pathlib.Path) -> None:
     for arguments, argument, cure in (
         (

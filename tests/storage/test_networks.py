@@ -212,6 +212,7 @@ def test_variables_that_do_not_fit_are_not_written(tmp_path: pathlib.Path) -> No
 # A program
 
 
+@pytest.mark.slow
 def test_the_program_runs_without_this_package(tmp_path: pathlib.Path) -> None:
     """Checks logits to 1e-6, for two batch sizes, in a process that cannot import the package."""
     inputs, expected = {}, {}

@@ -168,7 +168,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
 
 def test_unwritable_folder_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"workdir='.*file/sub' cannot be written"):
+    with pytest.raises(ValueError, match=r"workdir='.*file/sub': '.*file' is a file, not a folder"):
         storage.check_writable(tmp_path / "file" / "sub")
 
 

@@ -255,6 +255,7 @@ def test_what_cannot_be_used_is_refused(runs: Runs, pruned: Pruned, tmp_path: pa
     assert "collapsed" in form.explain()
 
 
+@pytest.mark.slow
 def test_the_choice_is_by_counts_and_leaves_the_function(pruned: Pruned) -> None:
     network, mask, _ = pruned
     form = _choose(_settings(None), network, mask)

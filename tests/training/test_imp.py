@@ -282,6 +282,7 @@ def test_damaged_levels_are_found(made: Made, network: models.Network, recipe: R
     assert again["mask_sha256"] == row["mask_sha256"] and mask_file.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # orbax warns
 def test_a_sweep_takes_imp_together_with_other_rules(tmp_path: pathlib.Path) -> None:
     settings = dataclasses.replace(

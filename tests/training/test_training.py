@@ -163,6 +163,7 @@ def test_pruned_weights_stay_at_zero(
     assert all(jax.tree.leaves(kept))
 
 
+@pytest.mark.slow
 def test_chunks_epochs_and_whole_runs_agree() -> None:
     model, optimizer, arrays = Small(), _sgd(), _arrays()
     params, batch_stats, mask = _start(model)
@@ -200,6 +201,7 @@ def test_chunks_epochs_and_whole_runs_agree() -> None:
     assert all(np.isfinite(values).all() for values in curve.values())
 
 
+@pytest.mark.slow
 def test_whole_runs_can_be_mapped() -> None:
     train = training.make_train(Small(), _sgd(), SPEC, num_epochs=1, batch_size=8)
     arrays = _arrays()
@@ -396,6 +398,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives() -> None:
     code = "import jax\njax.config.update('jax_num_cpu_devices', 4)\n" + SHARDED
     result = subprocess.run(

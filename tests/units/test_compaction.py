@@ -155,7 +155,7 @@ def _trained(tree: Tree, seed: int) -> Tree:
     return jax.tree.map(changed, tree)
 
 
-@pytest.mark.parametrize("name", slow_except(["fc", "conv"], NETWORKS))
+@pytest.mark.parametrize("name", slow_except(["fc"], NETWORKS))
 def test_the_compact_network_is_the_same_function(name: str) -> None:
     network = NETWORKS[name]
     model = network.make()
@@ -281,6 +281,7 @@ def test_constants_are_folded_where_that_is_exact(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_constants_on_padding_are_folded_within_a_tolerance() -> None:
     model, input_shape = ConvNet(3, (8, 6)), (6, 6, 2)
     params, _ = models.init(model, input_shape, jax.random.key(0))

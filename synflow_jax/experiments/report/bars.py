@@ -140,10 +140,16 @@ def _outcome_in_words(outcome: Outcome) -> str:
 @contextlib.contextmanager
 def verification(output: Console) -> Iterator[Callable[[int, int], None]]:
     """Shows the verification of a certificate. Yields `on_progress` of `certificates.verify`."""
-    with rich.progress.Progress(*columns(), console=output) as bar:
-        task = bar.add_task("verifying", total=None, now="")
+    bar = rich.progress.Progress(*columns(), console=output)
+    task = bar.add_task("verifying", total=None, now="")
 
-        def update(num_done: int, total: int) -> None:
-            bar.update(task, completed=num_done, total=total)
+    def update(num_done: int, total: int) -> None:
+        # The bar starts at the first call, so that no bar precedes an error in the files.
+        bar.start()
+        bar.update(task, completed=num_done, total=total)
 
+    try:
         yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()

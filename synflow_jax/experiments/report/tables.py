@@ -27,7 +27,7 @@ def row(output: Console, found: Mapping[str, Any]) -> None:
     maximum = found["max_compression"]
     kept, total = found["kept"], found["total"]
     output.print(
-        f"compression {reached:,.2f} (asked {asked:g}, maximal {maximum:,.0f}): "
+        f"compression {reached:,.2f} (asked {_number(asked)}, maximal {_number(maximum)}): "
         f"{kept:,} of {total:,} weights, {100 * multiply_adds:.3g} % of the multiply-adds"
     )
     if found["collapsed"]:
@@ -39,6 +39,15 @@ def row(output: Console, found: Mapping[str, Any]) -> None:
         output.print(f"not collapsed: log10 of the path norm is {found['log10_objective']:.4f}")
     _largest_cut(output, found)
     _shortfall(output, found)
+
+
+def _number(value: float) -> str:
+    """Returns a compression with at most two decimals.
+
+    >>> _number(100.0), _number(86_794.66667)
+    ('100', '86,794.67')
+    """
+    return f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
 def _layers(output: Console, found: Mapping[str, Any]) -> None:
