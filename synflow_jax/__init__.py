@@ -1,4 +1,4 @@
-"""Prunes neural networks at initialization: SynFlow (arXiv 2006.05467) and the rules beside it.
+"""Prunes neural networks at initialization: SynFlow (arXiv 2006.05467) and its baselines.
 
 Everything here runs on NumPy, JAX and chex alone. The wings are imported by name, for instance
 `from synflow_jax import models` for the networks of the paper in Flax.
