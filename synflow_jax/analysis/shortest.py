@@ -171,6 +171,7 @@ def _evaluated(
 ) -> tuple[jax.Array, Notes]:
     """Evaluates costs of weights. The weights themselves count as pruned unless a cost is paid."""
     pruned = trees.map_prunable(lambda _, leaf: jnp.zeros_like(leaf), mask, params)
+    pruned = jax.lax.optimization_barrier(pruned)
     return evaluate(semiring, apply_fn, trees.merge(pruned, params), costs, input_shape)
 
 

@@ -19,6 +19,7 @@ from synflow_jax.analysis.dependence.values import (
     Analysis,
     Degree,
     Degrees,
+    NotLean,
     Origin,
     Value,
     Values,
@@ -84,10 +85,14 @@ def _channels_of_product(
     b: Value,
     multiply: Callable[[Degree, Degree], Degree],
     shape: Sequence[int],
-) -> Degrees:
+) -> list[Degree | None]:
     """Follows a product: it depends on one factor as far as the other is not 0."""
-    channels = []
+    channels: list[Degree | None] = []
+    varies = a.varies is not None or b.varies is not None
     for channel in CHANNELS:
+        if channel == "moves" and varies and analysis.is_lean:
+            channels.append(None)
+            continue
         of_a, of_b = getattr(a, channel), getattr(b, channel)
         terms = []
         if of_a is not None:
@@ -174,6 +179,8 @@ def _move(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
 def _shifted(analysis: Analysis, outputs: Values, data: Values, indices: Values) -> Values:
     """Adds that an index may depend on something: then every output does, on all data."""
+    if analysis.is_lean and any(x.varies is not None for x in indices):
+        raise NotLean
     turn = over_all(analysis, indices, CHANNELS)
     if turn is None:
         return outputs

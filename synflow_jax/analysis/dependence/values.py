@@ -70,18 +70,26 @@ class Notes:
     products: tuple[str, ...] = ()
 
 
+class NotLean(Exception):
+    """Ends a lean analysis of a program that needs the full one."""
+
+
 @dataclasses.dataclass
 class Analysis:
     """Holds the state of an analysis.
 
     Attributes:
       semiring: how dependences combine.
+      is_lean: whether to leave out how values that depend on the input depend on weights besides.
+        Most networks do not need it, and it takes more than half of the time to compile. Where it
+        is needed, `NotLean` is raised.
       depth: the number of loops around the present step.
       num_uses: how often each parameter meets a value that depends on the input.
       products: see `Notes`.
     """
 
     semiring: Semiring
+    is_lean: bool = False
     depth: int = 0
     num_uses: dict[str, int] = dataclasses.field(default_factory=dict)
     products: list[str] = dataclasses.field(default_factory=list)
@@ -118,6 +126,8 @@ def nonzero(analysis: Analysis, x: Value) -> Degree:
     # A NaN is 0 / 0, as of a kernel that is divided by its norm and has no weights left.
     is_set = (x.array != 0) & (x.array == x.array)
     degree = jnp.where(is_set, jnp.float32(semiring.always), jnp.float32(semiring.never))
+    if analysis.is_lean and x.varies is not None:
+        raise NotLean
     for channel in (x.varies, x.moves):
         if channel is not None:
             degree = semiring.join(degree, channel)
@@ -213,6 +223,8 @@ def over_all(analysis: Analysis, operands: Values, channels: Sequence[str]) -> D
 def choose(analysis: Analysis, index: Value, cases: Values) -> Value:
     """Chooses among cases of one shape, per element or as a whole, as `lax.select_n` does."""
     semiring = analysis.semiring
+    if analysis.is_lean and index.varies is not None:
+        raise NotLean
     arrays = [case.array for case in cases]
     array = jax.lax.select_n(index.array, *arrays)
     shape = jnp.shape(array)
@@ -272,7 +284,7 @@ def rule(primitives: str) -> Callable[[RuleFn], RuleFn]:
                 for x in made_of_weights:
                     analysis.note_use(x)
             outputs = function(analysis, eqn, operands)
-            return [_with_leaves(x, made_of_weights) for x in outputs]
+            return [_finished(analysis, x, made_of_weights) for x in outputs]
 
         TABLE.rule(primitives)(followed)
         return function
@@ -280,9 +292,11 @@ def rule(primitives: str) -> Callable[[RuleFn], RuleFn]:
     return register
 
 
-def _with_leaves(x: Value, made_of_weights: Values) -> Value:
+def _finished(analysis: Analysis, x: Value, made_of_weights: Values) -> Value:
     """Notes the parameters that a value is computed from, unless it depends on the input."""
-    if x.varies is not None or not made_of_weights:
+    if x.varies is not None:
+        return x._replace(moves=None) if analysis.is_lean else x
+    if not made_of_weights:
         return x
     origins = [operand.origin for operand in made_of_weights]
     leaves = functools.reduce(operator.or_, [origin.leaves for origin in origins])
