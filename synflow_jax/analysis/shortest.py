@@ -69,8 +69,9 @@ def bounds(
     essential = [name for name in names if _is_essential(cost_of, ones, name)]
     lower = _lower_bound(cost_of, ones, essential, notes)
     if lower < upper:
-        twice = [name for name in essential if name in notes.reused]
-        upper = min(upper, _with_single_weights(cost_of, ones, twice, lower))
+        # The factors of a product may have any parameter in common.
+        twice = essential if notes.products else set(essential) & set(notes.reused)
+        upper = min(upper, _with_single_weights(cost_of, ones, sorted(twice), lower))
     return Bounds(lower, upper, notes)
 
 

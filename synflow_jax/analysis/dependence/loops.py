@@ -128,7 +128,7 @@ def _scan(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     xs = [_bare(x) for x in scan.xs]
     one_slice = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
     carry = list(map(_strong, scan.carry, variables[:num_carry]))
-    flags = _settled(analysis, lambda values: body(values, one_slice), carry)
+    flags = _settled(analysis, body, carry, one_slice)
 
     def step(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Any, Any]:
         outputs = body(carry, slices)
@@ -142,22 +142,30 @@ def _scan(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
 def _settled(
     analysis: Analysis,
-    body: Callable[[Sequence[Any]], Values],
+    body: Callable[..., Values],
     carry: Values,
+    *slices: Any,
 ) -> list[Flags]:
-    """Returns which channels the carried values have after any number of rounds."""
+    """Returns which channels the carried values have after any number of rounds.
+
+    Args:
+      analysis: the state.
+      body: of the loop, as (arrays of carried values, slices).
+      carry: the values before the first round.
+      slices: that a round of a scan takes, as shapes.
+    """
 
     def after(flags: list[Flags]) -> list[Flags]:
         found: list[Flags] = []
 
-        def probe(values: Sequence[Any]) -> tuple:
-            found.extend(map(_flags, body(values)[: len(carry)]))
+        def probe(values: Sequence[Any], *slices: Any) -> tuple:
+            found.extend(map(_flags, body(values, *slices)[: len(carry)]))
             return ()
 
         values = [_bare(_with_flags(analysis, x, f)) for x, f in zip(carry, flags, strict=True)]
         before = dict(analysis.num_uses)
         # Only the structure is wanted, so nothing is computed.
-        jax.eval_shape(probe, values)
+        jax.eval_shape(probe, values, *slices)
         analysis.num_uses = before
         return found
 
