@@ -71,7 +71,10 @@ def bounds(
     if lower < upper:
         # The factors of a product may have any parameter in common.
         twice = essential if notes.products else set(essential) & set(notes.reused)
-        upper = min(upper, _with_single_weights(cost_of, ones, sorted(twice), lower))
+        found = _with_single_weights(cost_of, ones, sorted(twice), lower)
+        upper = round(min(upper, found))
+    if lower < upper:
+        lower += sum(_needs_two(cost_of, ones, name) for name in essential)
     return Bounds(lower, upper, notes)
 
 
@@ -124,8 +127,23 @@ def _with_single_weights(
                 best, cost = single, found
             if len(names) + cost <= lower:
                 break
+        if math.isinf(cost):
+            return cost
         costs[name] = best
     return len(names) + cost
+
+
+def _needs_two(cost_of: CostFn, ones: Costs, name: str) -> bool:
+    """Returns whether no single weight of an essential parameter leaves a path."""
+    if ones[name].size > _NUM_TRIED:
+        return False
+    for place in np.ndindex(*ones[name].shape):
+        single = _uniform(ones[name], math.inf)
+        single[place] = 0
+        cost, _ = cost_of(COST, {**ones, name: single})
+        if math.isfinite(cost):
+            return False
+    return True
 
 
 def _places(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -201,6 +201,12 @@ def flow(
     return [Value(*parts) for parts in zip(arrays, varies, moves, strict=True)]
 
 
+def value_of(array: Any, channels: Sequence[Degree | None]) -> Value:
+    """Returns a value with these channels, in the order of CHANNELS."""
+    varies, moves = channels
+    return Value(array, varies, moves)
+
+
 def shape_of(variable: Any) -> tuple[int, ...]:
     """Returns the shape of a variable of a jaxpr."""
     return tuple(variable.aval.shape)
@@ -220,27 +226,88 @@ def over_all(analysis: Analysis, operands: Values, channels: Sequence[str]) -> D
     return joined(analysis, totals, ())
 
 
-def choose(analysis: Analysis, index: Value, cases: Values) -> Value:
-    """Chooses among cases of one shape, per element or as a whole, as `lax.select_n` does."""
-    semiring = analysis.semiring
-    if analysis.is_lean and index.varies is not None:
-        raise NotLean
+def leaves_of(values: Values) -> frozenset[str]:
+    """Returns the prunable parameters that values without the input are computed from."""
+    leaves: frozenset[str] = frozenset()
+    return leaves.union(*[x.origin.leaves for x in values])
+
+
+def both_of(
+    analysis: Analysis,
+    step: str,
+    a: Values,
+    b: Values,
+) -> Callable[[Degree, Degree], Degree]:
+    """Returns how the dependences of these values combine where they are needed together.
+
+    Args:
+      analysis: records the step, if the two may need the same weights.
+      step: the name of the primitive.
+      a, b: values on either side.
+    """
+    # Two functions of one value, as in x * sigmoid(x), need the same weights.
+    if need_the_same([*a, *b]):
+        return analysis.semiring.shared
+    if present(a, "varies") and present(b, "varies"):
+        analysis.products.append(step)
+    for leaf in leaves_of(a) & leaves_of(b):
+        analysis.num_uses[leaf] = 2
+    return analysis.semiring.both
+
+
+def choose(analysis: Analysis, step: str, index: Value, cases: Values) -> Value:
+    """Chooses among cases of one shape, per element or as a whole, as `lax.select_n` does.
+
+    step: the name of the primitive.
+    """
     arrays = [case.array for case in cases]
     array = jax.lax.select_n(index.array, *arrays)
-    shape = jnp.shape(array)
-    # By what another case can be chosen than the one that the index says.
-    turn = joined(analysis, [*present([index], "varies"), *present([index], "moves")], shape)
+
+    def follow(degrees: Degrees) -> Degrees:
+        return [jax.lax.select_n(index.array, *degrees)]
+
+    [chosen] = flow(analysis, cases, [array], follow)
+    if index.is_constant:
+        return chosen
+    both = both_of(analysis, step, [index], cases)
+    return _with_choice(analysis, chosen, index, cases, both)
+
+
+def _with_choice(
+    analysis: Analysis,
+    chosen: Value,
+    index: Value,
+    cases: Values,
+    both: Callable[[Degree, Degree], Degree],
+) -> Value:
+    """Adds that the index may depend on something, so that another case may be chosen."""
+    if analysis.is_lean:
+        raise NotLean
+    shape = jnp.shape(chosen.array)
+    of_index = [*present([index], "varies"), *present([index], "moves")]
+    turn = joined(analysis, of_index, shape)
+    differ = _difference(analysis, cases)
     channels = []
     for channel in CHANNELS:
-        degrees = present([index], channel)
-        if present(cases, channel):
-            of_cases = [filled(analysis, case, channel) for case in cases]
-            degrees.append(jax.lax.select_n(index.array, *of_cases))
-            if turn is not None:
-                any_case = functools.reduce(semiring.join, of_cases)
-                degrees.append(semiring.both(any_case, turn))
+        degrees = present([chosen], channel)
+        for degree in present([index], channel):
+            # The choice matters as far as there is a difference between the cases.
+            degrees.append(both(jnp.broadcast_to(degree, shape), differ))
+        of_cases = joined(analysis, present(cases, channel), shape)
+        if of_cases is not None and turn is not None:
+            degrees.append(both(of_cases, turn))
         channels.append(joined(analysis, degrees, shape))
-    return Value(array, *channels)
+    return value_of(chosen.array, channels)
+
+
+def _difference(analysis: Analysis, cases: Values) -> Degree:
+    """Returns by what each element can differ between cases."""
+    semiring = analysis.semiring
+    first, *others = [case.array for case in cases]
+    is_other = functools.reduce(operator.or_, [other != first for other in others])
+    degree = jnp.where(is_other, jnp.float32(semiring.always), jnp.float32(semiring.never))
+    degrees = [*present(cases, "varies"), *present(cases, "moves")]
+    return functools.reduce(semiring.join, degrees, degree)
 
 
 # ------------------------------------------------------------------------------------------- Table
@@ -298,7 +365,5 @@ def _finished(analysis: Analysis, x: Value, made_of_weights: Values) -> Value:
         return x._replace(moves=None) if analysis.is_lean else x
     if not made_of_weights:
         return x
-    origins = [operand.origin for operand in made_of_weights]
-    leaves = functools.reduce(operator.or_, [origin.leaves for origin in origins])
-    depth = min(origin.depth for origin in origins)
-    return x._replace(origin=Origin(leaves, depth))
+    depth = min(operand.origin.depth for operand in made_of_weights)
+    return x._replace(origin=Origin(leaves_of(made_of_weights), depth))
