@@ -1,7 +1,8 @@
 """Tests the analysis of paths on small networks whose paths can be counted by hand.
 
 - The path norm of a chain is the product of its absolute matrices, also beyond float32.
-- A mask has collapsed exactly if no path leads from the inputs to the outputs. Biases do not count.
+- A mask has collapsed exactly if no path leads from the inputs to the outputs. What makes output
+  without input does not count: biases, position embeddings, class tokens, running means.
 - The maximal compression leaves one weight in each layer of the shortest path.
 - The effective mask holds the weights that are on a path, however little flows through them.
 - The critical compression is the largest at which a rule leaves a path.
@@ -97,6 +98,75 @@ def test_skips_shorten_the_path() -> None:
 
     params = {f"layer{i:03d}": {"w": jnp.ones((4, 4))} for i in range(100)}
     assert analysis.shortest_path(residual, params, trees.prunable(params), (4,)) == 1
+
+
+@pytest.mark.slow
+def test_the_shortest_path_of_300_plain_layers() -> None:
+    params = _mlp_params([2] * 301)
+    mask = trees.prunable(params)
+    assert analysis.max_compression(_mlp, params, mask, (2,)) == 4
+
+
+def _embedding(p: trees.Params, x: jax.Array) -> jax.Array:
+    hidden = x @ p["embed"]["kernel"] + p["position"][None]
+    return jax.nn.relu(hidden).mean(1) @ p["head"]["kernel"]
+
+
+def _class_token(p: trees.Params, x: jax.Array) -> jax.Array:
+    token = jnp.broadcast_to(p["token"], (len(x), 1, 8))
+    hidden = jnp.concatenate([token, x @ p["embed"]["kernel"]], 1)
+    return jax.nn.relu(hidden).mean(1) @ p["head"]["kernel"]
+
+
+def _running_mean(p: trees.Params, x: jax.Array) -> jax.Array:
+    mean = jnp.linspace(-3.0, 3.0, 8)[None, None]  # as after training, held in the closure
+    return jax.nn.relu(x @ p["embed"]["kernel"] - mean).mean(1) @ p["head"]["kernel"]
+
+
+@pytest.mark.parametrize("apply_fn", [_embedding, _class_token, _running_mean])
+def test_constants_are_no_path(apply_fn: scores.ApplyFn) -> None:
+    params = {
+        "embed": {"kernel": jnp.ones((6, 8))},
+        "position": jnp.ones((5, 8)),
+        "token": jnp.ones((1, 8)),
+        "head": {"kernel": jnp.ones((8, 3))},
+    }
+    mask = trees.prunable(params)
+    emptied = mask | {"embed": {"kernel": jnp.zeros((6, 8), bool)}}
+    assert analysis.collapsed(apply_fn, params, emptied, (5, 6))
+    assert analysis.max_compression(apply_fn, params, mask, (5, 6)) == 72 / 2
+
+
+def test_a_living_network_with_negative_running_means_has_not_collapsed() -> None:
+    # All inputs of the ReLU are negative at an input of ones, but not at every input.
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["w"] - 100) @ p["w"]
+    params, mask = {"w": jnp.ones((2, 2))}, {"w": jnp.ones((2, 2), bool)}
+    assert not analysis.collapsed(apply_fn, params, mask, (2,))
+
+
+def test_prunable_biases_count_in_the_total_and_on_no_path() -> None:
+    params = _mlp_params([4, 8, 2])
+    for biases, total in ((False, 48), (True, 58)):
+        mask = trees.prunable(params, biases=biases)
+        assert analysis.max_compression(_mlp, params, mask, (4,)) == total / 2
+
+
+def test_prunable_leaves_may_have_no_axes_and_no_elements() -> None:
+    apply_fn = lambda p, x: p["gate"] * x @ p["w"] + x @ p["in"] @ p["out"]
+    params = {
+        "gate": jnp.float32(2),
+        "w": jnp.ones((4, 3)),
+        "in": jnp.ones((4, 0)),
+        "out": jnp.ones((0, 3)),
+        "count": jnp.int32(7),
+        "key": jax.random.key(0),
+    }
+    mask = {name: jnp.ones(params[name].shape, bool) for name in ("gate", "w", "in", "out")}
+    mask |= {"count": None, "key": None}
+    assert analysis.max_compression(apply_fn, params, mask, (4,)) == 13 / 2
+    assert not analysis.collapsed(apply_fn, params, mask, (4,))
+    found = analysis.effective_mask(apply_fn, params, mask, (4,))
+    assert sum(int(leaf.sum()) for leaf in jax.tree.leaves(found)) == 13
 
 
 def test_a_network_that_ignores_its_input_has_no_path() -> None:

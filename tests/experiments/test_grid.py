@@ -360,6 +360,13 @@ def test_excluded_parameters_are_holes_of_the_mask() -> None:
     assert names == [f"{name}/{kind}" for name in layers for kind in ("bias", "kernel")]
 
 
+def test_compressions_beyond_the_maximum_are_refused_with_prunable_biases() -> None:
+    for biases in (False, True):
+        run = resolve_one(_with_prune(SMALL, biases=biases, compression=1.7e4))
+        with pytest.raises(ValueError, match="divided by the 6 on the shortest path"):
+            initialization.build(run)
+
+
 def test_compressions_beyond_the_maximum_are_run_if_asked_for(tmp_path: pathlib.Path) -> None:
     prune = PruneConfig(pruner="random", compression=1e4, beyond_maximum=True)
     run = resolve_one(_with(SMALL, prune=prune))
