@@ -149,7 +149,11 @@ def effective_mask(
 
     total / kept of the result is the *effective* compression, which is at least that of `mask`.
     Weights that are 0 are on no path. The output depends on the input through no other weight.
-    Arguments and errors as `collapsed`.
+    Arguments as `log10_path_norm`.
+
+    Raises:
+      ValueError: as `collapsed`; or `apply_fn` has a loop whose number of rounds is not known before
+        it runs, through which JAX cannot differentiate.
     """
     return compiled(_on_paths, apply_fn, input_shape)(params, mask)
 
