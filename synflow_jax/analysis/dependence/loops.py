@@ -108,7 +108,7 @@ def _cond(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
 @TABLE.rule("scan")
 def _scan(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
-    """Runs a scan that carries dependences beside the values."""
+    """Evaluates a scan that carries dependences beside the values."""
     if all(x.is_constant for x in operands):
         return constants(eqn, operands)
     scan = Scan.of(eqn, operands)
@@ -174,7 +174,7 @@ def _settled(
 
 @TABLE.rule("while")
 def _while(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
-    """Runs a loop that carries dependences beside the values.
+    """Evaluates a loop that carries dependences beside the values.
 
     If the number of rounds depends on the input, so does every carried value. The loop then goes on
     until no dependence is new.
@@ -230,7 +230,7 @@ def _unknown_length(
     condition: Callable[..., Value],
     start: Values,
 ) -> Values:
-    """Runs a loop whose number of rounds may depend on the input."""
+    """Evaluates a loop whose number of rounds may depend on the input."""
     both: Flags = (True, True)
     full = [_bare(_with_flags(analysis, x, both)) for x in start]
     never = jnp.float32(analysis.semiring.never)
