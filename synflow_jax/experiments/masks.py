@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import jax
 
 from synflow_jax import certified, masking, pruning, scores, storage
-from synflow_jax.experiments import certificates, events, initialization, memory, rows, rules
+from synflow_jax.experiments import (
+    certificates,
+    events,
+    initialization,
+    memory,
+    row_schema,
+    rows,
+    rules,
+)
 from synflow_jax.experiments.events import Built, EventFn, Failed, Finished
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.run import Run
@@ -211,9 +219,9 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
-      ValueError: the mask is damaged.
+      ValueError: the row or the mask is damaged.
     """
-    row = workdir.find_row(run.prune_id)
+    row = row_schema.find_pruned(run.prune_id, workdir)
     if row is None:
         return None
     # A row is written last, but someone may have deleted or not copied the files.
