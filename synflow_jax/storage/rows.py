@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -77,10 +77,23 @@ def write_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
         old_rows = read_rows(path)
         rows = [old for old in old_rows if old["run_id"] != row["run_id"]]
         rows.append(dict(row))
-        lines = [json.dumps(files.to_json(each)) for each in rows]
-        content = "".join(f"{line}\n" for line in lines)
-        # The whole file is written anew: an appended line could be cut off by a crash.
-        files.write_bytes(path, content.encode())
+        _write_rows(path, rows)
+
+
+def delete_rows(path: pathlib.Path, run_ids: Collection[str]) -> None:
+    """Removes the rows of some runs from a file. A file without them is left alone."""
+    if not any(row["run_id"] in run_ids for row in read_rows(path)):
+        return
+    with _locked(path):
+        left = [row for row in read_rows(path) if row["run_id"] not in run_ids]
+        _write_rows(path, left)
+
+
+def _write_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a whole file anew: a line that is appended could be cut off by a crash."""
+    lines = [json.dumps(files.to_json(each)) for each in rows]
+    content = "".join(f"{line}\n" for line in lines)
+    files.write_bytes(path, content.encode())
 
 
 def of_this_process(path: pathlib.Path) -> pathlib.Path:
