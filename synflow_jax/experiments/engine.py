@@ -7,6 +7,7 @@ time, and however often it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -39,6 +40,9 @@ from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints
 from synflow_jax.training.forms import Form
 from synflow_jax.trees import Mask
+
+# How many runs are locked at a time before their rows are deleted.
+_LOCKS_AT_ONCE = 100
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -96,12 +100,15 @@ def run(
 ) -> list[Outcome]:
     """Prunes and trains runs, unless the folder already holds their rows.
 
-    1. Find the runs that have a row. They are finished.
-    2. Read the data, so that an error is found before long work.
-    3. Prune the others. Runs of one network follow one another on one device.
-    4. Train them; see `_train`. The row of a run is written last of all.
+    1. Remove what killed processes have left. With `overwrite`, delete the rows of all runs, and
+       then their checkpoints: from here on, the same command without it resumes them.
+    2. Find the runs that have a row. They are finished.
+    3. Read the data, so that an error is found before long work.
+    4. Prune the others. Runs of one network follow one another on one device.
+    5. Train them; see `_train`. The row of a run is written last of all.
 
-    A run that fails is listed in failed.json, and the others continue.
+    A run that fails is listed in failed.json, and the others continue. So does a run on which
+    another process is working: it fails before any of its files is touched.
 
     Args:
       runs: those of this process, from `run.resolve`, checked by `checks.check_train`.
@@ -170,6 +177,12 @@ def train(
 
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
+    shared.workdir.clean()
+    if shared.overwrite:
+        busy = _begin_anew(shared, runs)
+        yield from busy
+        taken = {failed.run.train_id for failed in busy}
+        runs = [run for run in runs if run.train_id not in taken]
     ready = []
     for run in runs:
         try:
@@ -195,11 +208,48 @@ def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     yield from _train(shared, pruned)
 
 
+def _begin_anew(shared: _Shared, runs: Sequence[Run]) -> list[Failed]:
+    """Deletes the rows and then the checkpoints of runs. The masks are overwritten when it is time.
+
+    Returns:
+      The runs that another process has. Nothing of them is deleted.
+    """
+    busy = []
+    # Each lock is an open file, and a process may have about a thousand.
+    for start in range(0, len(runs), _LOCKS_AT_ONCE):
+        with contextlib.ExitStack() as stack:
+            free, taken = _lock(shared, runs[start : start + _LOCKS_AT_ONCE], stack)
+            busy += taken
+            # The rows of pruning too: a run that is stopped before its mask is made has none.
+            shared.workdir.delete_rows(
+                [name for run in free for name in (run.train_id, run.prune_id)]
+            )
+            for run in free:
+                checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
+    return busy
+
+
+def _lock(
+    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack
+) -> tuple[list[Run], list[Failed]]:
+    """Takes the locks of runs, until the stack is closed.
+
+    Returns:
+      The runs that this process has now, and those that another process has.
+    """
+    free, busy = [], []
+    for run in runs:
+        try:
+            stack.enter_context(shared.workdir.lock(run.train_id))
+        except storage.Busy as error:
+            busy.append(Failed(run, error))
+        else:
+            free.append(run)
+    return free, busy
+
+
 def _prepare(shared: _Shared, run: Run) -> Failed | None:
     """Reads the data of a run that is to be done. Returns its failure if it cannot be used."""
-    # The mask, and IMP's levels, are overwritten when they are made.
-    if shared.overwrite:
-        checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
     try:
         if shared.split:
             # The network of a single run is shown first, even if the folder has its mask.
@@ -412,11 +462,39 @@ def _train_tasks(
     devices: tuple[jax.Device, ...],
     per_device: int,
 ) -> list[Outcome]:
-    """Trains runs by one program, and writes their rows when all else is on the disk.
+    """Trains runs by one program, unless another process has them.
 
     Raises:
       OutOfMemory: a device cannot hold its runs, and has more than one.
     """
+    left = []
+    # The locks are held until the rows are written.
+    with contextlib.ExitStack() as stack:
+        free, busy = _lock(shared, [task.run for task in tasks], stack)
+        outcomes: list[Outcome] = [*busy]
+        for task in tasks:
+            if task.run not in free:
+                continue
+            # Another process may have finished it since the rows were read.
+            row = shared.workdir.find_row(task.run.train_id)
+            if row is None:
+                left.append(task)
+            else:
+                outcomes.append(Finished(task.run, row, found=True))
+        if left:
+            outcomes += _train_locked(shared, left, key, compile_fn, devices, per_device)
+    return outcomes
+
+
+def _train_locked(
+    shared: _Shared,
+    tasks: Sequence[_Task],
+    key: Any,
+    compile_fn: Callable[[], Programs],
+    devices: tuple[jax.Device, ...],
+    per_device: int,
+) -> list[Outcome]:
+    """Trains runs, and writes their rows when all else is on the disk; see `_train_tasks`."""
     run = tasks[0].run
     recipe = _recipe(shared, run)
     jobs = [
