@@ -265,9 +265,9 @@ def prune_all(
 ) -> Iterator[Finished | Failed]:
     """Prunes run after run, and yields the outcome of each.
 
-    Each network is drawn once, and scores that several runs share are computed once. Runs that are
-    in the folder are skipped, so the same command resumes a grid. A run that fails does not stop
-    the others.
+    Each network is drawn once, and scores that several runs share are computed once. Compiled
+    programs are dropped when the networks of their shapes are done. Runs that are in the folder are
+    skipped, so the same command resumes a grid. A run that fails does not stop the others.
 
     Args:
       runs: from `run.resolve`, whose order brings runs that share a network next to each other.
@@ -288,7 +288,9 @@ def prune_all(
     if overwrite:
         # All at once: if this stops half-way, the same command without `overwrite` does the rest.
         workdir.delete_rows([run.prune_id for run in runs])
-    for run in runs:
+    for previous, run in zip([None, *runs], runs, strict=False):
+        if previous is not None and previous.shapes_key != run.shapes_key:
+            memory.free_programs()
         try:
             row, found = find_or_make(run, workdir, make, overwrite=overwrite)
         except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:

@@ -236,7 +236,7 @@ class Workdir:
     def delete_rows(self, run_ids: Collection[str]) -> None:
         """Deletes the rows of runs, and their times, from the files of all processes.
 
-        On return they are off the disk, even after a power failure. Files of a run are removed after
+        On return they are off the disk, even after a power failure. Remove the files of a run after
         its row: a run that has a row counts as complete.
 
         Raises:
