@@ -33,6 +33,7 @@ EPOCH = {
     "epoch": 1,
     "train_loss": 0.5,
     "train_top1": 0.75,
+    "train_top5": 1.0,
     "test_loss": 1.25,
     "test_top1": 0.5,
     "test_top5": 1.0,
@@ -149,7 +150,7 @@ def test_a_damaged_row_stops_no_other_run_of_a_grid(
     _, row = pruned
     lacking = {key: value for key, value in row.items() if key != "iterations"}
     workdir = _write(tmp_path, lacking)
-    runs = resolve(Config(**{**vars(SMALL), "grid": Grid(compression=(10.0, 5.0))}))
+    runs = resolve(Config(**{**vars(SMALL), "grid": Grid(compression=(100.0, 5.0))}))
     damaged, other = masks.prune_all(runs, workdir)
     assert isinstance(damaged, Failed) and isinstance(other, Finished)
     assert "line 1: iterations is missing" in str(damaged.error)
@@ -213,7 +214,7 @@ def test_a_curve_that_was_edited_is_named(
 
 @pytest.mark.slow
 def test_programs_of_networks_that_are_done_are_dropped(tmp_path: pathlib.Path) -> None:
-    grid = Grid(width_multiplier=(0.01, 0.02, 0.03, 0.04))
+    grid = Grid(width_multiplier=(0.01, 0.02, 0.03))
     runs = resolve(Config(**{**vars(SMALL), "grid": grid}))
     backend = jax.local_devices()[0].client
     live = []
@@ -221,4 +222,4 @@ def test_programs_of_networks_that_are_done_are_dropped(tmp_path: pathlib.Path) 
         assert isinstance(outcome, Finished), outcome
         live.append(len(backend.live_executables()))
     # The first network also finds what earlier tests have left.
-    assert live[3] <= live[1] + 5
+    assert live[2] <= live[1] + 5
