@@ -121,7 +121,7 @@ class Workdir:
 
     def level_curve_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the CSV file of a level's training; level 0 trains up to the rewind step."""
-        return self.curve_path(f"{run_id}-level-{level}")
+        return self.curve_path(f"{check_run_id(run_id)}-level-{level}")
 
     def level_checkpoint_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the folder of a level's checkpoints; level 0 trains up to the rewind step."""
