@@ -21,13 +21,14 @@ Identity = Callable[[Any, Any, Any], bool]
 _DIGEST = "sha256:"
 
 # A seed stands for a network only together with the generator that draws it. The names of runs
-# stand for this one, with these settings: the defaults of JAX. No other setting changes a draw of
-# float32 numbers.
+# stand for this one, with these settings, which are JAX's defaults. With 64 bits, permutations and
+# random integers are other ones.
 _GENERATOR = "threefry2x32"
 _GENERATOR_SETTINGS = {
     "jax_default_prng_impl": _GENERATOR,
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
 }
 
 
@@ -191,8 +192,8 @@ def key(seed: int) -> jax.Array:
         # The kind of generator is given below, whatever the default is.
         if found != value and name != "jax_default_prng_impl":
             raise ValueError(
-                f"{name}={found} makes keys draw other numbers, and so another network than the "
-                f"name of the run stands for. Set it to {value}: jax.config.update({name!r}, "
+                f"{name}={found} makes keys draw other numbers, and so other networks than the "
+                f"names of runs stand for. Set it to {value}: jax.config.update({name!r}, "
                 f"{value})."
             )
     return jax.random.key(seed, impl=_GENERATOR)
