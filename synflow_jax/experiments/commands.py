@@ -176,14 +176,14 @@ def _finish_run(outcome: Outcome, workdir: Workdir, output: Console) -> None:
     Raises:
       Exception: the error of a run that failed.
     """
-    from synflow_jax.experiments import results
+    from synflow_jax.experiments import results, row_schema
 
     if isinstance(outcome, Failed):
         raise outcome.error
     row = outcome.row
-    curve = results.read_curve(workdir.curve_path(row["run_id"]))
+    curve = results.finished_curve(row, workdir)
     pictures.save(pictures.curve(row, curve), workdir.curve_picture_path)
-    report.trained(output, row, workdir.timing(row["run_id"]))
+    report.trained(output, row, row_schema.find_timing(row["run_id"], workdir))
     report.train_files(output, workdir.path, row["run_id"])
 
 

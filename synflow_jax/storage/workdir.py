@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from synflow_jax.storage import rows
@@ -218,8 +218,8 @@ class Workdir:
         """
         self._write(self._rows_path, row)
 
-    def delete_row(self, run_id: str) -> None:
-        """Deletes the row of a run, and its times, from the files of all processes.
+    def delete_rows(self, run_ids: Collection[str]) -> None:
+        """Deletes the rows of runs, and their times, from the files of all processes.
 
         On return they are off the disk, even after a power failure.
 
@@ -230,7 +230,7 @@ class Workdir:
         # The result comes first: times without a result do no harm.
         for path in (self._rows_path, self._timing_path):
             for file in self._files(path):
-                rows.delete(file, {run_id})
+                rows.delete(file, run_ids)
 
     def timing(self, run_id: str) -> Row | None:
         """Returns how long a run took, as measured by the command that finished it, or None."""
@@ -250,13 +250,13 @@ class Workdir:
     def _timing_path(self) -> pathlib.Path:
         return self.path / "timing.jsonl"
 
-    def _file(self, path: pathlib.Path) -> RowFile:
+    def _row_file(self, path: pathlib.Path) -> RowFile:
         """Returns what is known of a row file."""
         return self._known.setdefault(path, RowFile(path))
 
     def _files(self, path: pathlib.Path) -> list[RowFile]:
         """Returns the files of all processes, up to date."""
-        found = [self._file(each) for each in rows.of_all_processes(path)]
+        found = [self._row_file(each) for each in rows.of_all_processes(path)]
         for file in found:
             rows.update(file)
         return found
@@ -271,7 +271,7 @@ class Workdir:
         return None if file is None else rows.find(file, run_id)
 
     def _write(self, path: pathlib.Path, row: Mapping[str, Any]) -> None:
-        own = self._file(rows.of_this_process(path))
+        own = self._row_file(rows.of_this_process(path))
         others = [file for file in self._files(path) if file is not own]
         # First, since the new row would make this the newest file, and old rows count again.
         rows.delete(own, rows.superseded(own, others))
