@@ -109,7 +109,7 @@ def quotas_of(mask: Mask) -> Schedule:
     [[2, 0], [3, 0]]
     """
     leaves = jax.tree.leaves(mask)
-    if not leaves or any(getattr(leaf, "dtype", None) != bool for leaf in leaves):
+    if not leaves or any(getattr(leaf, "dtype", None) != np.bool_ for leaf in leaves):
         raise ValueError(
             f"mask={arguments.describe(mask)} must hold bool arrays. Take a mask that was made by "
             "prune or trees.prunable."

@@ -278,8 +278,9 @@ def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
     check_apply_fn(apply_fn)
     # A value that is traced cannot be read.
     if not isinstance(temperature, jax.core.Tracer):
-        is_scalar = isinstance(temperature, jax.Array | np.ndarray) and temperature.ndim == 0
-        number = temperature.item() if is_scalar else temperature
+        # A scalar array becomes a number; a float has no `item`.
+        is_scalar = jnp.shape(temperature) == () and hasattr(temperature, "dtype")
+        number = np.asarray(temperature).item() if is_scalar else temperature
         if not 0 < arguments.check_number("temperature", number, "200") < math.inf:
             raise ValueError(
                 f"temperature={number!r} must be above 0 and finite: logits are divided by it."
