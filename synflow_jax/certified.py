@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import masking, pruning, schedules, trees
+from synflow_jax import arguments, masking, pruning, schedules, trees
 from synflow_jax.masking import from_key, to_key
 from synflow_jax.pruning import ProgressFn, Proposal, ProposeFn, PruneInfo, PruneState
 from synflow_jax.scores import Flow, Rule, ScoreFn, as_rule
@@ -87,9 +87,10 @@ def prune(
     ([1, 1], True)
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
+    mask = trees.default_mask(params) if mask is None else mask
     num_iterations = MAX_ITERATIONS if num_iterations is None else num_iterations
-    pruning.check_request(params, mask, compression)
+    pruning.check_options(on_progress=on_progress)
+    pruning.check_request(rule, params, mask, compression)
     schedules.check_request(compression, num_iterations)
     _check_rule(rule, cut_fraction)
     params = _only_paths(params, mask)
@@ -167,7 +168,7 @@ def _check_rule(rule: Rule, cut_fraction: float) -> None:
             "a cut, and the scores of this rule are not conserved. Use scores.synflow(...), or "
             "pruning.prune."
         )
-    if not 0 < cut_fraction < 1:
+    if not 0 < arguments.check_number("cut_fraction", cut_fraction, "0.5") < 1:
         raise ValueError(
             f"cut_fraction={cut_fraction} must be above 0 and below 1: it is a fraction of a cut."
         )
