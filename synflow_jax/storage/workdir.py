@@ -25,20 +25,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from synflow_jax.storage import rows
 from synflow_jax.storage.rows import Row, RowFile
 
-_MOST_SHOWN = 60
-# Longer names, with an ending, would not fit into the 255 bytes that file systems allow.
-_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}")
-
 
 def check_run_id(run_id: Any) -> str:
-    """Returns the name of a run if it can be that of a file.
+    """Returns the name of a run, if it is one.
 
     Rows may come from other people, and a name such as "../../x" leads out of the folder.
 
@@ -46,17 +41,12 @@ def check_run_id(run_id: Any) -> str:
     'vgg16-c10-s0'
 
     Raises:
-      ValueError: it is not a string of 1 to 200 letters, digits and "_.+-", or begins with ".".
+      ValueError: it is none.
     """
-    if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
-        return run_id
-    shown = repr(run_id)
-    if len(shown) > _MOST_SHOWN:
-        shown = f"{shown[:_MOST_SHOWN]}..."
-    raise ValueError(
-        f"run_id={shown} cannot be the name of a file. A run_id has 1 to 200 letters, digits and "
-        "'_.+-', and does not begin with '.'. Take it from a row that prune.py or train.py wrote."
-    )
+    problem = rows.run_id_problem(run_id)
+    if problem is not None:
+        raise ValueError(f"{problem}. Take one from a row that prune.py or train.py wrote.")
+    return str(run_id)
 
 
 class Stopped(Exception):
