@@ -193,6 +193,42 @@ def test_damaged_and_foreign_files(tmp_path: pathlib.Path) -> None:
             networks.load(path)
 
 
+def test_forged_files(tmp_path: pathlib.Path) -> None:
+    """Checks that each is refused by one message, which names the file."""
+    network, path = _network("fc"), tmp_path / "net.safetensors"
+    networks.save(path, network)
+    tensors, header = native.read_safetensors(path)
+    masks = json.loads(header["mask"])
+    name = "mask/fc1/kernel"
+    other_shape = {**masks, name: {"shape": [10, 90]}}
+    unknown = {**{key: masks[key] for key in masks if key != name}, "mask/x": masks[name]}
+    renamed = {key.replace(name, "mask/x"): array for key, array in tensors.items()}
+    integers = {"params/head/bias": np.zeros(5, np.int32)}
+    described = json.loads(header["model"])
+    resnet = native._describe(_shapes("cifar_resnet20")[0])
+    blocks = resnet | {"num_blocks": [10**9, 3]}
+    for change, arrays, message in (
+        ({"model": "[]"}, {}, "has metadata that cannot be read"),
+        ({"model": "{"}, {}, "has no readable 'model'"),
+        ({"model": json.dumps(described | {"widths": "x"})}, {}, "describes a network that cannot"),
+        ({"model": json.dumps(described | {"depth": 3})}, {}, "has metadata that cannot be read"),
+        ({"model": json.dumps(blocks)}, {}, "describes a network of 1000000003 blocks, but holds"),
+        ({"input_shape": '"x"'}, {}, "has the input_shape 'x'"),
+        ({"input_shape": "[6, 5, 0]"}, {}, r"has the input_shape \[6, 5, 0\]"),
+        ({"input_shape": "[6, 5]"}, {}, "do not fit the model"),
+        ({"mask": "{}"}, {}, r"describes the masks \[\], but holds"),
+        ({"mask": json.dumps(other_shape)}, {}, r"has 'mask/fc1/kernel' of shape \[10, 90\]"),
+        ({"mask": json.dumps(unknown)}, renamed, "but 'params/x' has the shape None"),
+        ({}, tensors | integers, "has 'params/head/bias' of dtype int32"),
+    ):
+        forged = arrays or tensors
+        whole = header | change | {"sha256": native._digest(forged)}
+        path.write_bytes(safetensors.numpy.save(forged, whole))
+        with pytest.raises(ValueError, match=message) as error:
+            networks.load(path)
+        assert str(path) in str(error.value)
+
+
 def test_variables_that_do_not_fit_are_not_written(tmp_path: pathlib.Path) -> None:
     network = _network("cifar_vgg13_bn")
     for wrong, message in (

@@ -131,7 +131,8 @@ def from_torch(
       state: a .safetensors or .npz file; or a dict of arrays or tensors, or a checkpoint that holds
         one. This turns PyTorch's own files into an .npz file: `python -c "import numpy, torch;
         s = torch.load('net.pt', map_location='cpu', weights_only=True); numpy.savez('net.npz',
-        **{k: (v.float() if v.is_floating_point() else v).numpy() for k, v in s.items()})"`. It runs no code of the file.
+        **{k: (v.float() if v.is_floating_point() else v).numpy() for k, v in s.items()})"`.
+        It runs no code of the file.
       model: a name of `models.NAMES`, or a network. A name takes its widths and its number of
         classes from the weights, so that narrower and compact networks of that form can be read.
         A network must fit the weights exactly.

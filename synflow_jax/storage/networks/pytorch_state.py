@@ -219,6 +219,7 @@ def _refuse_computed(arrays: Arrays, wanted: Collection[str]) -> None:
     if found:
         raise ValueError(
             f"the state dict computes a weight from {', '.join(sorted(found[0]))}: weight_norm, "
-            "spectral_norm or another parametrization. Make the weights plain in PyTorch (torch.nn.utils."
-            "parametrize.remove_parametrizations, or remove_weight_norm), and save the state dict again."
+            "spectral_norm or another parametrization. Make the weights plain in PyTorch, and save "
+            "the state dict again: torch.nn.utils.parametrize.remove_parametrizations, or "
+            "remove_weight_norm."
         )
