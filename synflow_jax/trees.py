@@ -45,6 +45,30 @@ def names(tree: Tree) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def by_name(tree: Tree) -> dict[str, Any]:
+    """Returns the leaves that are not holes by their names, in the order of `names`.
+
+    >>> by_name({"fc": {"kernel": 3, "bias": None}, "scale": 4})
+    {'fc/kernel': 3, 'scale': 4}
+
+    Raises:
+      ValueError: two leaves have the same name, so that one of them would be lost.
+    """
+    found: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        place = jax.tree_util.keystr(path)
+        if name in found:
+            raise ValueError(
+                f"two leaves have the name {name!r}: {paths[name]} and {place}. Rename one of "
+                "them: a file or a table by name would lose the other."
+            )
+        found[name] = leaf
+        paths[name] = place
+    return found
+
+
 def sizes(tree: Tree) -> list[int]:
     """Returns the number of elements of each leaf that is not a hole, in the order of `names`."""
     return [int(leaf.size) for leaf in jax.tree.leaves(tree)]

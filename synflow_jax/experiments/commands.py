@@ -44,7 +44,7 @@ def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
     checked = cli.check_config(config)
     checks.check_prune(checked)
     folder = cli.check_workdir(workdir)
-    folder.rows()  # a damaged row file is found now, not after the work
+    folder.check_rows()
     runs = resolve(checked)
     output = report.console()
     # A grid of one is shown with its layers, as any single run.
@@ -134,7 +134,7 @@ def train(config: Any, workdir: str, *, overwrite: bool) -> None:
     # Before anything uses JAX: processes cannot join once it has started.
     job = cli.join_hosts()
     cli.use_compilation_cache()
-    folder.rows()  # a damaged row file is found now, not after the work
+    folder.check_rows()
     is_grid = len(runs) > 1 or job.count > 1
     # The rows of a grid are compared with each other, so its runs must agree in all the rest.
     if is_grid and not overwrite:

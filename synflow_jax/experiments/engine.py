@@ -169,13 +169,11 @@ def train(
 
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
-    rows: dict[str, Any] = {}
-    if not shared.overwrite:
-        rows = {row["run_id"]: row for row in shared.workdir.rows()}
     ready = []
     for run in runs:
-        if run.train_id in rows:
-            yield Finished(run, rows[run.train_id], found=True)
+        row = None if shared.overwrite else shared.workdir.find_row(run.train_id)
+        if row is not None:
+            yield Finished(run, row, found=True)
             continue
         failed = _prepare(shared, run)
         if failed is None:

@@ -72,8 +72,8 @@ class MaskedLeaves(NamedTuple):
 
 def _by_name(tree: Tree) -> dict[str, np.ndarray]:
     """Returns the leaves of a tree by name, as NumPy arrays."""
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return dict(zip(trees.names(tree), arrays, strict=True))
+    leaves = trees.by_name(tree)
+    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 class Kernel(NamedTuple):
