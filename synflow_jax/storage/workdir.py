@@ -17,7 +17,7 @@ Several runs, and several processes at once, may share a folder:
     checkpoints/RUN_ID/level-1/      the checkpoints of a level of IMP
     layers.png, curve.png            pictures of the last run
 
-    .locks/RUN_ID                    while a process works on the run
+    .RUN_ID.run.lock                 while a process works on the run
 
 A file that every process of a job would write has the process in its name: process 3 of several
 writes rows-0003.jsonl. Reading finds the rows of all processes.
@@ -34,6 +34,8 @@ from typing import Any
 from synflow_jax.storage import files, locks, rows
 from synflow_jax.storage.rows import Row
 
+# The ending of a lock. Rows have locks of another ending, which stay.
+_LOCK = ".run.lock"
 # The folders that hold one file or one folder per run.
 _FOLDERS = (
     "masks",
@@ -223,7 +225,7 @@ class Workdir:
           locks.Busy: another process holds it. It is a ValueError that names the process.
           OSError: the file of the lock cannot be written.
         """
-        return locks.hold(self._locks_path / run_id, run_id)
+        return locks.hold(self.path / f".{run_id}{_LOCK}", run_id)
 
     def clean(self) -> None:
         """Removes the temporary files and the locks that killed processes have left.
@@ -234,11 +236,7 @@ class Workdir:
             files.remove_stale(folder)
         for levels in self.levels_path("").glob("*/"):
             files.remove_stale(levels)
-        locks.remove_stale(self._locks_path)
-
-    @property
-    def _locks_path(self) -> pathlib.Path:
-        return self.path / ".locks"
+        locks.remove_stale(self.path.glob(f".*{_LOCK}"))
 
     @property
     def _rows_path(self) -> pathlib.Path:
