@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,15 +74,42 @@ def open_folder(
     # Tuples become lists, as in the stored description that this one will be compared with.
     encoded = json.dumps(run)
     opened = Checkpoints(folder, manager, json.loads(encoded))
+    with _quiet():
+        try:
+            yield opened
+            _wait(folder, manager)
+            if keep is not None:
+                _sync(folder)
+        finally:
+            # Closing repeats an error of writing, which was raised above.
+            with contextlib.suppress(Exception):
+                manager.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from printing errors, which reach the caller as one exception.
+
+    Orbax logs an error in each of its threads. It reads and writes many arrays at a time and closes
+    its event loop at the first error, so each array that was under way prints a traceback.
+    """
+    usual, logger = sys.unraisablehook, logging.getLogger("absl")
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    def is_not_of_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    sys.unraisablehook = hook
+    logger.addFilter(is_not_of_orbax)
     try:
-        yield opened
-        _wait(folder, manager)
-        if keep is not None:
-            _sync(folder)
+        yield
+        # It stays after an error, since nobody knows when the last array ends.
+        sys.unraisablehook = usual
     finally:
-        # Closing repeats an error of writing, which was raised above.
-        with contextlib.suppress(Exception):
-            manager.close()
+        logger.removeFilter(is_not_of_orbax)
 
 
 def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
