@@ -25,6 +25,7 @@ from synflow_jax.experiments import (
     levels,
     loop,
     masks,
+    memory,
     programs,
     results,
     spreading,
@@ -34,12 +35,15 @@ from synflow_jax.experiments.events import Event, EventFn, Failed, Finished, Out
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.loop import StopFn
 from synflow_jax.experiments.programs import Layout, Programs, Recipe
+from synflow_jax.experiments.row_schema import find_trained
 from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints
 from synflow_jax.training.forms import Form
 from synflow_jax.trees import Mask
 
+# How many compact networks a device trains before their programs are dropped: each has its own.
+_COMPACT_AT_ONCE = 16
 # How many runs are locked at a time before their rows are deleted.
 _LOCKS_AT_ONCE = 100
 
@@ -177,18 +181,20 @@ def train(
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
     shared.workdir.clean()
-    rows: dict[str, Any] = {}
     if shared.overwrite:
         busy = _begin_anew(shared, runs)
         yield from busy
         taken = {failed.run.train_id for failed in busy}
         runs = [run for run in runs if run.train_id not in taken]
-    else:
-        rows = {row["run_id"]: row for row in shared.workdir.rows()}
     ready = []
     for run in runs:
-        if run.train_id in rows:
-            yield Finished(run, rows[run.train_id], found=True)
+        try:
+            row = None if shared.overwrite else find_trained(run.train_id, shared.workdir)
+        except ValueError as error:
+            yield Failed(run, error)
+            continue
+        if row is not None:
+            yield Finished(run, row, found=True)
             continue
         failed = _prepare(shared, run)
         if failed is None:
@@ -262,6 +268,12 @@ def _prepare(shared: _Shared, run: Run) -> Failed | None:
 
 def _prune(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
     """Prunes runs. A device prunes all runs of one network, or one run of IMP, at a time."""
+    for some in _by_shapes(shared, runs):
+        yield from _prune_some(shared, some)
+
+
+def _prune_some(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
+    """Prunes runs whose programs fit into memory together."""
     at_once = [run for run in runs if not run.pruner.trains]
     by_training = [run for run in runs if run.pruner.trains]
     # Only neighbours share a network: the builder of networks keeps a single one.
@@ -335,7 +347,13 @@ def _pruned(shared: _Shared, run: Run, row: Mapping[str, Any]) -> events.Pruned:
 
 
 def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
-    """Trains runs that are pruned, and yields their outcomes as they come.
+    """Trains runs that are pruned, and yields their outcomes as they come."""
+    for some in _by_shapes(shared, runs):
+        yield from _train_some(shared, some)
+
+
+def _train_some(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Trains runs of a few networks.
 
     - With `split`, or if the data is streamed, a run trains alone on all devices.
     - A compact network shares its shape with no other, so it trains alone on one device.
@@ -352,11 +370,12 @@ def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
             undecided.append(run)
 
     # Those that may be compact come first, since some of them turn out to train masked.
-    for result in _spread(shared, functools.partial(_train_if_compact, shared), undecided):
-        if isinstance(result, Run):
-            masked.append(result)
-        else:
-            yield from result
+    for some in _freeing(shared, _chunks(undecided, _COMPACT_AT_ONCE * len(shared.devices))):
+        for result in _spread(shared, functools.partial(_train_if_compact, shared), some):
+            if isinstance(result, Run):
+                masked.append(result)
+            else:
+                yield from result
     for run in whole:
         task = _task(shared, run)
         if isinstance(task, Failed):
@@ -571,6 +590,28 @@ def _spread(
     if shared.split:
         return (function(item, None) for item in items)
     return spreading.over_devices(function, items, shared.devices)
+
+
+def _by_shapes(shared: _Shared, runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Yields the runs of a few shapes at a time, and drops the programs of earlier ones."""
+    groups = _grouped(runs, lambda run: run.shapes_key)
+    # As many as there are devices, since each may be busy with another network.
+    together = _chunks(groups, len(shared.devices))
+    return _freeing(shared, (list(itertools.chain(*some)) for some in together))
+
+
+def _freeing(shared: _Shared, parts: Iterable[_Item]) -> Iterator[_Item]:
+    """Yields parts of the work, and drops all compiled programs between two of them."""
+    for number, part in enumerate(parts):
+        if number:
+            shared.programs.clear()
+            memory.free_programs()
+        yield part
+
+
+def _chunks(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:
+    """Returns the items in parts of this size; the last one may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:

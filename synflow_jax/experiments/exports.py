@@ -28,6 +28,8 @@ FORMATS = {
     "torch": "torch.safetensors",
 }
 
+_MAX_SHOWN = 20  # more names do not help to find the right one
+
 
 def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str, Any]:
     """Returns the row of a run by its id, or by its config.
@@ -46,16 +48,23 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
             "--config and --run are missing: give the config of the run, or its run_id, "
             "--run=RUN_ID."
         )
-    # The last row of an id is the one that --overwrite wrote.
-    rows = {row["run_id"]: row for row in workdir.rows()}
     for name in wanted:
-        if name in rows:
-            return rows[name]
-    known = f"its runs are {', '.join(rows)}" if rows else "it has no runs"
+        row = workdir.find_row(name)
+        if row is not None:
+            return row
+    run_ids = workdir.run_ids()
+    known = f"its runs are {_some(run_ids)}" if run_ids else "it has no runs"
     raise ValueError(
         f"workdir={str(workdir)!r} has no run {wanted[-1]!r}; {known}. Name one by --run=RUN_ID, "
         "or make it with prune.py or train.py."
     )
+
+
+def _some(run_ids: Sequence[str]) -> str:
+    """Returns the first names of a list, which may have thousands, and how many more there are."""
+    shown = ", ".join(run_ids[:_MAX_SHOWN])
+    num_more = len(run_ids) - _MAX_SHOWN
+    return f"{shown} and {num_more:,} more" if num_more > 0 else shown
 
 
 def is_trained(row: Mapping[str, Any]) -> bool:

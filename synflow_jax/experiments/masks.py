@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import jax
 
 from synflow_jax import certified, masking, pruning, scores, storage
-from synflow_jax.experiments import certificates, events, initialization, memory, rows, rules
+from synflow_jax.experiments import (
+    certificates,
+    events,
+    initialization,
+    memory,
+    row_schema,
+    rows,
+    rules,
+)
 from synflow_jax.experiments.events import Built, EventFn, Failed, Finished
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.run import Run
@@ -211,9 +219,9 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
-      ValueError: the mask is damaged.
+      ValueError: the row or the mask is damaged.
     """
-    row = workdir.find_row(run.prune_id)
+    row = row_schema.find_pruned(run.prune_id, workdir)
     if row is None:
         return None
     # A row is written last, but someone may have deleted or not copied the files.
@@ -257,9 +265,9 @@ def prune_all(
 ) -> Iterator[Finished | Failed]:
     """Prunes run after run, and yields the outcome of each.
 
-    Each network is drawn once, and scores that several runs share are computed once. Runs that are
-    in the folder are skipped, so the same command resumes a grid. A run that fails does not stop
-    the others.
+    Each network is drawn once, and scores that several runs share are computed once. Compiled
+    programs are dropped when the networks of their shapes are done. Runs that are in the folder are
+    skipped, so the same command resumes a grid. A run that fails does not stop the others.
 
     Args:
       runs: from `run.resolve`, whose order brings runs that share a network next to each other.
@@ -280,7 +288,9 @@ def prune_all(
     if overwrite:
         # All at once: if this stops half-way, the same command without `overwrite` does the rest.
         workdir.delete_rows([run.prune_id for run in runs])
-    for run in runs:
+    for previous, run in zip([None, *runs], runs, strict=False):
+        if previous is not None and previous.shapes_key != run.shapes_key:
+            memory.free_programs()
         try:
             row, found = find_or_make(run, workdir, make, overwrite=overwrite)
         except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:

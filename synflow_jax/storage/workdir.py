@@ -32,7 +32,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from synflow_jax.storage import files, locks, rows
-from synflow_jax.storage.rows import Row
+from synflow_jax.storage.rows import Row, RowFile
 
 # The ending of a lock. Rows have locks of another ending, which stay.
 _LOCK = ".run.lock"
@@ -65,6 +65,10 @@ class Workdir:
     """
 
     path: pathlib.Path
+    # What is known of the row files, by path, so that no run reads again what another has read.
+    _known: dict[pathlib.Path, RowFile] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         """Returns the path, so that messages can print the folder."""
@@ -166,16 +170,41 @@ class Workdir:
 
     # Rows.
 
+    def check_rows(self) -> None:
+        """Checks every row file. Call it before long work, which would find the damage too late.
+
+        Raises:
+          ValueError: a row file is damaged; names the file, the line and the cure.
+        """
+        for path in (self._rows_path, self._timing_path):
+            self._files(path)
+
     def rows(self) -> list[Row]:
         """Reads the result rows of all processes: one per `run_id`, oldest first.
 
-        If several processes wrote the same run, the row of the last process counts.
+        If several files hold the same run, the row of the file that got a row last counts.
 
         Raises:
-          ValueError: a line of a row file is damaged; names the file, the line and the cure.
+          ValueError: as `check_rows`.
         """
-        paths = rows.of_all_processes(self._rows_path)
-        return rows.merged_rows(paths)
+        found = self._files(self._rows_path)
+        owners = rows.newest(found)
+        by_id = {}
+        for file in found:
+            for row in rows.all_rows(file):
+                run_id = row["run_id"]
+                # It may have come since the owners were found.
+                if owners.setdefault(run_id, file) is file:
+                    by_id[run_id] = row
+        return [by_id[run_id] for run_id in owners if run_id in by_id]
+
+    def run_ids(self) -> list[str]:
+        """Returns the names of all runs that have a row, oldest first.
+
+        Raises:
+          ValueError: as `check_rows`.
+        """
+        return list(rows.newest(self._files(self._rows_path)))
 
     def has_rows(self) -> bool:
         """Returns whether a process has written a row file here, even an empty one."""
@@ -185,36 +214,51 @@ class Workdir:
     def find_row(self, run_id: str) -> Row | None:
         """Returns the row of a run, whichever process wrote it, or None if there is none.
 
+        A folder is read once. Later calls read the rows that were added since, and this one.
+
         Raises:
-          ValueError: as `rows`.
+          ValueError: as `check_rows`.
         """
-        return _row_of(run_id, self.rows())
+        return self._find(self._rows_path, run_id)
+
+    def where(self, run_id: str) -> str:
+        """Says in which file and line the row of a run is, for messages about it."""
+        file = self._owner(self._rows_path, run_id)
+        return f"workdir={str(self.path)!r}" if file is None else rows.where(file, run_id)
 
     def write_row(self, row: Mapping[str, Any]) -> None:
-        """Adds a row to the file of this process. An older row of the same `run_id` is replaced."""
-        path = rows.of_this_process(self._rows_path)
-        rows.write_row(path, row)
+        """Adds a row to the file of this process. Older rows of the same `run_id` are deleted.
+
+        Raises:
+          ValueError: as `check_rows`. Nothing is written.
+          OSError: a row file cannot be written.
+        """
+        self._write(self._rows_path, row)
 
     def delete_rows(self, run_ids: Collection[str]) -> None:
-        """Removes the rows and the times of runs, whichever processes wrote them.
+        """Deletes the rows of runs, and their times, from the files of all processes.
 
-        Files of a run are removed after its row: a run that has a row counts as complete.
+        On return they are off the disk, even after a power failure. Remove the files of a run after
+        its row: a run that has a row counts as complete.
+
+        Raises:
+          ValueError: as `check_rows`.
+          OSError: a row file cannot be written.
         """
+        # The result comes first: times without a result do no harm.
         for path in (self._rows_path, self._timing_path):
-            for file in rows.of_all_processes(path):
-                rows.delete_rows(file, run_ids)
+            for file in self._files(path):
+                rows.delete(file, run_ids)
 
     def timing(self, run_id: str) -> Row | None:
         """Returns how long a run took, as measured by the command that finished it, or None."""
         # Any process of an earlier command may have timed the run.
-        paths = rows.of_all_processes(self._timing_path)
-        return _row_of(run_id, rows.merged_rows(paths))
+        return self._find(self._timing_path, run_id)
 
     def write_timing(self, row: Mapping[str, Any]) -> None:
         """Adds a row of times to the file of this process."""
         # Times are not in the result row, because that must be bit-identical if a run is repeated.
-        path = rows.of_this_process(self._timing_path)
-        rows.write_row(path, row)
+        self._write(self._timing_path, row)
 
     # Several processes in one folder.
 
@@ -246,10 +290,31 @@ class Workdir:
     def _timing_path(self) -> pathlib.Path:
         return self.path / "timing.jsonl"
 
+    def _row_file(self, path: pathlib.Path) -> RowFile:
+        """Returns what is known of a row file."""
+        return self._known.setdefault(path, RowFile(path))
 
-def _row_of(run_id: str, found: list[Row]) -> Row | None:
-    """Returns the row of a run, or None."""
-    for row in found:
-        if row["run_id"] == run_id:
-            return row
-    return None
+    def _files(self, path: pathlib.Path) -> list[RowFile]:
+        """Returns the files of all processes, up to date."""
+        found = [self._row_file(each) for each in rows.of_all_processes(path)]
+        for file in found:
+            rows.update(file)
+        return found
+
+    def _owner(self, path: pathlib.Path, run_id: str) -> RowFile | None:
+        """Returns the file that holds the row of a run."""
+        having = [file for file in self._files(path) if run_id in file.places]
+        return rows.latest(having)
+
+    def _find(self, path: pathlib.Path, run_id: str) -> Row | None:
+        file = self._owner(path, run_id)
+        return None if file is None else rows.find(file, run_id)
+
+    def _write(self, path: pathlib.Path, row: Mapping[str, Any]) -> None:
+        own = self._row_file(rows.of_this_process(path))
+        others = [file for file in self._files(path) if file is not own]
+        # First, since the new row would make this the newest file, and old rows count again.
+        rows.delete(own, rows.superseded(own, others))
+        rows.write(own, row)
+        for other in others:
+            rows.delete(other, {row["run_id"]})
