@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -138,6 +139,8 @@ def use_compilation_cache() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # The disk is full. Nothing is lost, and the files of the run say so if they cannot be written.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
 
 
 def join_hosts() -> hosts.Hosts:

@@ -87,10 +87,18 @@ class Run:
         return rules.trains_batch_norm(self.config.prune.mode)
 
     @property
+    def shapes_key(self) -> tuple[Any, ...]:
+        """Returns a value that is equal for runs whose networks have the same shapes.
+
+        Such runs share compiled programs.
+        """
+        config = self.config
+        return config.model, config.dataset, config.width_multiplier
+
+    @property
     def network_key(self) -> tuple[Any, ...]:
         """Returns a value that is equal for runs that prune the same network."""
-        config = self.config
-        return config.model, config.dataset, config.width_multiplier, config.seed, config.init
+        return *self.shapes_key, self.config.seed, self.config.init
 
     @property
     def scored_dataset(self) -> str | None:
