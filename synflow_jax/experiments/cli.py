@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks, identity, parsing
+from synflow_jax.experiments import checks, identity, parsing, schema
 from synflow_jax.experiments.config import Config
 from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
@@ -221,9 +221,10 @@ def check_config(value: Any, *, reads_data: bool = True) -> Config:
             "synflow_jax.experiments.config.Config, for instance "
             f"--config=configs/vgg16_c100.py. {parsing.config_files()}"
         )
-    checks.check(value, reads_data=reads_data)
-    _check_overrides(value)
-    return value
+    checked = schema.checked(value)
+    checks.check(checked, reads_data=reads_data)
+    _check_overrides(checked)
+    return checked
 
 
 def _check_overrides(config: Config) -> None:
