@@ -139,14 +139,17 @@ def _make_mask(
     prune_fn: Callable[..., tuple[Mask, PruneInfo]] = pruning.prune
     if options.over_devices:
         prune_fn = functools.partial(sharded.prune, devices=jax.local_devices())
-    return prune_fn(
-        rule,
-        network.params,
-        schedule=rules.schedule(run),
-        key=run.score_key,
-        nested=options.nested,
-        **common,
-    )
+    with warnings.catch_warnings():
+        # The report says so, from the row.
+        warnings.simplefilter("ignore", pruning.Overpruned)
+        return prune_fn(
+            rule,
+            network.params,
+            schedule=rules.schedule(run),
+            key=run.score_key,
+            nested=options.nested,
+            **common,
+        )
 
 
 def _first_scores(run: Run, network: Network, rule: scores.Rule) -> Scores:
