@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from synflow_jax import masking, pruning, schedules, trees
+from synflow_jax import arguments, masking, pruning, schedules, trees
 from synflow_jax.jaxprs import homogeneity
 from synflow_jax.masking import from_key, to_key
 from synflow_jax.pruning import ProgressFn, Proposal, ProposeFn, PruneInfo, PruneState
@@ -106,9 +106,10 @@ def prune(
     ([1, 1], True)
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
+    mask = trees.default_mask(params) if mask is None else mask
     num_iterations = MAX_ITERATIONS if num_iterations is None else num_iterations
-    pruning.check_request(params, mask, compression)
+    pruning.check_options(on_progress=on_progress)
+    pruning.check_request(rule, params, mask, compression)
     schedules.check_request(compression, num_iterations)
     _check_cut_fraction(cut_fraction)
     params = check(rule, params, mask)
@@ -331,7 +332,7 @@ def propose_affordable(goal: chex.Numeric, cut_fraction: chex.Numeric) -> Propos
 
 
 def _check_cut_fraction(cut_fraction: float) -> None:
-    if not 0 < cut_fraction < 1:
+    if not 0 < arguments.check_number("cut_fraction", cut_fraction, "0.5") < 1:
         raise ValueError(
             f"cut_fraction={cut_fraction} must be above 0 and below 1: it is a fraction of a cut."
         )

@@ -21,6 +21,7 @@ from synflow_jax.experiments import (
     initialization,
     memory,
     recorded,
+    row_schema,
     rows,
     rules,
 )
@@ -219,9 +220,9 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
-      ValueError: the mask is damaged, or is that of another run.
+      ValueError: the row or the mask is damaged, or the mask is that of another run.
     """
-    row = workdir.find_row(run.prune_id)
+    row = row_schema.find_pruned(run.prune_id, workdir)
     if row is None:
         return None
     # A row is written last, but someone may have deleted or not copied the files.

@@ -104,7 +104,7 @@ class Run:
     @property
     def init_key(self) -> jax.Array:
         """Returns the key that draws the network."""
-        return jax.random.key(self.config.seed)
+        return identity.key(self.config.seed)
 
     @property
     def score_key(self) -> jax.Array:

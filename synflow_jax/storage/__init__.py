@@ -21,3 +21,4 @@ from synflow_jax.storage.rows import read_rows as read_rows
 from synflow_jax.storage.rows import write_row as write_row
 from synflow_jax.storage.workdir import Stopped as Stopped
 from synflow_jax.storage.workdir import Workdir as Workdir
+from synflow_jax.storage.workdir import check_run_id as check_run_id

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -104,7 +104,7 @@ def parse_shapes(header: Mapping[str, str], key: str, where: str) -> dict[str, t
     return shapes
 
 
-def is_shape(value: Any) -> bool:
+def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Returns whether a value of JSON is a shape: a list of whole numbers of at least 0."""
     return isinstance(value, list) and all(type(side) is int and side >= 0 for side in value)
 

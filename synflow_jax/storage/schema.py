@@ -23,6 +23,8 @@ those that it uses where they are there, and no others are checked.
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -82,6 +84,25 @@ def one_of(words: str, values: Iterable[str]) -> Kind:
     return Kind(
         f"{words} ({', '.join(known)})", lambda value: isinstance(value, str) and value in known
     )
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+      ValueError: the file is missing, is no regular file or holds something else; names it.
+    """
+    # Reading a named pipe or a device would never end.
+    if not path.is_file():
+        kind = "not a file" if path.exists() else "missing"
+        raise ValueError(f"{str(path)!r} is {kind}")
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} cannot be read: {_not('it', value, 'an object')}")
+    return value
 
 
 def check(

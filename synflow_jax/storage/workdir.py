@@ -25,11 +25,38 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from synflow_jax.storage import rows
 from synflow_jax.storage.rows import Row, RowFile
+
+_MOST_SHOWN = 60
+# Longer names, with an ending, would not fit into the 255 bytes that file systems allow.
+_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}")
+
+
+def check_run_id(run_id: Any) -> str:
+    """Returns the name of a run if it can be that of a file.
+
+    Rows may come from other people, and a name such as "../../x" leads out of the folder.
+
+    >>> check_run_id("vgg16-c10-s0")
+    'vgg16-c10-s0'
+
+    Raises:
+      ValueError: it is not a string of 1 to 200 letters, digits and "_.+-", or begins with ".".
+    """
+    if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
+        return run_id
+    shown = repr(run_id)
+    if len(shown) > _MOST_SHOWN:
+        shown = f"{shown[:_MOST_SHOWN]}..."
+    raise ValueError(
+        f"run_id={shown} cannot be the name of a file. A run_id has 1 to 200 letters, digits and "
+        "'_.+-', and does not begin with '.'. Take it from a row that prune.py or train.py wrote."
+    )
 
 
 class Stopped(Exception):
@@ -61,18 +88,18 @@ class Workdir:
 
     def mask_path(self, run_id: str) -> pathlib.Path:
         """Returns the file of a mask; see `storage.save_mask`."""
-        return self.path / "masks" / f"{run_id}.safetensors"
+        return self._file("masks", run_id, ".safetensors")
 
     def certificate_path(self, run_id: str) -> pathlib.Path:
         """Returns the JSON file of a certificate; see `storage.save_certificate`."""
-        return self.path / "certificates" / f"{run_id}.json"
+        return self._file("certificates", run_id, ".json")
 
     def units_path(self, run_id: str) -> pathlib.Path:
         """Returns the JSON file of the units' scores.
 
         It holds {group: {"incoming": [one number per unit], "outgoing": [one number per unit]}}.
         """
-        return self.path / "units" / f"{run_id}.json"
+        return self._file("units", run_id, ".json")
 
     # Files of iterative magnitude pruning (IMP). Curves and checkpoints of its levels are in the
     # folders that other training runs use, so that the same readers find them.
@@ -82,11 +109,11 @@ class Workdir:
 
         There is no such file if IMP rewinds to initialization.
         """
-        return self.path / "rewind" / f"{run_id}.safetensors"
+        return self._file("rewind", run_id, ".safetensors")
 
     def levels_path(self, run_id: str) -> pathlib.Path:
         """Returns the folder of IMP's levels."""
-        return self.path / "levels" / run_id
+        return self._file("levels", run_id)
 
     def level_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the JSON file that records a finished level, counted from 1."""
@@ -98,7 +125,7 @@ class Workdir:
 
     def level_curve_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the CSV file of a level's training; level 0 trains up to the rewind step."""
-        return self.curve_path(f"{run_id}-level-{level}")
+        return self.curve_path(f"{check_run_id(run_id)}-level-{level}")
 
     def level_checkpoint_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the folder of a level's checkpoints; level 0 trains up to the rewind step."""
@@ -108,11 +135,15 @@ class Workdir:
 
     def curve_path(self, run_id: str) -> pathlib.Path:
         """Returns the CSV file of a training run: one line per epoch."""
-        return self.path / "curves" / f"{run_id}.csv"
+        return self._file("curves", run_id, ".csv")
 
     def checkpoint_path(self, run_id: str) -> pathlib.Path:
         """Returns the folder of a run's checkpoints; see `storage.checkpoints`."""
-        return self.path / "checkpoints" / run_id
+        return self._file("checkpoints", run_id)
+
+    def _file(self, folder: str, run_id: str, ending: str = "") -> pathlib.Path:
+        """Returns the path of a file, or a folder, that is named after a run."""
+        return self.path / folder / f"{check_run_id(run_id)}{ending}"
 
     # Files of the whole folder.
 
@@ -218,8 +249,8 @@ class Workdir:
         """
         self._write(self._rows_path, row)
 
-    def delete_row(self, run_id: str) -> None:
-        """Deletes the row of a run, and its times, from the files of all processes.
+    def delete_rows(self, run_ids: Collection[str]) -> None:
+        """Deletes the rows of runs, and their times, from the files of all processes.
 
         On return they are off the disk, even after a power failure.
 
@@ -230,7 +261,7 @@ class Workdir:
         # The result comes first: times without a result do no harm.
         for path in (self._rows_path, self._timing_path):
             for file in self._files(path):
-                rows.delete(file, {run_id})
+                rows.delete(file, run_ids)
 
     def timing(self, run_id: str) -> Row | None:
         """Returns how long a run took, as measured by the command that finished it, or None."""
@@ -250,13 +281,13 @@ class Workdir:
     def _timing_path(self) -> pathlib.Path:
         return self.path / "timing.jsonl"
 
-    def _file(self, path: pathlib.Path) -> RowFile:
+    def _row_file(self, path: pathlib.Path) -> RowFile:
         """Returns what is known of a row file."""
         return self._known.setdefault(path, RowFile(path))
 
     def _files(self, path: pathlib.Path) -> list[RowFile]:
         """Returns the files of all processes, up to date."""
-        found = [self._file(each) for each in rows.of_all_processes(path)]
+        found = [self._row_file(each) for each in rows.of_all_processes(path)]
         for file in found:
             rows.update(file)
         return found
@@ -271,7 +302,7 @@ class Workdir:
         return None if file is None else rows.find(file, run_id)
 
     def _write(self, path: pathlib.Path, row: Mapping[str, Any]) -> None:
-        own = self._file(rows.of_this_process(path))
+        own = self._row_file(rows.of_this_process(path))
         others = [file for file in self._files(path) if file is not own]
         # First, since the new row would make this the newest file, and old rows count again.
         rows.delete(own, rows.superseded(own, others))
