@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import masking, pruning, schedules, trees
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.jaxprs.precision import Precision
 from synflow_jax.masking import from_key, to_key
 from synflow_jax.pruning import ProgressFn, Proposal, ProposeFn, PruneInfo, PruneState
 from synflow_jax.scores import Flow, Rule, ScoreFn, as_rule
@@ -97,11 +99,11 @@ def prune(
     # There are no counts: how many weights an iteration can prune depends on the scores. So the run
     # goes in short stretches until it is done, and the info is cut to the iterations that it took.
     goal = num_kept(sum(trees.sizes(mask)), compression)
-    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((rule, params))
-        dtype = pruning.score_type(params, mask)
+    with pruning.scoring_dtype(score_dtype, params, mask) as precision:
+        dtype = precision.dtype
         state = pruning.init_state(mask, num_iterations, dtype, records_removal=True)
-        run = functools.partial(_advance, rule, params, goal, cut_fraction)
+        limits = jax.device_put((np.int32(goal), np.asarray(cut_fraction, dtype)))
+        run = functools.partial(_advance, rule, params, *limits, precision=precision)
         state = pruning.run_in_stretches(
             run, state, num_iterations, on_progress, stride=min(_STRIDE, num_iterations)
         )
@@ -122,7 +124,7 @@ def num_kept(size: int, compression: float) -> int:
     return max(1, math.ceil(size / compression * (1 - 1e-12)))
 
 
-@jax.jit
+@bounded_jit
 def _advance(
     rule: Rule,
     params: Params,
@@ -131,8 +133,11 @@ def _advance(
     state: PruneState,
     start: chex.Numeric,
     stop: chex.Numeric,
+    *,
+    precision: Precision,
 ) -> PruneState:
     propose = propose_affordable(goal, cut_fraction)
+    rule = pruning.in_precision(rule, precision)
     # The key is never used: rules with a flow look at no data and draw no random numbers.
     return pruning.advance(rule, params, jax.random.key(0), state, start, stop, propose)
 

@@ -68,8 +68,13 @@ def widen(function: Callable[..., Any], precision: Precision) -> Callable[..., A
 
     def widened(*args: Any) -> Any:
         leaves = jax.tree.leaves(args)
+        is_narrow = any(_is_narrower(jnp.result_type(leaf), precision.dtype) for leaf in leaves)
+        # A debugger needs numbers, which a trace does not have.
+        if jax.config.jax_disable_jit and not is_narrow:
+            return function(*args)
         with _as_the_caller(precision.x64):
-            program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+            seen = jax.tree.map(_as_seen, args)
+            program, shapes = jax.make_jaxpr(function, return_shape=True)(*seen)
         structure = jax.tree.structure(shapes)
         if _has_narrower(program, precision.dtype, set()):
             outputs = _evaluate(precision.dtype, program, leaves)
@@ -206,6 +211,16 @@ def _as_the_caller(x64: bool | None) -> Iterator[None]:
         return
     with jax.enable_x64(x64):
         yield
+
+
+def _as_seen(leaf: Any) -> Any:
+    """Returns the type that the function sees of an argument: without 64 bits if they are off."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    aval = jax.typeof(leaf)
+    if _is_key(leaf) or jax.dtypes.canonicalize_dtype(aval.dtype) == aval.dtype:
+        return leaf
+    return aval.update(dtype=jax.dtypes.canonicalize_dtype(aval.dtype))
 
 
 def _evaluate(least: np.dtype, program: Program, arrays: Sequence[Any]) -> list[Any]:
