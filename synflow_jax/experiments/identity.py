@@ -6,14 +6,18 @@ part of the name (`setting`), and `named_values` collects those that are.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
 import os
+import stat
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from synflow_jax.experiments.expected import Expected, shown
 
 # Says whether a setting is part of a run's name: identity(value, default, config).
 Identity = Callable[[Any, Any, Any], bool]
@@ -55,6 +59,7 @@ def when_changed(value: Any, default: Any, config: Any) -> bool:
 
 def setting(
     default: Any,
+    values: Expected | None = None,
     *,
     identity: Identity = always,
     named_by: Callable[[Any], Any] | None = None,
@@ -63,11 +68,12 @@ def setting(
 
     Args:
       default: the default of the field.
+      values: the values that it may have.
       identity: says when the field is part of a run's name.
       named_by: turns the value into the one that stands in the name, e.g. a path into the digest of
         its file.
     """
-    metadata = {"identity": identity, "named_by": named_by}
+    metadata = {"identity": identity, "named_by": named_by, "expected": values}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -133,11 +139,14 @@ def file_digest(path: str | None) -> str | None:
     # A file of weights can be large, and a grid asks for its digest once per run.
     try:
         status = os.stat(path)
+        # A pipe would be waited for without end.
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
         return _file_digest(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise ValueError(
-            f"init={path!r} cannot be read: {error.strerror}. Name a file of weights, or leave it "
-            "out."
+            f"init={shown(path)} cannot be read: {error.strerror}. Name a file of weights, or "
+            "leave it out."
         ) from error
 
 

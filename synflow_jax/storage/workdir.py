@@ -17,19 +17,36 @@ Several runs, and several processes at once, may share a folder:
     checkpoints/RUN_ID/level-1/      the checkpoints of a level of IMP
     layers.png, curve.png            pictures of the last run
 
+    .RUN_ID.run.lock                 while a process works on the run
+
 A file that every process of a job would write has the process in its name: process 3 of several
 writes rows-0003.jsonl. Reading finds the rows of all processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from synflow_jax.storage import rows
+from synflow_jax.storage import files, locks, rows
 from synflow_jax.storage.rows import Row, RowFile
+
+# The ending of a lock. Rows have locks of another ending, which stay.
+_LOCK = ".run.lock"
+# The folders that hold one file or one folder per run.
+_FOLDERS = (
+    "masks",
+    "certificates",
+    "units",
+    "rewind",
+    "levels",
+    "curves",
+    "checkpoints",
+    "exported",
+)
 
 
 def check_run_id(run_id: Any) -> str:
@@ -242,7 +259,8 @@ class Workdir:
     def delete_rows(self, run_ids: Collection[str]) -> None:
         """Deletes the rows of runs, and their times, from the files of all processes.
 
-        On return they are off the disk, even after a power failure.
+        On return they are off the disk, even after a power failure. Remove the files of a run after
+        its row: a run that has a row counts as complete.
 
         Raises:
           ValueError: as `check_rows`.
@@ -262,6 +280,28 @@ class Workdir:
         """Adds a row of times to the file of this process."""
         # Times are not in the result row, because that must be bit-identical if a run is repeated.
         self._write(self._timing_path, row)
+
+    # Several processes in one folder.
+
+    def lock(self, run_id: str) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from a run: hold it while files of the run are written or removed.
+
+        Raises:
+          locks.Busy: another process holds it. It is a ValueError that names the process.
+          OSError: the file of the lock cannot be written.
+        """
+        return locks.hold(self.path / f".{run_id}{_LOCK}", run_id)
+
+    def clean(self) -> None:
+        """Removes the temporary files and the locks that killed processes have left.
+
+        Unfinished checkpoints are removed when their folder is opened to train on.
+        """
+        for folder in (self.path, *(self.path / name for name in _FOLDERS)):
+            files.remove_stale(folder)
+        for levels in self.levels_path("").glob("*/"):
+            files.remove_stale(levels)
+        locks.remove_stale(self.path.glob(f".*{_LOCK}"))
 
     @property
     def _rows_path(self) -> pathlib.Path:
