@@ -164,14 +164,19 @@ def unwritable(path: pathlib.Path, error: Exception) -> OSError:
     'runs/rows.jsonl' could not be written: No space left on device. Free some disk space (make
     room), then run the same command again to resume.
     """
-    number = getattr(error, "errno", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    cure = _CURES.get(number, "") if number else ""
-    message = f"{str(path)!r} could not be written: {reason.rstrip('.')}. {cure}"
+    reason, cure = reason_and_cure(error)
+    message = f"{str(path)!r} could not be written: {reason}. {cure}"
     worded = OSError(message.rstrip())
     # Kept for callers: with two arguments, OSError would print the number too.
-    worded.errno = number
+    worded.errno = getattr(error, "errno", None)
     return worded
+
+
+def reason_and_cure(error: Exception) -> tuple[str, str]:
+    """Returns why something could not be written, and what to do about it, for messages."""
+    reason = str(getattr(error, "strerror", None) or error) or repr(error)
+    cure = _CURES.get(getattr(error, "errno", None) or 0, "")
+    return reason.rstrip("."), cure
 
 
 def remove(path: pathlib.Path) -> None:
