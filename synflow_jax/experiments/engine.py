@@ -75,6 +75,7 @@ class _Shared:
     Attributes:
       workdir, devices, split, overwrite, emit, should_stop: as `run` takes them.
       build: returns the network of a run; from `initialization.builder`.
+      skips_done: whether a run that has a row is left out.
       recipes: the data and the optimizer, by `_recipe_key`. Filled by `_recipe`.
       programs: the compiled programs, by network, recipe, and device or layout. Filled by
         `_compiled`.
@@ -87,6 +88,7 @@ class _Shared:
     emit: EventFn
     should_stop: StopFn
     build: BuildFn
+    skips_done: bool
     recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
     programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
 
@@ -133,7 +135,7 @@ def run(
     """
     devices = tuple(jax.local_devices() if devices is None else devices)
     build = initialization.builder(emit)
-    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build)
+    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build, True)
     outcomes: dict[str, Outcome] = {}
     for outcome in failures.listed(_outcomes(shared, runs), workdir, lambda run: run.train_id):
         outcomes[outcome.run.train_id] = outcome
@@ -170,7 +172,7 @@ def train(
     """
     devices = tuple(jax.local_devices())
     build = initialization.builder(emit)
-    shared = _Shared(workdir, devices, True, False, emit, should_stop, build)
+    shared = _Shared(workdir, devices, True, False, emit, should_stop, build, False)
     form = starts.choose_form(run, network, mask) if form is None else form
     (outcome,) = _train_on_all_devices(shared, _Task(run, mask, form))
     if isinstance(outcome, Failed):
@@ -492,7 +494,7 @@ def _train_tasks(
             if task.run not in free:
                 continue
             # Another process may have finished it since the rows were read.
-            row = shared.workdir.find_row(task.run.train_id)
+            row = shared.workdir.find_row(task.run.train_id) if shared.skips_done else None
             if row is None:
                 left.append(task)
             else:
