@@ -20,7 +20,7 @@ PACKAGE = ROOT / "synflow_jax"
 
 # The wings, in the order of reading. A wing imports itself, the wings above it in this table that
 # it names, and the outside packages that it names. NumPy, JAX and chex are free to all.
-CORE = ("trees", "schedules", "masking", "scores", "pruning", "certified")
+CORE = ("arguments", "trees", "schedules", "masking", "scores", "pruning", "certified")
 WINGS: dict[str, tuple[set[str], set[str]]] = {
     "jaxprs": (set(), set()),
     "core": ({"jaxprs"}, set()),

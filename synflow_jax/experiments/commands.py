@@ -218,17 +218,19 @@ def export(
     from synflow_jax.experiments import exports
 
     formats = exports.check_formats(formats)
-    if workdir is None:
+    if not workdir:
         raise ValueError(
             "--workdir is missing: name the folder that prune.py or train.py has written."
         )
+    if out == "":
+        raise ValueError("--out='' names no folder: give one, --out=DIR, or leave the flag out.")
     storage.check_folder(pathlib.Path(workdir))
     run = None
     if config is not None:
         run = resolve_one(cli.check_config(config, reads_data=False))
     source = Workdir(pathlib.Path(workdir))
     row = exports.find_row(source, run, run_id)
-    folder = source.exported_path if not out else pathlib.Path(out)
+    folder = source.exported_path if out is None else pathlib.Path(out)
     storage.check_writable(folder, "out")
     cli.use_compilation_cache()
     network = exports.read(row, source, None if run is None else run.config.init)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from synflow_jax import pruning, schedules, trees
+from synflow_jax import arguments, pruning, schedules, trees
 from synflow_jax.masking import Exchange
 from synflow_jax.parallel import batches
 from synflow_jax.pruning import ProgressFn, PruneInfo, PruneState
@@ -75,8 +75,10 @@ def prune(
         of this process.
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
-    pruning.check_request(params, mask, compression)
+    mask = trees.default_mask(params) if mask is None else mask
+    arguments.check_flag("shard_params", shard_params)
+    pruning.check_options(nested=nested, on_progress=on_progress)
+    pruning.check_request(rule, params, mask, compression, key)
     if num_iterations is None:
         num_iterations = pruning.usual_iterations(rule, compression)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(mask))
@@ -106,14 +108,14 @@ def prune(
 
         # Counts, key and numbers of batches are arguments, not constants of the program, so that
         # it is compiled only once.
-        counts = np.asarray(counts, np.int32)
-        counts, words, num_batches = _place(mesh, (counts, words, num_batches), P())
+        placed = (np.asarray(counts, np.int32), words, num_batches)
+        placed_counts, words, num_batches = _place(mesh, placed, P())
 
         def run(state: PruneState, start: int, stop: int) -> PruneState:
             return _advance(
                 placed_rule,
                 laid_out,
-                counts,
+                placed_counts,
                 words,
                 num_batches,
                 state,
@@ -138,6 +140,7 @@ def prune(
         joined = _join_mask(state.mask, mesh=mesh, shapes=shapes)
         found = _local(state._replace(mask=joined))
         pruning.raise_unless_finite(found, rule, params)
+    pruning.check_kept(found.info, counts, mask)
     return found.mask, found.info
 
 
@@ -155,12 +158,14 @@ def first_scores(
     Returns:
       The whole scores, on the first device of each process.
     """
-    mask = trees.prunable(params) if mask is None else mask
-    trees.check_mask(mask, params)
+    rule = as_rule(score_fn)
+    mask = trees.default_mask(params) if mask is None else mask
+    pruning.check_network(params, mask, key)
+    pruning.check_batches(rule, params)
     mesh = _mesh(devices)
     words, impl = _key_words(key)
     with pruning.scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((as_rule(score_fn), params))
+        rule, params = cast((rule, params))
         rule, num_batches, split = _place_rule(mesh, rule)
         on_host = (params, mask, words, num_batches)
         params, mask, words, num_batches = _place(mesh, on_host, P())

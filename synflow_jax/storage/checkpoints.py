@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from synflow_jax.storage import files
-from synflow_jax.trees import Tree, path_name
+from synflow_jax.trees import Tree, by_name, path_name
 
 # Beside the description of the run, in each checkpoint: the digest of the description and of all
 # arrays. Checkpoints of earlier versions have none.
@@ -443,10 +443,9 @@ def delete(folder: pathlib.Path) -> None:
 def flatten(tree: Tree) -> dict[str, Any]:
     """Returns the leaves by name. Random keys are returned as their bits."""
     flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in by_name(tree).items():
         # NumPy, and so the disk, has no type for keys.
-        stored = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        flat[path_name(path)] = stored
+        flat[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     return flat
 
 

@@ -49,6 +49,23 @@ _FOLDERS = (
 )
 
 
+def check_run_id(run_id: Any) -> str:
+    """Returns the name of a run, if it is one.
+
+    Rows may come from other people, and a name such as "../../x" leads out of the folder.
+
+    >>> check_run_id("vgg16-c10-s0")
+    'vgg16-c10-s0'
+
+    Raises:
+      ValueError: it is none.
+    """
+    problem = rows.run_id_problem(run_id)
+    if problem is not None:
+        raise ValueError(f"{problem}. Take one from a row that prune.py or train.py wrote.")
+    return str(run_id)
+
+
 class Stopped(Exception):
     """Says that a run was asked to stop and has saved its state. The same command resumes it."""
 
@@ -78,18 +95,18 @@ class Workdir:
 
     def mask_path(self, run_id: str) -> pathlib.Path:
         """Returns the file of a mask; see `storage.save_mask`."""
-        return self.path / "masks" / f"{run_id}.safetensors"
+        return self._file("masks", run_id, ".safetensors")
 
     def certificate_path(self, run_id: str) -> pathlib.Path:
         """Returns the JSON file of a certificate; see `storage.save_certificate`."""
-        return self.path / "certificates" / f"{run_id}.json"
+        return self._file("certificates", run_id, ".json")
 
     def units_path(self, run_id: str) -> pathlib.Path:
         """Returns the JSON file of the units' scores.
 
         It holds {group: {"incoming": [one number per unit], "outgoing": [one number per unit]}}.
         """
-        return self.path / "units" / f"{run_id}.json"
+        return self._file("units", run_id, ".json")
 
     # Files of iterative magnitude pruning (IMP). Curves and checkpoints of its levels are in the
     # folders that other training runs use, so that the same readers find them.
@@ -99,11 +116,11 @@ class Workdir:
 
         There is no such file if IMP rewinds to initialization.
         """
-        return self.path / "rewind" / f"{run_id}.safetensors"
+        return self._file("rewind", run_id, ".safetensors")
 
     def levels_path(self, run_id: str) -> pathlib.Path:
         """Returns the folder of IMP's levels."""
-        return self.path / "levels" / run_id
+        return self._file("levels", run_id)
 
     def level_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the JSON file that records a finished level, counted from 1."""
@@ -115,7 +132,7 @@ class Workdir:
 
     def level_curve_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the CSV file of a level's training; level 0 trains up to the rewind step."""
-        return self.curve_path(f"{run_id}-level-{level}")
+        return self.curve_path(f"{check_run_id(run_id)}-level-{level}")
 
     def level_checkpoint_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the folder of a level's checkpoints; level 0 trains up to the rewind step."""
@@ -125,11 +142,15 @@ class Workdir:
 
     def curve_path(self, run_id: str) -> pathlib.Path:
         """Returns the CSV file of a training run: one line per epoch."""
-        return self.path / "curves" / f"{run_id}.csv"
+        return self._file("curves", run_id, ".csv")
 
     def checkpoint_path(self, run_id: str) -> pathlib.Path:
         """Returns the folder of a run's checkpoints; see `storage.checkpoints`."""
-        return self.path / "checkpoints" / run_id
+        return self._file("checkpoints", run_id)
+
+    def _file(self, folder: str, run_id: str, ending: str = "") -> pathlib.Path:
+        """Returns the path of a file, or a folder, that is named after a run."""
+        return self.path / folder / f"{check_run_id(run_id)}{ending}"
 
     # Files of the whole folder.
 
