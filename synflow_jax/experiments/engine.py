@@ -223,29 +223,34 @@ def _begin_anew(shared: _Shared, runs: Sequence[Run]) -> list[Failed]:
     # Each lock is an open file, and a process may have about a thousand.
     for start in range(0, len(runs), _LOCKS_AT_ONCE):
         with contextlib.ExitStack() as stack:
-            free, taken = _lock(shared, runs[start : start + _LOCKS_AT_ONCE], stack)
+            some = runs[start : start + _LOCKS_AT_ONCE]
+            free, taken = _lock(shared, some, stack, prunes=True)
             busy += taken
             # The rows of pruning too: a run that is stopped before its mask is made has none.
-            shared.workdir.delete_rows(
-                [name for run in free for name in (run.train_id, run.prune_id)]
-            )
+            run_ids = [name for run in free for name in (run.train_id, run.prune_id)]
+            shared.workdir.delete_rows(run_ids)
             for run in free:
                 checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
     return busy
 
 
 def _lock(
-    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack
+    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack, *, prunes: bool = False
 ) -> tuple[list[Run], list[Failed]]:
-    """Takes the locks of runs, until the stack is closed.
+    """Takes the locks of runs, until the stack is closed; with `prunes`, those of their masks too.
 
     Returns:
       The runs that this process has now, and those that another process has.
     """
     free, busy = [], []
     for run in runs:
+        names = [run.train_id, run.prune_id] if prunes else [run.train_id]
         try:
-            stack.enter_context(shared.workdir.lock(run.train_id))
+            with contextlib.ExitStack() as locks:
+                for name in names:
+                    locks.enter_context(shared.workdir.lock(name))
+                # Only now: if one of them is taken, the others are given back.
+                stack.push(locks.pop_all())
         except storage.Busy as error:
             busy.append(Failed(run, error))
         else:

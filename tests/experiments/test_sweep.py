@@ -265,6 +265,9 @@ def test_two_sweeps_side_by_side_share_the_runs(tmp_path: pathlib.Path) -> None:
             assert isinstance(done, Finished) and not done.found
             assert kept.is_dir() and workdir.find_row(runs[0].train_id) is None
     with workdir.lock(runs[0].prune_id):
+        busy, _ = engine.run(runs, workdir, overwrite=True)
+        assert isinstance(busy, Failed) and isinstance(busy.error, storage.Busy)
+        assert kept.is_dir()
         busy, done = masks.prune_all(runs, workdir, overwrite=True)
         assert isinstance(busy, Failed) and isinstance(busy.error, storage.Busy)
         assert isinstance(done, Finished)
