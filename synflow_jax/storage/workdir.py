@@ -299,7 +299,7 @@ class Workdir:
         """
         for folder in (self.path, *(self.path / name for name in _FOLDERS)):
             files.remove_stale(folder)
-        for levels in self.levels_path("").glob("*/"):
+        for levels in (self.path / "levels").glob("*/"):
             files.remove_stale(levels)
         locks.remove_stale(self.path.glob(f".*{_LOCK}"))
 
