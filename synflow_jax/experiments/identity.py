@@ -132,8 +132,8 @@ def file_digest(path: str | None) -> str | None:
         return _file_digest(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise ValueError(
-            f"init={shown(path)} cannot be read: {error.strerror}. Name a file of weights, or leave "
-            "it out."
+            f"init={shown(path)} cannot be read: {error.strerror}. Name a file of weights, or "
+            "leave it out."
         ) from error
 
 
