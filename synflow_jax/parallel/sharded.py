@@ -368,6 +368,11 @@ def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
     """Places arrays on the devices of the mesh. Every process must pass equal arrays."""
 
     def place(spec: P, leaf: Any) -> jax.Array:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            # A key among the parameters, as of dropout in NNX. NumPy knows only its words.
+            words = place(spec, jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         sharding = NamedSharding(mesh, spec)
         # Each process fills only its own devices. `jax.device_put` would compare the arrays of all
