@@ -202,7 +202,7 @@ def _advance(
     dtype = state.info.score_total.dtype
     exchange = Exchange(
         sum=lambda value: jax.lax.psum(value, _AXIS),
-        gather=lambda array: jax.lax.all_gather(array, _AXIS, tiled=True),
+        gather=_gather,
         num_parts=mesh.size,
     )
 
@@ -305,11 +305,16 @@ def _join(parts: Tree, shapes: _Shapes) -> Tree:
     """Joins the parts of every device to whole leaves."""
 
     def whole(part: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-        joined = jax.lax.all_gather(part, _AXIS, tiled=True)
-        unpadded = joined[: like.size]
+        unpadded = _gather(part)[: like.size]
         return unpadded.reshape(like.shape)
 
     return jax.tree.map(whole, parts, _like(parts, shapes))
+
+
+def _gather(part: jax.Array) -> jax.Array:
+    """Joins the parts of every device along the first axis. A leaf may be empty."""
+    # Of nothing XLA gathers nothing.
+    return jax.lax.all_gather(part, _AXIS, tiled=True) if part.size else part
 
 
 def _like(tree: Tree, shapes: _Shapes) -> Tree:
