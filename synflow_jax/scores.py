@@ -36,7 +36,7 @@ from synflow_jax.trees import Mask, Params, Scores, apply_mask, map_prunable, me
 Batch = Any  # a pytree of arrays with a leading axis of examples
 ApplyFn = Callable[[Params, jax.Array], jax.Array]  # inputs [batch, ...] -> outputs [batch, ...]
 LossFn = Callable[[Params, Batch], jax.Array]  # -> the mean loss of the examples, []
-Objective = Callable[[Params], jax.Array]  # R(theta), []
+Objective = Callable[..., jax.Array]  # R(theta), []; that of a network also takes input_scale
 BatchesCheck = Callable[[Params, list[Batch]], None]  # raises ValueError, on the host
 ScoreFn = Callable[[Params, Mask, chex.PRNGKey], Scores]
 # Adds up function(batch) over the batches of a rule. The parameters are those it closes over.
@@ -54,13 +54,15 @@ class Flow(NamedTuple):
     passes every cut, so the scores of a cut add up to at least this flow, and weights of a smaller
     total cannot disconnect the network (Theorem 3). Without biases the flow is R.
 
-    scores: as every rule returns them. cut: [], the flow at the input. exponent: int32 []; scores
-    and cut are both to be multiplied by 2^exponent.
+    scores: as every rule returns them. cut: [], the flow at the input. exponent: int32 []; scores,
+    cut and total are to be multiplied by 2^exponent. total: [], R itself, which is equal to the cut
+    in a network without biases whose flow is conserved. None if it is not known.
     """
 
     scores: Scores
     cut: jax.Array
     exponent: jax.Array
+    total: jax.Array | None = None
 
 
 FlowFn = Callable[[Params, Mask, chex.PRNGKey], Flow]
@@ -82,8 +84,10 @@ class Rule:
     batches: the data, from `stack_batches`; None for a rule without data.
     flow: returns the cut together with the scores. None for a rule whose scores are not positive
       and conserved, so that no cut bounds what may be pruned.
-    objective: R, where it is evaluated by `jaxprs.scaling`. Error messages name its steps that may
-      overflow.
+    objective: R, as a function of the parameters and of the number that all inputs are multiplied
+      by, 1 by default. A rule with a flow needs it: before `certified.prune` begins, it follows the
+      steps of R and refuses a network that does not conserve flow. Error messages name the steps of
+      R that may overflow.
     check: `check(params, batches)` raises ValueError if the batches do not fit the network. `prune`
       calls it on the host, before any work.
     """
@@ -430,7 +434,7 @@ def synflow(apply_fn: ApplyFn, input_shape: Sequence[int], *, scaled: bool = Tru
         Partial(_synflow, evaluate),
         num_iterations=100,
         flow=Partial(_flow, evaluate),
-        objective=objective if scaled else None,
+        objective=objective,
     )
 
 
@@ -456,8 +460,8 @@ def _flow(
 
     selected = select(apply_mask(params, mask), mask)
     input_scale = jnp.ones((), trees.float_type(params))
-    differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
-    (gradient, cut), exponent = differentiate(selected, input_scale)
+    differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    (total, exponent), (gradient, cut) = differentiate(selected, input_scale)
 
     # A pruned weight scores 0, even if its gradient is infinite and the product would be NaN.
     scores = map_prunable(
@@ -466,7 +470,7 @@ def _flow(
         gradient,
         selected,
     )
-    return Flow(scores, cut, jnp.where(cut > 0, exponent, 0))
+    return Flow(scores, cut, jnp.where(cut > 0, exponent, 0), total)
 
 
 # Rules that look at data -------------------------------------------------------------------------

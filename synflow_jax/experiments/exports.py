@@ -15,7 +15,7 @@ import numpy as np
 
 from synflow_jax import data, models, storage, trees
 from synflow_jax.experiments import initialization, recorded
-from synflow_jax.experiments.run import Run, from_dict
+from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, networks
 from synflow_jax.storage.networks import flat
@@ -37,10 +37,12 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
     By its config, it is the row of the trained network if there is one, and else of the pruned one.
 
     Raises:
-      ValueError: neither is given, or there is no such run in `workdir`.
+      ValueError: neither is given, `run_id` is not the name of a run, or there is no such run
+        in `workdir`.
     """
     if run_id is not None:
-        wanted = [run_id]
+        # Files are named by it, so it is checked before anything is read or written.
+        wanted = [storage.check_run_id(run_id)]
     elif run is not None:
         wanted = [run.train_id, run.prune_id]
     else:
@@ -95,7 +97,7 @@ def read(row: Mapping[str, Any], workdir: Workdir, init: str | None = None) -> N
 
 def _read_pruned(row: Mapping[str, Any], workdir: Workdir, init: str | None) -> Network:
     """Draws the network of a pruning run again, and reads its mask."""
-    run = from_dict(row["config"], init)
+    run = recorded.run_of(row, init)
     # The run has pruned it, so its compression was accepted.
     network = initialization.build(run, bounded=False)
     mask = recorded.read_mask(row, workdir, network.params)
@@ -104,13 +106,14 @@ def _read_pruned(row: Mapping[str, Any], workdir: Workdir, init: str | None) -> 
 
 def _read_trained(row: Mapping[str, Any], workdir: Workdir) -> Network:
     """Reads the network of a training run from its last checkpoint."""
+    run = recorded.run_of(row)
     arrays = recorded.read_checkpoint(row, workdir)
     parameters = recorded.part(arrays, "params")
     statistics = recorded.part(arrays, "batch_stats")
     params, batch_stats = flat.unflatten({**parameters, **statistics})
     mask = _unflatten_mask(recorded.part(arrays, "mask"), params)
     model: Any
-    model, input_shape = initialization.architecture(from_dict(row["config"]))
+    model, input_shape = initialization.architecture(run)
     arrays_by_name = flat.flatten(params, batch_stats)
     found = {name: array.shape for name, array in arrays_by_name.items()}
     if flat.shapes_of(model, input_shape) != found:

@@ -13,9 +13,37 @@ from typing import Any
 import numpy as np
 
 from synflow_jax import storage
+from synflow_jax.experiments.run import Run, from_dict
 from synflow_jax.storage import Workdir
 from synflow_jax.storage.arrays import digest
 from synflow_jax.trees import Mask, Params
+
+# What readers use of a row.
+_IN_PRUNE_ROWS = ("dataset", "config", "mask_sha256")
+_IN_TRAIN_ROWS = ("dataset", "config", "num_steps", "params_sha256")
+
+
+def run_of(row: Mapping[str, Any], init: str | None = None) -> Run:
+    """Returns the run of a row, whose config must be the one that the run is named after.
+
+    Args:
+      row: of a pruning or a training run.
+      init: as `run.from_dict` takes it.
+
+    Raises:
+      ValueError: the row lacks an entry, or its config is that of another run.
+    """
+    is_trained = "prune_run_id" in row
+    needed = _IN_TRAIN_ROWS if is_trained else _IN_PRUNE_ROWS
+    missing = [key for key in needed if key not in row]
+    cure = _cure("train.py" if is_trained else "prune.py")
+    if missing or not isinstance(row["config"], dict):
+        lacks = ", ".join(missing) or "a config that is a JSON object"
+        raise ValueError(f"the row of run {row['run_id']!r} lacks {lacks}. {cure}")
+    run = from_dict(row["config"], init)
+    found = {"run_id": run.train_id if is_trained else run.prune_id}
+    _compare(f"the config in the row of run {row['run_id']!r}", found, row, cure)
+    return run
 
 
 def read_mask(row: Mapping[str, Any], workdir: Workdir, params: Params | None = None) -> Mask:
@@ -107,7 +135,8 @@ def _check_mask(
     """Checks that a checkpoint has the mask of the pruning run."""
     pruned = workdir.find_row(row["prune_run_id"])
     # The mask of a compact network has other shapes. A network may be copied without its pruning.
-    if pruned is None or row["compact"]:
+    # Versions without compact networks had no such key.
+    if pruned is None or row.get("compact"):
         return
     found = {"mask_sha256": storage.mask_digest(Mask(part(arrays, "mask")))}
     _compare(f"the mask in {what}", found, pruned, _cure("train.py"))

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -29,8 +29,14 @@ def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = No
 
     Returns:
       The sha256 in hex.
+
+    Raises:
+      ValueError: two leaves have the same name, or there is none. Nothing is written.
+      OSError: the file cannot be written.
     """
     packed = _packed(mask)
+    if not packed:
+        raise ValueError("mask has no prunable leaf, only holes. Make one with prunable(params).")
     digest = arrays.digest(packed)
     layers = describe(_by_name(mask))
     header = {
@@ -104,7 +110,7 @@ def parse_shapes(header: Mapping[str, str], key: str, where: str) -> dict[str, t
     return shapes
 
 
-def is_shape(value: Any) -> bool:
+def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Returns whether a value of JSON is a shape: a list of whole numbers of at least 0."""
     return isinstance(value, list) and all(type(side) is int and side >= 0 for side in value)
 

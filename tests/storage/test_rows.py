@@ -129,7 +129,7 @@ def test_files_of_other_editors_are_read(tmp_path: pathlib.Path) -> None:
         {"run_id": "a", "note": "\u00e9\u2028\u0085"},
         {"run_id": "b"},
     ]
-    Workdir(tmp_path).delete_row("b")
+    Workdir(tmp_path).delete_rows(["b"])
     assert path.read_bytes() == '{"run_id": "a", "note": "\u00e9\u2028\u0085"}\n'.encode()
 
 
@@ -158,7 +158,7 @@ def test_damage_names_the_line_and_the_cure(tmp_path: pathlib.Path, case: str) -
         workdir.check_rows,
         workdir.rows,
         lambda: workdir.write_row({"run_id": "c"}),
-        lambda: workdir.delete_row("a"),
+        lambda: workdir.delete_rows(["a"]),
     ):
         with pytest.raises(ValueError, match=r"rows\.jsonl', line 2: .* Delete that line") as error:
             use()
@@ -240,8 +240,8 @@ def test_deleted_rows_are_gone_from_all_files(
             # Not by the folder, which leaves one row of a run.
             storage.write_row(tmp_path / f"rows-000{index}.jsonl", {"run_id": run_id})
             storage.write_row(tmp_path / f"timing-000{index}.jsonl", {"run_id": run_id})
-    workdir.delete_row("shared")
-    workdir.delete_row("unknown")
+    workdir.delete_rows(["shared"])
+    workdir.delete_rows(["unknown"])
     for folder in (workdir, Workdir(tmp_path)):
         assert folder.run_ids() == ["of-0", "of-1"]
         assert folder.find_row("shared") is None and folder.timing("shared") is None
@@ -266,8 +266,15 @@ def test_of_two_rows_the_one_of_the_newest_file_counts(tmp_path: pathlib.Path, n
     assert newest in workdir.where("a") and workdir.where("a").endswith("line 1")
     assert workdir.run_ids() == ["a", *(f"only-{name}" for name in names)]
     # Neither deleting nor adding another row makes an old row count again.
-    workdir.delete_row("only-rows.jsonl")
+    workdir.delete_rows(["only-rows.jsonl"])
     workdir.write_row({"run_id": "b"})
     for folder in (workdir, Workdir(tmp_path)):
         assert folder.find_row("a") == {"run_id": "a", "of": newest}
         assert folder.find_row("b") == {"run_id": "b"}
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".rows.jsonl.lock").mkdir()
+    with pytest.raises(OSError, match=r"rows\.jsonl\.lock' could not be written: Is a directory"):
+        Workdir(tmp_path).write_row({"run_id": "a"})
+    assert not (tmp_path / "rows.jsonl").exists()
