@@ -225,8 +225,7 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
     leaves = jax.tree.leaves(scores)
     chex.assert_shape(k, ({1, len(leaves)},))
     by_leaf = k.shape[0] > 1
-    # Half precision has too few values to interpolate between.
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    dtype = score_type(leaves)
     sizes = np.array([leaf.size for leaf in leaves]) * exchange.num_parts
     total = sizes.sum()
     if total >= 2**31:
@@ -255,6 +254,15 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
     samples = [jnp.sort(exchange.gather(sample)) for sample in samples]
     num_scores = jnp.asarray(sizes if by_leaf else total[None], jnp.int32)
     return _search(count_at_most, k, num_scores, samples)
+
+
+def score_type(leaves: Sequence[Any]) -> np.dtype:
+    """Returns the dtype to rank scores in: float64 if one of them is float64, else float32.
+
+    Half precision has too few values to interpolate between.
+    """
+    is_wide = any(jnp.result_type(leaf) == np.float64 for leaf in leaves)
+    return np.dtype(np.float64 if is_wide else np.float32)
 
 
 def sample_stride(size: int) -> int:
@@ -337,12 +345,14 @@ def _pivot_from_sample(
     pivots, num_inside = [], []
     for i, sample in enumerate(samples):
         keys = to_key(sample)
-        first = jnp.sum(keys <= b.low[i])
-        inside = jnp.sum(keys < b.high[i]) - first
+        first = jnp.sum(keys <= b.low[i], dtype=jnp.int32)
+        inside = jnp.sum(keys < b.high[i], dtype=jnp.int32) - first
         # Half a deviation towards the far end, so that both ends of the bracket move in turn.
         nearer = jnp.minimum(aim[i], 1 - aim[i])
-        shift = jnp.where(aim[i] < 0.5, 0.5, -0.5) * jnp.sqrt(nearer * inside)
-        place = (aim[i] * inside + shift).astype(jnp.int32)
+        count = inside.astype(aim.dtype)
+        half = jnp.full((), 0.5, aim.dtype)
+        shift = jnp.where(aim[i] < 0.5, half, -half) * jnp.sqrt(nearer * count)
+        place = (aim[i] * count + shift).astype(jnp.int32)
         place = jnp.clip(place, 0, jnp.maximum(inside - 1, 0))
         pivots.append(jnp.pad(sample, (0, 1))[jnp.clip(first + place, 0, sample.size)])
         num_inside.append(inside)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import numbers
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import masking, schedules, trees
+from synflow_jax import arguments, masking, schedules, trees
 from synflow_jax.jaxprs import scaling
 from synflow_jax.jaxprs.compiled import bounded_jit
 from synflow_jax.jaxprs.precision import Precision, widen
@@ -39,6 +39,11 @@ LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
 ProgressFn = Callable[[int, "PruneInfo"], None]
 
 _NUM_REPORTS = 20  # calls of on_progress in a run
+_FEW = 8  # so many weights may go as ties without a warning
+
+
+class Overpruned(UserWarning):
+    """Warns that far fewer weights are left than were asked for, because scores are equal."""
 
 
 # What the loop carries ---------------------------------------------------------------------------
@@ -209,7 +214,9 @@ def step(
 def flow_of(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey, dtype: Any) -> Flow:
     """Returns the scores of any rule as a `Flow`, with a cut of 0 where the rule has none."""
     if rule.flow is not None:
-        return rule.flow(params, mask, key)
+        flow = rule.flow(params, mask, key)
+        check_scores(flow.scores, mask)
+        return flow
     scores = rule(params, mask, key)
     check_scores(scores, mask)
     return Flow(scores, jnp.zeros((), dtype), jnp.int32(0))
@@ -298,9 +305,13 @@ def prune_loop(
     Returns:
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was. The
       info holds their totals in the row of that iteration and 0 below it; see `check_finite`.
+
+    Raises:
+      ValueError: an argument has another type, shape or structure.
     """
-    chex.assert_shape(counts, (len(counts), {1, len(jax.tree.leaves(mask))}))
-    chex.assert_type(counts, int)
+    check_options(nested=nested, loop_fn=loop_fn)
+    check_network(params, mask, key)
+    _check_count_shape(counts, mask)
     num_iterations = len(counts)
     # A schedule returns NumPy arrays, which a traced iteration cannot index.
     counts = jnp.asarray(counts, jnp.int32)
@@ -370,8 +381,13 @@ def prune(
       The mask and its `PruneInfo`.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is of another type, shape or structure, or out of its range; all
+        scores are equal, so that nothing can be ranked.
       FloatingPointError: scores are infinite or NaN. Names the iteration and the layer.
+
+    Warns:
+      Overpruned: far fewer weights are left than were asked for, because scores are equal.
+      trees.UnprunedLeaves: without a `mask`, leaves of unknown names are not pruned.
 
     >>> from synflow_jax import scores
     >>> params = {"fc": {"kernel": 1 + jnp.arange(32.0).reshape(4, 8) ** 0.5},
@@ -383,8 +399,9 @@ def prune(
     24
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
-    check_request(params, mask, compression)
+    mask = trees.default_mask(params) if mask is None else mask
+    check_options(nested=nested, on_progress=on_progress, loop_fn=loop_fn)
+    check_request(rule, params, mask, compression, key)
     if num_iterations is None:
         num_iterations = usual_iterations(rule, compression)
     counts = schedule_counts(schedule, mask, compression, num_iterations, nested=nested)
@@ -395,11 +412,12 @@ def prune(
         # A Python loop is not compiled: it is there to be stepped through.
         run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
         # Counts and stretches are arguments of the program, not constants: one trace serves all.
-        counts = jax.device_put(counts.astype(np.int32))
+        counts_on_device = jax.device_put(counts.astype(np.int32))
         options = {"nested": nested, "loop_fn": loop_fn, "precision": precision}
-        run = functools.partial(run, rule, params, counts, key, **options)
+        run = functools.partial(run, rule, params, counts_on_device, key, **options)
         state = run_in_stretches(run, state, len(counts), on_progress)
         raise_unless_finite(state, rule, params)
+    check_kept(state.info, counts, mask)
     return state.mask, state.info
 
 
@@ -470,10 +488,7 @@ def schedule_counts(
     Raises:
       ValueError: `schedule` is not a function, or its counts do not fit.
     """
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule={schedule!r} must be a function, for instance schedules.linear."
-        )
+    schedules.check_schedule(schedule)
     # Here, since a schedule of the user's own may check nothing.
     schedules.check_request(compression, num_iterations)
     shapes = [leaf.shape for leaf in jax.tree.leaves(mask)]
@@ -503,9 +518,10 @@ def first_scores(
     >>> first_scores(scores.magnitude(), {"fc": {"kernel": jnp.array([[3.0, -4.0]])}})
     {'fc': {'kernel': Array([[3., 4.]], dtype=float32)}}
     """
-    mask = trees.prunable(params) if mask is None else mask
-    trees.check_mask(mask, params)
     rule = as_rule(score_fn)
+    mask = trees.default_mask(params) if mask is None else mask
+    check_network(params, mask, key)
+    check_batches(rule, params)
     with scoring_dtype(score_dtype, params, mask) as precision:
         key = default_key() if key is None else key
         return _compiled_scores(rule, params, mask, key, precision=precision)
@@ -555,9 +571,7 @@ def in_precision(rule: Rule, precision: Precision) -> Rule:
 
 def score_type(params: Params, mask: Mask) -> np.dtype:
     """Returns the dtype of the scores of these parameters: float64 if one is, else float32."""
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees.select(params, mask))]
-    is_wide = np.dtype(np.float64) in dtypes
-    return np.dtype(np.float64 if is_wide else np.float32)
+    return masking.score_type(jax.tree.leaves(trees.select(params, mask)))
 
 
 @contextlib.contextmanager
@@ -594,30 +608,72 @@ def scoring_dtype(score_dtype: Any, params: Params, mask: Mask) -> Iterator[Prec
 # Checks ------------------------------------------------------------------------------------------
 
 
-def check_request(params: Params, mask: Mask, compression: float) -> None:
-    """Raises ValueError for a mask that does not fit, or a compression that leaves no weight."""
+def check_options(
+    *,
+    nested: bool = True,
+    on_progress: ProgressFn | None = None,
+    loop_fn: LoopFn = jax.lax.fori_loop,
+) -> None:
+    """Raises ValueError unless flags are bools and functions can be called."""
+    arguments.check_flag("nested", nested)
+    loop_arguments = ("lower", "upper", "body", "init")
+    arguments.check_function("loop_fn", loop_fn, loop_arguments, "jax.lax.fori_loop")
+    if on_progress is not None:
+        arguments.check_function("on_progress", on_progress, ("num_done", "info"), "print")
+
+
+def check_network(params: Params, mask: Mask, key: chex.PRNGKey | None) -> None:
+    """Raises ValueError unless mask and parameters fit, and `key` is a random key or None."""
     trees.check_mask(mask, params)
-    if not isinstance(compression, numbers.Real):
-        raise ValueError(f"compression={compression!r} must be a number, for instance 100.")
+    trees.check_params(params, mask)
+    if key is not None:
+        arguments.check_key("key", key)
+
+
+def check_batches(rule: Rule, params: Params) -> None:
+    """Raises ValueError if the batches of a rule do not fit the network, as far as it can tell."""
+    if rule.check is not None and rule.batches is not None:
+        rule.check(params, rule.batches)
+
+
+def check_request(
+    rule: Rule, params: Params, mask: Mask, compression: float, key: chex.PRNGKey | None = None
+) -> None:
+    """Raises ValueError for arguments that do not fit each other, or leave no weight."""
+    check_network(params, mask, key)
+    schedules.check_compression(compression)
     num_weights = sum(trees.sizes(mask))
-    # The schedule refuses infinity and NaN, with a message of its own.
-    if num_weights < compression < np.inf:
+    if compression > num_weights:
         raise ValueError(
             f"compression={compression} leaves none of the {num_weights} prunable weights. "
             f"Choose at most {num_weights}."
         )
+    check_batches(rule, params)
+
+
+def _check_count_shape(counts: jax.Array, mask: Mask) -> None:
+    """Raises ValueError unless counts are whole numbers, for one ranking or for one per layer."""
+    num_layers = len(jax.tree.leaves(mask))
+    has_columns = np.ndim(counts) == 2 and counts.shape[1] in (1, num_layers)
+    if not has_columns or not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise ValueError(
+            f"counts={arguments.describe(counts)} must be whole numbers, int[num_iterations, 1] "
+            f"for one ranking of all weights or int[num_iterations, {num_layers}] for one of each "
+            "layer. A schedule makes them."
+        )
 
 
 def check_scores(scores: Scores, mask: Mask) -> None:
-    """Raises ValueError, naming the layer, unless there is one score for every prunable weight.
+    """Raises ValueError, naming the layer, unless there is one float for every prunable weight.
 
     Shapes are known when the loop is traced, so a faulty rule is found before any work.
     """
     expected: Any = jax.tree.structure(mask)
     if jax.tree.structure(scores) != expected:
         raise ValueError(
-            "score_fn returned a tree of another structure than the mask. It must return an array "
-            "at each prunable leaf and None elsewhere; trees.map_prunable makes such a tree."
+            f"score_fn returned {arguments.describe(scores)}, a tree of another structure than the "
+            "mask. It must return an array at each prunable leaf and None elsewhere; "
+            "trees.map_prunable makes such a tree."
         )
     for name, score, m in zip(
         trees.names(mask), jax.tree.leaves(scores), jax.tree.leaves(mask), strict=True
@@ -627,6 +683,63 @@ def check_scores(scores: Scores, mask: Mask) -> None:
                 f"score_fn returned an array of shape {list(jnp.shape(score))} for layer {name!r}. "
                 f"It must return one score per weight, {list(jnp.shape(m))}."
             )
+        if not trees.is_float(score):
+            raise ValueError(
+                f"score_fn returned {arguments.describe(score)} for layer {name!r}. Scores must be "
+                "floats, larger for weights to keep: score.astype(jnp.float32)."
+            )
+
+
+def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
+    """Checks that a run left about as many weights as it was asked to.
+
+    Weights with equal scores go together, so a network whose scores are all 0 would be emptied.
+
+    Args:
+      info: of the run, once its scores are found to be finite.
+      counts: from the schedule.
+      start: the mask that the run began with.
+
+    Raises:
+      ValueError: the first iteration that prunes finds no differences between scores.
+
+    Warns:
+      Overpruned: far fewer weights are left than were asked for.
+    """
+    num_start = np.array([np.count_nonzero(leaf) for leaf in jax.tree.leaves(start)])
+    sizes = np.array(trees.sizes(start))
+    if counts.shape[1] == 1:
+        asked = min(sizes.sum() - counts[-1, 0], num_start.sum())
+    else:
+        asked = np.minimum(sizes - counts[-1], num_start).sum()
+    kept = np.asarray(info.kept)[: int(info.num_done)].sum(axis=1)
+    if kept[-1] >= asked:
+        return
+
+    # Later on scores may become 0, since a network may collapse. At first they are of the network.
+    first = int(np.argmax(kept < num_start.sum()))
+    is_zero = not np.asarray(info.score_total)[first].any()
+    if is_zero and info.pruned_score[first] == 0:
+        raise ValueError(
+            f"score_fn gives every weight the score 0 in iteration {first + 1}, so that none can "
+            "be ranked. The usual causes are a head, a gate or a branch that is 0 at the start, "
+            "outputs that do not change with the weights (softmax, saturated tanh), and a mask "
+            "without a path. Score other initial values there, or let apply_fn return the logits."
+        )
+    if kept[first] == 0:
+        raise ValueError(
+            f"score_fn gives the best weights one and the same score in iteration {first + 1}, and "
+            f"equal scores go together: none of the {num_start.sum()} weights would be left, and "
+            f"{asked} were asked for. Let the scores differ, for instance by a little noise."
+        )
+    missing = asked - kept[-1]
+    if missing > max(_FEW, 0.01 * asked) or kept[-1] < asked / 2:
+        message = (
+            f"{kept[-1]} weights are left, and {asked} were asked for: weights of equal scores go "
+            "together. In a network that has collapsed all scores are 0; see collapsed(...)."
+        )
+        # The caller of prune.
+        warnings.warn(message, Overpruned, stacklevel=3)
 
 
 def raise_unless_finite(state: PruneState, rule: Rule, params: Params) -> None:

@@ -300,9 +300,8 @@ def _sum_of_outputs(outputs: Any) -> jax.Array:
 
 def _sums(scores: Scores) -> dict[str, float]:
     """Returns the sum of the scores of each leaf."""
-    names = trees.names(scores)
-    sums = [float(leaf.sum()) for leaf in jax.tree.leaves(scores)]
-    return dict(zip(names, sums, strict=True))
+    leaves = trees.by_name(scores)
+    return {name: float(leaf.sum()) for name, leaf in leaves.items()}
 
 
 def _widened(array: jax.Array) -> np.ndarray:

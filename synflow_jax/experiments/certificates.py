@@ -135,7 +135,8 @@ def _check_layers(
     Raises:
       ValueError: the layers, the iterations or the mask differ.
     """
-    sizes = dict(zip(trees.names(network.mask), trees.sizes(network.mask), strict=True))
+    leaves = trees.by_name(network.mask)
+    sizes = {name: int(leaf.size) for name, leaf in leaves.items()}
     found = {name: int(leaf.size) for name, leaf in removed_in.items()}
     if found != sizes:
         raise ValueError(

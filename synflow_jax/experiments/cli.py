@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks, parsing
+from synflow_jax.experiments import checks, identity, parsing
 from synflow_jax.experiments.config import Config
 from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
@@ -113,6 +113,14 @@ def _configure() -> None:
         logging.set_verbosity(logging.WARNING)
     if _CPU_DEVICES.value is not None:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    ignored = identity.fix_generator()
+    if ignored:
+        settings = ", ".join(ignored)
+        print(
+            f"note: {settings} has no effect here. Runs draw with JAX's default generator, so that "
+            "a run_id stands for the same network everywhere.",
+            file=sys.stderr,
+        )
 
 
 def _fail(message: str) -> NoReturn:

@@ -44,7 +44,7 @@ def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
     checked = cli.check_config(config)
     checks.check_prune(checked)
     folder = cli.check_workdir(workdir)
-    folder.rows()  # a damaged row file is found now, not after the work
+    folder.check_rows()
     runs = resolve(checked)
     output = report.console()
     # A grid of one is shown with its layers, as any single run.
@@ -134,7 +134,7 @@ def train(config: Any, workdir: str, *, overwrite: bool) -> None:
     # Before anything uses JAX: processes cannot join once it has started.
     job = cli.join_hosts()
     cli.use_compilation_cache()
-    folder.rows()  # a damaged row file is found now, not after the work
+    folder.check_rows()
     is_grid = len(runs) > 1 or job.count > 1
     # The rows of a grid are compared with each other, so its runs must agree in all the rest.
     if is_grid and not overwrite:
@@ -176,14 +176,14 @@ def _finish_run(outcome: Outcome, workdir: Workdir, output: Console) -> None:
     Raises:
       Exception: the error of a run that failed.
     """
-    from synflow_jax.experiments import results
+    from synflow_jax.experiments import results, row_schema
 
     if isinstance(outcome, Failed):
         raise outcome.error
     row = outcome.row
-    curve = results.read_curve(workdir.curve_path(row["run_id"]))
+    curve = results.finished_curve(row, workdir)
     pictures.save(pictures.curve(row, curve), workdir.curve_picture_path)
-    report.trained(output, row, workdir.timing(row["run_id"]))
+    report.trained(output, row, row_schema.find_timing(row["run_id"], workdir))
     report.train_files(output, workdir.path, row["run_id"])
 
 
@@ -213,17 +213,19 @@ def export(
     from synflow_jax.experiments import exports
 
     formats = exports.check_formats(formats)
-    if workdir is None:
+    if not workdir:
         raise ValueError(
             "--workdir is missing: name the folder that prune.py or train.py has written."
         )
+    if out == "":
+        raise ValueError("--out='' names no folder: give one, --out=DIR, or leave the flag out.")
     storage.check_folder(pathlib.Path(workdir))
     run = None
     if config is not None:
         run = resolve_one(cli.check_config(config, reads_data=False))
     source = Workdir(pathlib.Path(workdir))
     row = exports.find_row(source, run, run_id)
-    folder = source.exported_path if not out else pathlib.Path(out)
+    folder = source.exported_path if out is None else pathlib.Path(out)
     storage.check_writable(folder, "out")
     cli.use_compilation_cache()
     network = exports.read(row, source, None if run is None else run.config.init)

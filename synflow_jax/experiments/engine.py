@@ -33,6 +33,7 @@ from synflow_jax.experiments.events import Event, EventFn, Failed, Finished, Out
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.loop import StopFn
 from synflow_jax.experiments.programs import Layout, Programs, Recipe
+from synflow_jax.experiments.row_schema import find_trained
 from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints
@@ -169,13 +170,15 @@ def train(
 
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
-    rows: dict[str, Any] = {}
-    if not shared.overwrite:
-        rows = {row["run_id"]: row for row in shared.workdir.rows()}
     ready = []
     for run in runs:
-        if run.train_id in rows:
-            yield Finished(run, rows[run.train_id], found=True)
+        try:
+            row = None if shared.overwrite else find_trained(run.train_id, shared.workdir)
+        except ValueError as error:
+            yield Failed(run, error)
+            continue
+        if row is not None:
+            yield Finished(run, row, found=True)
             continue
         failed = _prepare(shared, run)
         if failed is None:

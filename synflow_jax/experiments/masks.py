@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import jax
 
 from synflow_jax import certified, masking, pruning, scores, storage
-from synflow_jax.experiments import certificates, events, initialization, memory, rows, rules
+from synflow_jax.experiments import (
+    certificates,
+    events,
+    initialization,
+    memory,
+    recorded,
+    row_schema,
+    rows,
+    rules,
+)
 from synflow_jax.experiments.events import Built, EventFn, Failed, Finished
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.run import Run
@@ -211,9 +220,9 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
-      ValueError: the mask is damaged.
+      ValueError: the row or the mask is damaged, or the mask is that of another run.
     """
-    row = workdir.find_row(run.prune_id)
+    row = row_schema.find_pruned(run.prune_id, workdir)
     if row is None:
         return None
     # A row is written last, but someone may have deleted or not copied the files.
@@ -225,10 +234,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     if not all(path.exists() for path in needed):
         return None
     # Read, since a damaged mask is better found now than after the training of others.
-    try:
-        storage.load_mask(workdir.mask_path(run.prune_id))
-    except ValueError as error:
-        raise ValueError(f"{error} --overwrite runs it again.") from error
+    recorded.read_mask(row, workdir)
     return row
 
 
@@ -236,12 +242,12 @@ def find_mask(run: Run, network: Network, workdir: Workdir) -> tuple[Mask, Row] 
     """Returns the mask and the row of a run from an earlier command, or None.
 
     Raises:
-      ValueError: the mask is damaged, or does not fit the network.
+      ValueError: the mask is damaged, is that of another run, or does not fit the network.
     """
     row = find_row(run, workdir)
     if row is None:
         return None
-    return storage.load_mask(workdir.mask_path(run.prune_id), network.params), row
+    return recorded.read_mask(row, workdir, network.params), row
 
 
 # Many runs

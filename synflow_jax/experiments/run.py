@@ -104,7 +104,7 @@ class Run:
     @property
     def init_key(self) -> jax.Array:
         """Returns the key that draws the network."""
-        return jax.random.key(self.config.seed)
+        return identity.key(self.config.seed)
 
     @property
     def score_key(self) -> jax.Array:
@@ -179,10 +179,14 @@ def resolve(config: Config) -> list[Run]:
       ValueError: a value of the grid has another type than its field.
     """
     runs: list[Run] = []
+    # Only runs of one name can be equal, and comparing every two of them would take n^2 steps.
+    by_name: dict[str, list[Run]] = {}
     for combination in combinations(config):
         run = Run(_filled(combination))
         # Two combinations may be one run, e.g. if they differ in a mode that the rule does not use.
-        if run not in runs:
+        same_name = by_name.setdefault(run.train_id, [])
+        if run not in same_name:
+            same_name.append(run)
             runs.append(run)
     return runs
 
@@ -249,13 +253,12 @@ def combinations(config: Config) -> Iterator[Config]:
     Raises:
       ValueError: a value of the grid has another type than its field.
     """
+    without_grid = dataclasses.replace(config, grid=Grid(), grids=())
     for grid in config.grids or (config.grid,):
         values = _values(config, grid)
         for combination in itertools.product(*values.values()):
             # A deep copy, since the parts of a config can be changed.
-            single = copy.deepcopy(config)
-            single.grid = Grid()
-            single.grids = ()
+            single = copy.deepcopy(without_grid)
             for key, value in zip(values, combination, strict=True):
                 part, _, name = key.rpartition(".")
                 owner = getattr(single, part) if part else single

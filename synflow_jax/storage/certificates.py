@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from synflow_jax import trees
@@ -35,9 +34,8 @@ def save_certificate(
       certificate: the contents of the JSON file.
       removed_in: tree of uint16 arrays: the iteration, from 1, that pruned each weight; 0 if kept.
     """
-    names = trees.names(removed_in)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(removed_in)]
-    iterations = dict(zip(names, leaves, strict=True))
+    leaves = trees.by_name(removed_in)
+    iterations = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **iterations)
     contents = {

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from synflow_jax.trees import Tree, path_name
+from synflow_jax.trees import Tree, by_name, path_name
 
 # The shape and dtype of each leaf, by name.
 _Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -317,10 +317,9 @@ def delete(folder: pathlib.Path) -> None:
 def flatten(tree: Tree) -> dict[str, Any]:
     """Returns the leaves by name. Random keys are returned as their bits."""
     flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in by_name(tree).items():
         # NumPy, and so the disk, has no type for keys.
-        stored = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        flat[path_name(path)] = stored
+        flat[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     return flat
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-import safetensors.numpy
 
 from synflow_jax import models, storage, trees
 from synflow_jax.models import Network
-from synflow_jax.storage.arrays import Arrays, read_npz
+from synflow_jax.storage.arrays import Arrays, encode, read_npz
 from synflow_jax.storage.files import AnyPath
 from synflow_jax.storage.networks import fitting, flat, native, pytorch_layout, pytorch_names
 from synflow_jax.trees import Params, Tree
@@ -117,8 +116,7 @@ def save_torch(path: AnyPath, network: Network, run: Mapping[str, Any] | None = 
         "input_shape": json.dumps([channels, *image]),
         "run": json.dumps(dict(run or {})),
     }
-    content = safetensors.numpy.save(state, header)
-    storage.write_bytes(pathlib.Path(path), content)
+    storage.write_bytes(pathlib.Path(path), encode(state, header))
 
 
 def from_torch(
