@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from synflow_jax.jaxprs.varying import vary_like
 from synflow_jax.trees import Mask, Scores
 
 _CHUNK = 2**17  # elements that are added side by side on a CPU
@@ -161,6 +162,7 @@ def _sum_by_chunks(function: Callable[..., Any], *flat: jax.Array) -> Any:
 
     like = jax.eval_shape(terms_of_chunk, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    zeros = vary_like(zeros, flat)
     sums = jax.lax.fori_loop(0, num_chunks, add, zeros)
     rest = _sum_at_once(function, *(leaf[num_chunks * _CHUNK :] for leaf in flat))
     return jax.tree.map(lambda vector, last: _sum_in_two_steps(vector) + last, sums, rest)
@@ -330,6 +332,8 @@ def _search(
         count_high=num_scores,
         num_pivots=jnp.int32(0),
     )
+    # On a mesh the scores, and so the brackets, may differ between devices.
+    start = vary_like(start, samples, k)
     end = jax.lax.while_loop(lambda b: jnp.any(is_open(b)), close, start)
     return jnp.where(k < 1, -jnp.inf, from_key(end.high, dtype)).astype(dtype)
 
