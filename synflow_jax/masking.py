@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import arguments, trees
+from synflow_jax.jaxprs.varying import vary_like
 from synflow_jax.trees import Mask, Scores
 
 _CHUNK = 2**17  # elements that are added side by side on a CPU
@@ -166,6 +167,7 @@ def _sum_by_chunks(function: Callable[..., Any], *flat: jax.Array) -> Any:
 
     like = jax.eval_shape(terms_of_chunk, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    zeros = vary_like(zeros, flat)
     sums = jax.lax.fori_loop(0, num_chunks, add, zeros)
     rest = _sum_at_once(function, *(leaf[num_chunks * _CHUNK :] for leaf in flat))
     return jax.tree.map(lambda vector, last: _sum_in_two_steps(vector) + last, sums, rest)
@@ -235,8 +237,7 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
         raise ValueError(f"scores={arguments.describe(scores)} must hold arrays of floats.")
     chex.assert_shape(k, ({1, len(leaves)},))
     by_leaf = k.shape[0] > 1
-    # Half precision has too few values to interpolate between.
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    dtype = score_type(leaves)
     sizes = np.array([leaf.size for leaf in leaves]) * exchange.num_parts
     total = sizes.sum()
     if total >= 2**31:
@@ -275,6 +276,15 @@ def _counts(k: Any, shape: tuple[int, ...]) -> jax.Array:
             f"k={arguments.describe(k)} must be int{list(shape)}: how many weights are pruned."
         )
     return k.astype(jnp.int32)
+
+
+def score_type(leaves: Sequence[Any]) -> np.dtype:
+    """Returns the dtype to rank scores in: float64 if one of them is float64, else float32.
+
+    Half precision has too few values to interpolate between.
+    """
+    is_wide = any(jnp.result_type(leaf) == np.float64 for leaf in leaves)
+    return np.dtype(np.float64 if is_wide else np.float32)
 
 
 def sample_stride(size: int) -> int:
@@ -342,6 +352,8 @@ def _search(
         count_high=num_scores,
         num_pivots=jnp.int32(0),
     )
+    # On a mesh the scores, and so the brackets, may differ between devices.
+    start = vary_like(start, samples, k)
     end = jax.lax.while_loop(lambda b: jnp.any(is_open(b)), close, start)
     return jnp.where(k < 1, -jnp.inf, from_key(end.high, dtype)).astype(dtype)
 
@@ -357,12 +369,14 @@ def _pivot_from_sample(
     pivots, num_inside = [], []
     for i, sample in enumerate(samples):
         keys = to_key(sample)
-        first = jnp.sum(keys <= b.low[i])
-        inside = jnp.sum(keys < b.high[i]) - first
+        first = jnp.sum(keys <= b.low[i], dtype=jnp.int32)
+        inside = jnp.sum(keys < b.high[i], dtype=jnp.int32) - first
         # Half a deviation towards the far end, so that both ends of the bracket move in turn.
         nearer = jnp.minimum(aim[i], 1 - aim[i])
-        shift = jnp.where(aim[i] < 0.5, 0.5, -0.5) * jnp.sqrt(nearer * inside)
-        place = (aim[i] * inside + shift).astype(jnp.int32)
+        count = inside.astype(aim.dtype)
+        half = jnp.full((), 0.5, aim.dtype)
+        shift = jnp.where(aim[i] < 0.5, half, -half) * jnp.sqrt(nearer * count)
+        place = (aim[i] * count + shift).astype(jnp.int32)
         place = jnp.clip(place, 0, jnp.maximum(inside - 1, 0))
         pivots.append(jnp.pad(sample, (0, 1))[jnp.clip(first + place, 0, sample.size)])
         num_inside.append(inside)

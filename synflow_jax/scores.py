@@ -30,7 +30,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from synflow_jax import arguments, trees
-from synflow_jax.jaxprs import scaling
+from synflow_jax.jaxprs import precision, scaling
+from synflow_jax.jaxprs.varying import vary_like
 from synflow_jax.trees import Mask, Params, Scores, apply_mask, map_prunable, merge, select
 
 Batch = Any  # a pytree of arrays with a leading axis of examples
@@ -573,8 +574,10 @@ def _grasp(
         return saliency(lambda theta: objective(theta, batch), params, mask)
 
     scores = sum_over_batches(saliency_of, params)
-    total = jnp.abs(isolated(_total, scores, params)) + 1e-10
-    return jax.tree.map(lambda s: s / total, scores)
+    total = jnp.abs(isolated(_total, scores, params))
+    # In float16 the constant would be 0.
+    total = total.astype(precision.wider(total.dtype, np.dtype(np.float32))) + 1e-10
+    return jax.tree.map(lambda s: s.astype(total.dtype) / total, scores)
 
 
 def _total(scores: Scores) -> jax.Array:
@@ -686,7 +689,8 @@ def isolated(function: Callable[[Any], Any], argument: Any, params: Params) -> A
     like = jax.eval_shape(function, argument)
 
     def broken(_: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), like)
+        blank = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), like)
+        return vary_like(blank, like)
 
     floats = [leaf for leaf in jax.tree.leaves(params) if trees.is_float(leaf) and jnp.size(leaf)]
     if not floats:

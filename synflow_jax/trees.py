@@ -15,6 +15,7 @@ from typing import Any, NewType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from synflow_jax import arguments
 
@@ -175,7 +176,11 @@ def float_type(params: Params) -> Any:
     dtype(bfloat16)
     """
     floats = [leaf for leaf in jax.tree.leaves(params) if is_float(leaf)]
-    return jnp.result_type(*floats) if floats else jnp.dtype(jnp.float32)
+    if not floats:
+        return jnp.dtype(jnp.float32)
+    # The mix is the caller's choice, also under jax_numpy_dtype_promotion="strict".
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*floats)
 
 
 # Masks -------------------------------------------------------------------------------------------
@@ -231,7 +236,10 @@ def prunable(
 
     def leaf_mask(i: int, leaf: Any) -> jax.Array | None:
         is_chosen = wanted.get(kinds[i], False) or included[i]
-        return jnp.ones(_shape(leaf), bool) if is_chosen and not excluded[i] else None
+        if not is_chosen or excluded[i]:
+            return None
+        # Not `jnp.ones`, which jax_transfer_guard="disallow" refuses.
+        return jax.device_put(np.ones(_shape(leaf), bool))
 
     leaves, structure = jax.tree.flatten(params)
     masks = [leaf_mask(i, leaf) for i, leaf in enumerate(leaves)]
