@@ -32,6 +32,8 @@ from jax.tree_util import Partial
 
 from synflow_jax import arguments, masking, pruning, schedules, trees
 from synflow_jax.jaxprs import homogeneity
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.jaxprs.precision import Precision
 from synflow_jax.masking import from_key, to_key
 from synflow_jax.pruning import ProgressFn, Proposal, ProposeFn, PruneInfo, PruneState
 from synflow_jax.scores import Flow, FlowFn, Objective, Rule, ScoreFn, as_rule
@@ -116,13 +118,19 @@ def prune(
 
     num_weights = sum(trees.sizes(mask))
     goal = num_kept(num_weights, compression)
-    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((rule, params))
-        checked = dataclasses.replace(rule, flow=Partial(_checked_flow, rule.flow))
-        run = functools.partial(_advance, checked, params, cut_fraction)
+    checked = dataclasses.replace(rule, flow=Partial(_checked_flow, rule.flow))
+    with pruning.scoring_dtype(score_dtype, params, mask) as precision:
+        dtype = precision.dtype
+        fraction = jax.device_put(np.asarray(cut_fraction, dtype))
+
+        def run(goal: int, state: PruneState, start: int, stop: int) -> PruneState:
+            num_left = jax.device_put(np.int32(goal))
+            return _advance(
+                checked, params, fraction, num_left, state, start, stop, precision=precision
+            )
+
         # Every iteration but the last prunes a weight.
         most = min(num_iterations, num_weights + 1)
-        dtype = pruning.score_type(params, mask)
         state, info = _run(run, mask, goal, most, dtype, on_progress)
         pruning.raise_unless_finite(state._replace(info=info), rule, params)
         _raise_unless_conserved(info)
@@ -293,7 +301,7 @@ def _appended(before: PruneInfo | None, info: PruneInfo) -> PruneInfo:
     )
 
 
-@jax.jit
+@bounded_jit
 def _advance(
     rule: Rule,
     params: Params,
@@ -302,8 +310,11 @@ def _advance(
     state: PruneState,
     start: chex.Numeric,
     stop: chex.Numeric,
+    *,
+    precision: Precision,
 ) -> PruneState:
     propose = propose_affordable(goal, cut_fraction)
+    rule = pruning.in_precision(rule, precision)
     # The key is never used: rules with a flow look at no data and draw no random numbers.
     return pruning.advance(rule, params, jax.random.key(0), state, start, stop, propose)
 

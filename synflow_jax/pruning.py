@@ -25,6 +25,8 @@ import numpy as np
 
 from synflow_jax import arguments, masking, schedules, trees
 from synflow_jax.jaxprs import scaling
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.jaxprs.precision import Precision, widen
 from synflow_jax.masking import ONE_DEVICE, Exchange
 from synflow_jax.schedules import Schedule
 from synflow_jax.scores import Flow, Rule, ScoreFn, as_rule
@@ -50,14 +52,14 @@ class Overpruned(UserWarning):
 class PruneInfo(NamedTuple):
     """Records a pruning run. Layers are in the order of `trees.names(mask)`; n = num_iterations.
 
-    num_done: int32 []. Rows of later iterations mean nothing.
+    num_done: int32 []. Rows of later iterations mean nothing and are 0.
     kept: int32 [n, num_layers], the kept weights of each layer after each iteration.
     score_total: float [n, num_layers], the sum of the scores of the weights that were kept before
       each iteration, in the dtype of the scores.
     pruned_score: float [n], the sum of the scores of the weights that each iteration pruned.
     cut: float [n], the flow from the input, which every cut of the network holds at least
-      (`scores.Flow`). While pruned_score / cut is below 1 the network stays connected. NaN for
-      rules without a flow.
+      (`scores.Flow`). While pruned_score / cut is below 1 the network stays connected. 0 for rules
+      without a flow: nothing is known to be held.
     exponent: int32 [n]. score_total, pruned_score and cut are to be multiplied by 2^exponent.
     removed_in: a uint16 tree like the mask: the iteration, from 1, that pruned a weight; 0 where it
       is kept. None unless `certified.prune` made it.
@@ -108,20 +110,22 @@ def init_state(
       records_removal: whether the info says which iteration pruned each weight.
     """
     num_layers = len(jax.tree.leaves(mask))
-    unknown = jnp.full(num_iterations, jnp.nan, dtype)
+    # NumPy's, so that nothing is computed. Zeros, because NaN would end a run under jax_debug_nans.
+    zeros = np.zeros(num_iterations, dtype)
     removed_in = None
     if records_removal:
-        removed_in = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.uint16), mask)
+        removed_in = jax.tree.map(lambda m: np.zeros(m.shape, np.uint16), mask)
     info = PruneInfo(
-        num_done=jnp.int32(0),
-        kept=jnp.zeros((num_iterations, num_layers), jnp.int32),
-        score_total=jnp.full((num_iterations, num_layers), jnp.nan, dtype),
-        pruned_score=unknown,
-        cut=unknown,
-        exponent=jnp.zeros(num_iterations, jnp.int32),
+        num_done=np.zeros((), np.int32),
+        kept=np.zeros((num_iterations, num_layers), np.int32),
+        score_total=np.zeros((num_iterations, num_layers), dtype),
+        pruned_score=zeros,
+        cut=zeros,
+        exponent=np.zeros(num_iterations, np.int32),
         removed_in=removed_in,
     )
-    return PruneState(mask, info, finite=jnp.bool_(True), done=jnp.bool_(False))
+    state = PruneState(mask, info, finite=np.ones((), bool), done=np.zeros((), bool))
+    return jax.device_put(state)
 
 
 # The loop ----------------------------------------------------------------------------------------
@@ -208,15 +212,14 @@ def step(
 
 
 def flow_of(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey, dtype: Any) -> Flow:
-    """Returns the scores of any rule as a `Flow`, with a cut of NaN where the rule has none."""
+    """Returns the scores of any rule as a `Flow`, with a cut of 0 where the rule has none."""
     if rule.flow is not None:
         flow = rule.flow(params, mask, key)
         check_scores(flow.scores, mask)
         return flow
     scores = rule(params, mask, key)
     check_scores(scores, mask)
-    no_cut = jnp.asarray(jnp.nan, dtype)
-    return Flow(scores, no_cut, jnp.int32(0))
+    return Flow(scores, jnp.zeros((), dtype), jnp.int32(0))
 
 
 def _score_totals(
@@ -301,7 +304,7 @@ def prune_loop(
 
     Returns:
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was. The
-      info holds their totals in the row of that iteration and NaN below it; see `check_finite`.
+      info holds their totals in the row of that iteration and 0 below it; see `check_finite`.
 
     Raises:
       ValueError: an argument has another type, shape or structure.
@@ -312,11 +315,11 @@ def prune_loop(
     num_iterations = len(counts)
     # A schedule returns NumPy arrays, which a traced iteration cannot index.
     counts = jnp.asarray(counts, jnp.int32)
-    state = init_state(mask, num_iterations, score_type(params, mask))
+    dtype = score_type(params, mask)
+    state = init_state(mask, num_iterations, dtype)
     propose = propose_smallest(counts, nested=nested)
-    state = advance(
-        as_rule(score_fn), params, key, state, 0, num_iterations, propose, loop_fn=loop_fn
-    )
+    rule = in_precision(as_rule(score_fn), Precision(dtype))
+    state = advance(rule, params, key, state, 0, num_iterations, propose, loop_fn=loop_fn)
     return state.mask, state.info
 
 
@@ -364,8 +367,9 @@ def prune(
       key: for rules that draw random numbers; `jax.random.key(0)` by default.
       mask: the mask to start from. It decides what is prunable: all kernels by default.
       nested: a pruned weight stays pruned. False lets it return.
-      score_dtype: "float32" or "float64", for computing and ranking the scores; by default the
-        dtype of the parameters. In float32 two scores that differ by rounding may change places,
+      score_dtype: "float32" or "float64", for computing and ranking the scores. By default float64
+        if a prunable parameter is float64, else float32. Narrower floats (bfloat16 weights, casts
+        inside of a model) are computed in this dtype too. In float32 two scores that differ by rounding may change places,
         and one weight decides for others in later iterations: up to 0.9 % of the bits of a mask of
         ResNet-20 at compression 10 differ from the mask in float64. Float64 takes twice the time
         and memory.
@@ -402,16 +406,15 @@ def prune(
         num_iterations = usual_iterations(rule, compression)
     counts = schedule_counts(schedule, mask, compression, num_iterations, nested=nested)
 
-    with scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((rule, params))
-        key = jax.random.key(0) if key is None else key
-        # Counts and stretches are arguments of the program, not constants: one trace serves all.
-        state = init_state(mask, len(counts), score_type(params, mask))
+    with scoring_dtype(score_dtype, params, mask) as precision:
+        key = default_key() if key is None else key
+        state = init_state(mask, len(counts), precision.dtype)
         # A Python loop is not compiled: it is there to be stepped through.
         run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
-        run = functools.partial(
-            run, rule, params, jnp.asarray(counts, jnp.int32), key, nested=nested, loop_fn=loop_fn
-        )
+        # Counts and stretches are arguments of the program, not constants: one trace serves all.
+        counts = jax.device_put(counts.astype(np.int32))
+        options = {"nested": nested, "loop_fn": loop_fn, "precision": precision}
+        run = functools.partial(run, rule, params, counts, key, **options)
         state = run_in_stretches(run, state, len(counts), on_progress)
         raise_unless_finite(state, rule, params)
     check_kept(state.info, counts, mask)
@@ -429,16 +432,18 @@ def _advance_by_counts(
     *,
     nested: bool,
     loop_fn: LoopFn,
+    precision: Precision,
 ) -> PruneState:
     propose = propose_smallest(counts, nested=nested)
+    rule = in_precision(rule, precision)
     return advance(rule, params, key, state, start, stop, propose, loop_fn=loop_fn)
 
 
-_compiled_advance = jax.jit(_advance_by_counts, static_argnames=("nested", "loop_fn"))
+_compiled_advance = bounded_jit(_advance_by_counts)
 
 
 def run_in_stretches(
-    run: Callable[[PruneState, int, int], PruneState],
+    run: Callable[[PruneState, jax.Array, jax.Array], PruneState],
     state: PruneState,
     num_iterations: int,
     on_progress: ProgressFn | None,
@@ -450,7 +455,7 @@ def run_in_stretches(
     A callback inside of the program would keep it out of the compilation cache.
 
     Args:
-      run: `run(state, start, stop)`.
+      run: `run(state, start, stop)`, with int32 arrays.
       state: from `init_state`.
       num_iterations: in all.
       on_progress: as in `prune`.
@@ -464,10 +469,13 @@ def run_in_stretches(
     # An empty first stretch compiles, so that a report can tell compiling and pruning apart.
     stretches = [(0, 0)] if on_progress is not None else []
     for start, stop in [*stretches, *itertools.pairwise(bounds)]:
-        state = run(state, start, stop)
-        if on_progress is not None and bool(state.finite):
-            on_progress(int(state.info.num_done), state.info)
-        if bool(state.done):
+        # Every transfer is explicit, as jax_transfer_guard demands.
+        bounds_on_device = jax.device_put((np.int32(start), np.int32(stop)))
+        state = run(state, *bounds_on_device)
+        num_done, finite, done = jax.device_get((state.info.num_done, state.finite, state.done))
+        if on_progress is not None and finite:
+            on_progress(int(num_done), state.info)
+        if done:
             break
     return state
 
@@ -514,32 +522,62 @@ def first_scores(
     mask = trees.default_mask(params) if mask is None else mask
     check_network(params, mask, key)
     check_batches(rule, params)
-    with scoring_dtype(score_dtype, params, mask) as cast:
-        key = jax.random.key(0) if key is None else key
-        rule, params = cast((rule, params))
-        return _compiled_scores(rule, params, mask, jax.random.fold_in(key, 0))
+    with scoring_dtype(score_dtype, params, mask) as precision:
+        key = default_key() if key is None else key
+        return _compiled_scores(rule, params, mask, key, precision=precision)
 
 
-@jax.jit
-def _compiled_scores(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+@bounded_jit
+def _compiled_scores(
+    rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey, *, precision: Precision
+) -> Scores:
+    rule = in_precision(rule, precision)
+    first_key = jax.random.fold_in(key, 0)
     with jax.default_matmul_precision("highest"):
-        scores = rule(params, mask, key)
+        scores = rule(params, mask, first_key)
     check_scores(scores, mask)
     return scores
+
+
+def default_key() -> chex.PRNGKey:
+    """Returns `jax.random.key(0)`, whatever transfers are allowed."""
+    # Seeding moves a number to the device. That is our choice, and not the caller's oversight.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.random.key(0)
 
 
 # The dtype of scores -----------------------------------------------------------------------------
 
 
-def score_type(params: Params, mask: Mask) -> Any:
-    """Returns the dtype in which scores of these parameters are added up; at least float32."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(trees.select(params, mask)))
+def in_precision(rule: Rule, precision: Precision) -> Rule:
+    """Returns the rule with all of its arithmetic in a precision. For use in a traced function.
+
+    A rule whose program has no narrower float is computed as it is.
+    """
+
+    def score(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+        return rule(params, mask, key)
+
+    def flow(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Flow:
+        assert rule.flow is not None
+        return rule.flow(params, mask, key)
+
+    wide_score = functools.partial(widen(score, precision), rule)
+    wide_flow = None
+    if rule.flow is not None:
+        wide_flow = functools.partial(widen(flow, precision), rule)
+    return Rule(wide_score, rule.num_iterations, flow=wide_flow)
+
+
+def score_type(params: Params, mask: Mask) -> np.dtype:
+    """Returns the dtype of the scores of these parameters: float64 if one is, else float32."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees.select(params, mask))]
+    is_wide = np.dtype(np.float64) in dtypes
+    return np.dtype(np.float64 if is_wide else np.float32)
 
 
 @contextlib.contextmanager
-def scoring_dtype(
-    score_dtype: Any, params: Params, mask: Mask
-) -> Iterator[Callable[[trees.Tree], trees.Tree]]:
+def scoring_dtype(score_dtype: Any, params: Params, mask: Mask) -> Iterator[Precision]:
     """Enables 64-bit types where scores are computed in float64.
 
     Args:
@@ -547,7 +585,7 @@ def scoring_dtype(
       params, mask: of the network.
 
     Yields:
-      A function that casts the floats of a tree (a rule's batches, parameters) for scoring.
+      The precision of the scores.
 
     Raises:
       ValueError: the dtype is unknown, or narrower than the parameters.
@@ -556,29 +594,17 @@ def scoring_dtype(
     if score_dtype not in (None, "float32", "float64", jnp.float32, jnp.float64):
         raise ValueError(
             f"score_dtype={score_dtype!r} is unknown. Choose 'float32' or 'float64', or None for "
-            "the dtype of the parameters."
+            "the dtype of the parameters, and float32 at least."
         )
-    dtype = params_dtype if score_dtype is None else jnp.dtype(score_dtype)
+    dtype = params_dtype if score_dtype is None else np.dtype(score_dtype)
     if dtype.itemsize < params_dtype.itemsize:
         raise ValueError(
             f"score_dtype={score_dtype!r} is narrower than the parameters, which are "
             f"{params_dtype}. Leave it out, or cast the parameters."
         )
-    if dtype != jnp.float64:
-        yield lambda tree: tree
-        return
-    with jax.enable_x64(True):
-        yield _as_float64
-
-
-def _as_float64(tree: trees.Tree) -> trees.Tree:
-    """Casts all floats to float64, and leaves integers, bools and keys as they are."""
-
-    def cast(leaf: Any) -> Any:
-        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, jnp.float64) if is_float else leaf
-
-    return jax.tree.map(cast, tree)
+    x64 = bool(jax.config.jax_enable_x64)
+    with jax.enable_x64(x64 or dtype == np.float64):
+        yield Precision(dtype, x64)
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -720,7 +746,7 @@ def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
 
 def raise_unless_finite(state: PruneState, rule: Rule, params: Params) -> None:
     """Raises FloatingPointError if a score of the run was infinite or NaN; see `check_finite`."""
-    if bool(state.finite):
+    if jax.device_get(state.finite):
         return
     overflowing: tuple[str, ...] = ()
     if rule.objective is not None:
@@ -735,7 +761,8 @@ def check_finite(info: PruneInfo, mask: Mask, overflowing: Sequence[str] = ()) -
       info, mask: of the run.
       overflowing: the steps of the network that may overflow although the scores are scaled.
     """
-    totals = np.asarray(info.score_total)[: int(info.num_done)]
+    score_total, num_done = jax.device_get((info.score_total, info.num_done))
+    totals = score_total[: int(num_done)]
     broken = ~np.isfinite(totals)
     if not broken.any():
         return
