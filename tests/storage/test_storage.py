@@ -262,6 +262,35 @@ def _certificate(path: pathlib.Path) -> None:
     )
 
 
+def test_certificates_take_no_keyword_of_a_later_numpy(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes the arrays alone. NumPy 2.0 takes every keyword for an array."""
+    written: dict[str, object] = {}
+    save = np.savez_compressed
+
+    def savez_of_numpy_2_0(file: object, *args: object, **arrays: object) -> None:
+        written.update(arrays)
+        save(file, *args, **arrays)
+
+    monkeypatch.setattr(np, "savez_compressed", savez_of_numpy_2_0)
+    _certificate(tmp_path / "c.json")
+    assert list(written) == ["fc/kernel"]
+
+
+def test_iterations_are_unsigned_integers(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.json"
+    for dtype in (np.uint16, np.uint32):
+        removed_in = {"fc": {"kernel": np.array([[0, 1]], dtype)}}
+        storage.save_certificate(path, {}, removed_in)
+        _, found = storage.load_certificate(path)
+        assert found["fc/kernel"].dtype == dtype
+    for signed in (np.int32, np.float32, bool):
+        storage.save_certificate(path, {}, {"fc": {"kernel": np.array([[0, 1]], signed)}})
+        with pytest.raises(ValueError, match="numbers of iterations are unsigned integers"):
+            storage.load_certificate(path)
+
+
 def test_a_certificate_comes_back(tmp_path: pathlib.Path) -> None:
     _certificate(tmp_path / "c.json")
     certificate, removed_in = storage.load_certificate(tmp_path / "c.json")
