@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import pruning, scores, storage, trees
-from synflow_jax.experiments import events, loop, masks, programs, rules, starts
+from synflow_jax.experiments import events, loop, masks, programs, recorded, rules, starts
 from synflow_jax.experiments.events import Event, EventFn
 from synflow_jax.experiments.loop import Job, StopFn
 from synflow_jax.experiments.programs import Programs, Recipe
@@ -84,7 +84,7 @@ def find_or_make_mask(
 
 
 def _find_or_prune(levels: _Levels, maximum: float | None) -> tuple[Mask, dict[str, Any]]:
-    """Does the work of `find_or_make_mask`, once the run is locked."""
+    """Makes the mask of a run that this process has locked; see `find_or_make_mask`."""
     run, network, workdir = levels.run, levels.network, levels.workdir
     # Another process may have made it before the lock was ours.
     found = masks.find_mask(run, network, workdir)
@@ -267,6 +267,8 @@ def _read(levels: _Levels, number: int) -> tuple[Mask, dict[str, Any]] | None:
             f"{str(path)!r} or its mask {mask_path.name!r} is damaged: {error!r}. --overwrite "
             "runs all levels again."
         ) from error
+    wanted = {"run_id": run_id, "level": number}
+    recorded.check_run(mask_path, "mask file", wanted, "--overwrite runs all levels again.")
     if not is_whole:
         raise ValueError(
             f"{str(path)!r} does not belong to its mask {mask_path.name!r}. --overwrite runs "

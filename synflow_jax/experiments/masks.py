@@ -20,6 +20,7 @@ from synflow_jax.experiments import (
     events,
     initialization,
     memory,
+    recorded,
     row_schema,
     rows,
     rules,
@@ -138,14 +139,17 @@ def _make_mask(
     prune_fn: Callable[..., tuple[Mask, PruneInfo]] = pruning.prune
     if options.over_devices:
         prune_fn = functools.partial(sharded.prune, devices=jax.local_devices())
-    return prune_fn(
-        rule,
-        network.params,
-        schedule=rules.schedule(run),
-        key=run.score_key,
-        nested=options.nested,
-        **common,
-    )
+    with warnings.catch_warnings():
+        # The report says so, from the row.
+        warnings.simplefilter("ignore", pruning.Overpruned)
+        return prune_fn(
+            rule,
+            network.params,
+            schedule=rules.schedule(run),
+            key=run.score_key,
+            nested=options.nested,
+            **common,
+        )
 
 
 def _first_scores(run: Run, network: Network, rule: scores.Rule) -> Scores:
@@ -219,7 +223,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
-      ValueError: the row or the mask is damaged.
+      ValueError: the row or the mask is damaged, or the mask is that of another run.
     """
     row = row_schema.find_pruned(run.prune_id, workdir)
     if row is None:
@@ -233,10 +237,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     if not all(path.exists() for path in needed):
         return None
     # Read, since a damaged mask is better found now than after the training of others.
-    try:
-        storage.load_mask(workdir.mask_path(run.prune_id))
-    except ValueError as error:
-        raise ValueError(f"{error} --overwrite runs it again.") from error
+    recorded.read_mask(row, workdir)
     return row
 
 
@@ -244,12 +245,12 @@ def find_mask(run: Run, network: Network, workdir: Workdir) -> tuple[Mask, Row] 
     """Returns the mask and the row of a run from an earlier command, or None.
 
     Raises:
-      ValueError: the mask is damaged, or does not fit the network.
+      ValueError: the mask is damaged, is that of another run, or does not fit the network.
     """
     row = find_row(run, workdir)
     if row is None:
         return None
-    return storage.load_mask(workdir.mask_path(run.prune_id), network.params), row
+    return recorded.read_mask(row, workdir, network.params), row
 
 
 # Many runs

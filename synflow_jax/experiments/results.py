@@ -214,8 +214,8 @@ def _mean_square(weights: np.ndarray, kept: np.ndarray) -> float:
 
 
 def _by_name(tree: trees.Tree) -> dict[str, np.ndarray]:
-    leaves = map(np.asarray, jax.tree.leaves(tree))
-    return dict(zip(trees.names(tree), leaves, strict=True))
+    leaves = trees.by_name(tree)
+    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def digest(tree: trees.Tree) -> str:

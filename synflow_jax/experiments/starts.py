@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import storage, training
-from synflow_jax.experiments import initialization, programs
+from synflow_jax.experiments import initialization, programs, recorded
 from synflow_jax.experiments.loop import Job
 from synflow_jax.experiments.programs import Recipe
 from synflow_jax.experiments.results import digest
@@ -124,6 +124,8 @@ def load_rewind(run: Run, workdir: Workdir, initial: TrainState) -> TrainState:
       FileNotFoundError: there is none.
     """
     path = workdir.rewind_path(run.prune_id)
+    wanted = {"run_id": run.prune_id}
+    recorded.check_run(path, "state file", wanted, "--overwrite begins anew.")
     arrays = storage.load_arrays(path)
     like = _without_key_and_mask(initial)
     expected = checkpoints.flatten(like)

@@ -6,6 +6,7 @@ since most commands do not need them.
 """
 
 from synflow_jax.storage.arrays import load_arrays as load_arrays
+from synflow_jax.storage.arrays import read_run as read_run
 from synflow_jax.storage.arrays import save_arrays as save_arrays
 from synflow_jax.storage.certificates import load_certificate as load_certificate
 from synflow_jax.storage.certificates import save_certificate as save_certificate
@@ -22,3 +23,4 @@ from synflow_jax.storage.rows import read_rows as read_rows
 from synflow_jax.storage.rows import write_row as write_row
 from synflow_jax.storage.workdir import Stopped as Stopped
 from synflow_jax.storage.workdir import Workdir as Workdir
+from synflow_jax.storage.workdir import check_run_id as check_run_id

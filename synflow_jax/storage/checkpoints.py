@@ -11,7 +11,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import os
 import pathlib
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from synflow_jax.storage import files
-from synflow_jax.trees import Tree, path_name
+from synflow_jax.trees import Tree, by_name, path_name
 
 # Beside the description of the run, in each checkpoint: the digest of the description and of all
 # arrays. Checkpoints of earlier versions have none.
@@ -72,15 +76,42 @@ def open_folder(
     # Tuples become lists, as in the stored description that this one will be compared with.
     encoded = json.dumps(run)
     opened = Checkpoints(folder, manager, json.loads(encoded))
+    with _quiet():
+        try:
+            yield opened
+            _wait(folder, manager)
+            if keep is not None:
+                _sync(folder)
+        finally:
+            # Closing repeats an error of writing, which was raised above.
+            with contextlib.suppress(Exception):
+                manager.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from printing errors, which reach the caller as one exception.
+
+    Orbax logs an error in each of its threads. It reads and writes many arrays at a time and closes
+    its event loop at the first error, so each array that was under way prints a traceback.
+    """
+    usual, logger = sys.unraisablehook, logging.getLogger("absl")
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    def is_not_of_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    sys.unraisablehook = hook
+    logger.addFilter(is_not_of_orbax)
     try:
-        yield opened
-        _wait(folder, manager)
-        if keep is not None:
-            _sync(folder)
+        yield
+        # It stays after an error, since nobody knows when the last array ends.
+        sys.unraisablehook = usual
     finally:
-        # Closing repeats an error of writing, which was raised above.
-        with contextlib.suppress(Exception):
-            manager.close()
+        logger.removeFilter(is_not_of_orbax)
 
 
 def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
@@ -236,11 +267,15 @@ def _wait(folder: pathlib.Path, manager: Any) -> None:
 
 def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
     """Returns the error for a checkpoint that could not be written."""
-    first_line = str(error).splitlines()[0] if str(error) else repr(error)
+    # TensorStore's own errors are long, and have the system's number at their end.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        number = int(found.group(1))
+        error = OSError(number, os.strerror(number))
+    reason, cure = files.reason_and_cure(error)
     return OSError(
-        f"a checkpoint could not be written to {str(folder)!r}: {first_line[:300]}. Earlier "
-        "checkpoints are intact. Free some disk space (make room), then run the same command "
-        "again to resume."
+        f"a checkpoint could not be written to {str(folder)!r}: {reason}. Earlier checkpoints are "
+        f"intact. {cure or 'Run the same command again to resume.'}"
     )
 
 
@@ -408,10 +443,9 @@ def delete(folder: pathlib.Path) -> None:
 def flatten(tree: Tree) -> dict[str, Any]:
     """Returns the leaves by name. Random keys are returned as their bits."""
     flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in by_name(tree).items():
         # NumPy, and so the disk, has no type for keys.
-        stored = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        flat[path_name(path)] = stored
+        flat[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     return flat
 
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from synflow_jax.storage import files
 
@@ -97,11 +97,9 @@ def _owner(path: pathlib.Path) -> str:
     return f" ({owner})" if owner else ""
 
 
-def remove_stale(folder: pathlib.Path) -> None:
-    """Removes the locks of a folder that no process holds: their owners were killed."""
-    if not folder.is_dir():
-        return
-    for path in list(folder.iterdir()):
+def remove_stale(paths: Iterable[pathlib.Path]) -> None:
+    """Removes those of some locks that no process holds: their owners were killed."""
+    for path in list(paths):
         with contextlib.suppress(OSError):
             descriptor = _lock(path)
             if descriptor is not None:

@@ -34,8 +34,9 @@ from synflow_jax.storage.files import AnyPath
 
 Row = dict[str, Any]
 
-# Names of files are made of it, so it must not lead to another folder.
-_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
+# Names of files are made of it, so it must not lead to another folder. With an ending it must fit
+# into the 255 bytes that file systems allow.
+_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}")
 _BOM = b"\xef\xbb\xbf"
 # How much of a file is compared, to tell a file that has grown from one that was written anew.
 _NUM_TAIL_BYTES = 64
@@ -304,7 +305,10 @@ def run_id_problem(run_id: Any) -> str | None:
     if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
         return None
     shown = repr(run_id)[:60]
-    return f"run_id={shown} is not the name of a run: letters, digits and _ . + - alone"
+    return (
+        f"run_id={shown} is not the name of a run: 1 to 200 letters, digits and _ . + -, the first "
+        "of them no dot"
+    )
 
 
 def _refuse_constant(name: str) -> NoReturn:

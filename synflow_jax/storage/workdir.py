@@ -17,7 +17,7 @@ Several runs, and several processes at once, may share a folder:
     checkpoints/RUN_ID/level-1/      the checkpoints of a level of IMP
     layers.png, curve.png            pictures of the last run
 
-    .locks/RUN_ID                    while a process works on the run
+    .RUN_ID.run.lock                 while a process works on the run
 
 A file that every process of a job would write has the process in its name: process 3 of several
 writes rows-0003.jsonl. Reading finds the rows of all processes.
@@ -34,6 +34,8 @@ from typing import Any
 from synflow_jax.storage import files, locks, rows
 from synflow_jax.storage.rows import Row, RowFile
 
+# The ending of a lock. Rows have locks of another ending, which stay.
+_LOCK = ".run.lock"
 # The folders that hold one file or one folder per run.
 _FOLDERS = (
     "masks",
@@ -45,6 +47,23 @@ _FOLDERS = (
     "checkpoints",
     "exported",
 )
+
+
+def check_run_id(run_id: Any) -> str:
+    """Returns the name of a run, if it is one.
+
+    Rows may come from other people, and a name such as "../../x" leads out of the folder.
+
+    >>> check_run_id("vgg16-c10-s0")
+    'vgg16-c10-s0'
+
+    Raises:
+      ValueError: it is none.
+    """
+    problem = rows.run_id_problem(run_id)
+    if problem is not None:
+        raise ValueError(f"{problem}. Take one from a row that prune.py or train.py wrote.")
+    return str(run_id)
 
 
 class Stopped(Exception):
@@ -76,18 +95,18 @@ class Workdir:
 
     def mask_path(self, run_id: str) -> pathlib.Path:
         """Returns the file of a mask; see `storage.save_mask`."""
-        return self.path / "masks" / f"{run_id}.safetensors"
+        return self._file("masks", run_id, ".safetensors")
 
     def certificate_path(self, run_id: str) -> pathlib.Path:
         """Returns the JSON file of a certificate; see `storage.save_certificate`."""
-        return self.path / "certificates" / f"{run_id}.json"
+        return self._file("certificates", run_id, ".json")
 
     def units_path(self, run_id: str) -> pathlib.Path:
         """Returns the JSON file of the units' scores.
 
         It holds {group: {"incoming": [one number per unit], "outgoing": [one number per unit]}}.
         """
-        return self.path / "units" / f"{run_id}.json"
+        return self._file("units", run_id, ".json")
 
     # Files of iterative magnitude pruning (IMP). Curves and checkpoints of its levels are in the
     # folders that other training runs use, so that the same readers find them.
@@ -97,11 +116,11 @@ class Workdir:
 
         There is no such file if IMP rewinds to initialization.
         """
-        return self.path / "rewind" / f"{run_id}.safetensors"
+        return self._file("rewind", run_id, ".safetensors")
 
     def levels_path(self, run_id: str) -> pathlib.Path:
         """Returns the folder of IMP's levels."""
-        return self.path / "levels" / run_id
+        return self._file("levels", run_id)
 
     def level_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the JSON file that records a finished level, counted from 1."""
@@ -113,7 +132,7 @@ class Workdir:
 
     def level_curve_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the CSV file of a level's training; level 0 trains up to the rewind step."""
-        return self.curve_path(f"{run_id}-level-{level}")
+        return self.curve_path(f"{check_run_id(run_id)}-level-{level}")
 
     def level_checkpoint_path(self, run_id: str, level: int) -> pathlib.Path:
         """Returns the folder of a level's checkpoints; level 0 trains up to the rewind step."""
@@ -123,11 +142,15 @@ class Workdir:
 
     def curve_path(self, run_id: str) -> pathlib.Path:
         """Returns the CSV file of a training run: one line per epoch."""
-        return self.path / "curves" / f"{run_id}.csv"
+        return self._file("curves", run_id, ".csv")
 
     def checkpoint_path(self, run_id: str) -> pathlib.Path:
         """Returns the folder of a run's checkpoints; see `storage.checkpoints`."""
-        return self.path / "checkpoints" / run_id
+        return self._file("checkpoints", run_id)
+
+    def _file(self, folder: str, run_id: str, ending: str = "") -> pathlib.Path:
+        """Returns the path of a file, or a folder, that is named after a run."""
+        return self.path / folder / f"{check_run_id(run_id)}{ending}"
 
     # Files of the whole folder.
 
@@ -267,7 +290,7 @@ class Workdir:
           locks.Busy: another process holds it. It is a ValueError that names the process.
           OSError: the file of the lock cannot be written.
         """
-        return locks.hold(self._locks_path / run_id, run_id)
+        return locks.hold(self.path / f".{check_run_id(run_id)}{_LOCK}", run_id)
 
     def clean(self) -> None:
         """Removes the temporary files and the locks that killed processes have left.
@@ -276,13 +299,9 @@ class Workdir:
         """
         for folder in (self.path, *(self.path / name for name in _FOLDERS)):
             files.remove_stale(folder)
-        for levels in self.levels_path("").glob("*/"):
+        for levels in (self.path / "levels").glob("*/"):
             files.remove_stale(levels)
-        locks.remove_stale(self._locks_path)
-
-    @property
-    def _locks_path(self) -> pathlib.Path:
-        return self.path / ".locks"
+        locks.remove_stale(self.path.glob(f".*{_LOCK}"))
 
     @property
     def _rows_path(self) -> pathlib.Path:
