@@ -178,7 +178,7 @@ def test_a_curve_that_ends_as_its_row_is_read(tmp_path: pathlib.Path) -> None:
     assert results.finished_curve(TRAINED, workdir) == [EPOCH]
 
 
-@pytest.mark.parametrize("num_left", range(0, 100, 7))
+@pytest.mark.parametrize("num_left", range(0, 97, 8))
 def test_a_curve_that_is_cut_off_is_named(tmp_path: pathlib.Path, num_left: int) -> None:
     workdir = Workdir(tmp_path)
     path = _curve(workdir)
