@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 from rich.console import Console
 
@@ -207,19 +206,3 @@ def test_a_curve_that_was_edited_is_named(
     path.write_bytes(path.read_bytes().replace(old, new))
     with pytest.raises(ValueError, match=rf"train-a\.csv': {problem}"):
         results.finished_curve(TRAINED, workdir)
-
-
-# Programs
-
-
-@pytest.mark.slow
-def test_programs_of_networks_that_are_done_are_dropped(tmp_path: pathlib.Path) -> None:
-    grid = Grid(width_multiplier=(0.01, 0.02, 0.03))
-    runs = resolve(Config(**{**vars(SMALL), "grid": grid}))
-    backend = jax.local_devices()[0].client
-    live = []
-    for outcome in masks.prune_all(runs, Workdir(tmp_path)):
-        assert isinstance(outcome, Finished), outcome
-        live.append(len(backend.live_executables()))
-    # The first network also finds what earlier tests have left.
-    assert live[2] <= live[1] + 5
