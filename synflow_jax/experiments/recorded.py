@@ -91,8 +91,7 @@ def read_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> dict[str, np.nd
     from synflow_jax.storage import checkpoints
 
     folder = workdir.checkpoint_path(row["run_id"])
-    cure = _cure("train.py")
-    with _explained(cure):
+    with _explained(_cure("train.py")):
         arrays, description = checkpoints.read_latest(folder)
     params = part(arrays, "params")
     found = {
@@ -100,10 +99,23 @@ def read_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> dict[str, np.nd
         "num_steps": _number(arrays.get("0/step")),
         "params_sha256": digest(params),
     }
-    what = f"the last checkpoint in {str(folder)!r}"
-    _compare(what, found, row, cure)
-    _check_mask(arrays, row, workdir, what)
+    check_checkpoint(found, row, workdir)
+    _check_mask(arrays, row, workdir)
     return arrays
+
+
+def check_checkpoint(found: Mapping[str, Any], row: Mapping[str, Any], workdir: Workdir) -> None:
+    """Checks that the last checkpoint of a run is the one that its row speaks of.
+
+    Args:
+      found: what the checkpoint holds, by the keys of the row.
+      row: of the training run.
+      workdir: the folder of the run.
+
+    Raises:
+      ValueError: the checkpoint is that of another run, or is older than the row.
+    """
+    _compare(_last_checkpoint(row, workdir), found, row, _cure("train.py"))
 
 
 def part(arrays: Mapping[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
@@ -131,9 +143,7 @@ def check_run(path: pathlib.Path, kind: str, wanted: Mapping[str, Any], cure: st
     _compare(f"{kind} {str(path)!r}", its, wanted, cure)
 
 
-def _check_mask(
-    arrays: Mapping[str, np.ndarray], row: Mapping[str, Any], workdir: Workdir, what: str
-) -> None:
+def _check_mask(arrays: Mapping[str, np.ndarray], row: Mapping[str, Any], workdir: Workdir) -> None:
     """Checks that a checkpoint has the mask of the pruning run."""
     pruned = workdir.find_row(row["prune_run_id"])
     # The mask of a compact network has other shapes. A network may be copied without its pruning.
@@ -142,7 +152,14 @@ def _check_mask(
         return
     mask = Mask(part(arrays, "mask"))
     found = {"mask_sha256": storage.mask_digest(mask)}
-    _compare(f"the mask in {what}", found, pruned, _cure("train.py"))
+    what = f"the mask in {_last_checkpoint(row, workdir)}"
+    _compare(what, found, pruned, _cure("train.py"))
+
+
+def _last_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> str:
+    """Names the last checkpoint of a run in messages."""
+    folder = workdir.checkpoint_path(row["run_id"])
+    return f"the last checkpoint in {str(folder)!r}"
 
 
 @contextlib.contextmanager
