@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks, expected, parsing, schema
+from synflow_jax.experiments import checks, expected, identity, parsing, schema
 from synflow_jax.experiments.config import Config
 from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
@@ -128,6 +129,14 @@ def _configure() -> None:
         logging.set_verbosity(logging.WARNING)
     if _CPU_DEVICES.value is not None:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    ignored = identity.fix_generator()
+    if ignored:
+        settings = ", ".join(ignored)
+        print(
+            f"note: {settings} has no effect here. Runs draw with JAX's default generator, so that "
+            "a run_id stands for the same network everywhere.",
+            file=sys.stderr,
+        )
 
 
 def _fail(message: str) -> NoReturn:
@@ -151,6 +160,8 @@ def use_compilation_cache() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # The disk is full. Nothing is lost, and the files of the run say so if they cannot be written.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
 
 
 def join_hosts() -> hosts.Hosts:

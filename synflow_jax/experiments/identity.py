@@ -15,12 +15,25 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from synflow_jax.experiments.expected import Expected, shown
 
 # Says whether a setting is part of a run's name: identity(value, default, config).
 Identity = Callable[[Any, Any, Any], bool]
 
 _DIGEST = "sha256:"
+
+# A seed stands for a network only together with the generator that draws it. The names of runs
+# stand for this one, with these settings, which are JAX's defaults. With 64 bits, permutations and
+# random integers are other ones.
+_GENERATOR = "threefry2x32"
+_GENERATOR_SETTINGS = {
+    "jax_default_prng_impl": _GENERATOR,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+}
 
 
 def always(value: Any, default: Any, config: Any) -> bool:
@@ -154,3 +167,42 @@ def source_digest(function: Any) -> Any:
     except (OSError, TypeError):  # the function was not defined in a file
         source = repr(function)
     return f"{function.__name__} {hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
+# The generator of random numbers
+
+
+def fix_generator() -> list[str]:
+    """Makes this process draw by the generator that the names of runs stand for.
+
+    Call it before anything is drawn. Commands do, so that a run is the same network on every
+    machine: one that was pruned where JAX_DEFAULT_PRNG_IMPL is "rbg" can be trained elsewhere.
+
+    Returns:
+      The settings of JAX that were changed, e.g. "jax_default_prng_impl=rbg".
+    """
+    changed = []
+    for name, value in _GENERATOR_SETTINGS.items():
+        found = getattr(jax.config, name)
+        if found != value:
+            changed.append(f"{name}={found}")
+            jax.config.update(name, value)
+    return changed
+
+
+def key(seed: int) -> jax.Array:
+    """Returns the key of a seed, of the generator that the names of runs stand for.
+
+    Raises:
+      ValueError: a setting of JAX makes keys draw other numbers.
+    """
+    for name, value in _GENERATOR_SETTINGS.items():
+        found = getattr(jax.config, name)
+        # The kind of generator is given below, whatever the default is.
+        if found != value and name != "jax_default_prng_impl":
+            raise ValueError(
+                f"{name}={found} makes keys draw other numbers, and so other networks than the "
+                f"names of runs stand for. Set it to {value}: jax.config.update({name!r}, "
+                f"{value})."
+            )
+    return jax.random.key(seed, impl=_GENERATOR)

@@ -88,10 +88,18 @@ class Run:
         return rules.trains_batch_norm(self.config.prune.mode)
 
     @property
+    def shapes_key(self) -> tuple[Any, ...]:
+        """Returns a value that is equal for runs whose networks have the same shapes.
+
+        Such runs share compiled programs.
+        """
+        config = self.config
+        return config.model, config.dataset, config.width_multiplier
+
+    @property
     def network_key(self) -> tuple[Any, ...]:
         """Returns a value that is equal for runs that prune the same network."""
-        config = self.config
-        return config.model, config.dataset, config.width_multiplier, config.seed, config.init
+        return *self.shapes_key, self.config.seed, self.config.init
 
     @property
     def scored_dataset(self) -> str | None:
@@ -105,7 +113,7 @@ class Run:
     @property
     def init_key(self) -> jax.Array:
         """Returns the key that draws the network."""
-        return jax.random.key(self.config.seed)
+        return identity.key(self.config.seed)
 
     @property
     def score_key(self) -> jax.Array:

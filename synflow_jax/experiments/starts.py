@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import storage, training
-from synflow_jax.experiments import initialization, programs
+from synflow_jax.experiments import initialization, programs, recorded
 from synflow_jax.experiments.loop import Job
 from synflow_jax.experiments.programs import Recipe
 from synflow_jax.experiments.results import digest
@@ -124,6 +124,8 @@ def load_rewind(run: Run, workdir: Workdir, initial: TrainState) -> TrainState:
       FileNotFoundError: there is none.
     """
     path = workdir.rewind_path(run.prune_id)
+    wanted = {"run_id": run.prune_id}
+    recorded.check_run(path, "state file", wanted, "--overwrite begins anew.")
     arrays = storage.load_arrays(path)
     like = _without_key_and_mask(initial)
     expected = checkpoints.flatten(like)
@@ -176,7 +178,7 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
     info = training.init_info(options.num_epochs)
     like = first_state(run, recipe, form, workdir), info
     path, description = workdir.checkpoint_path(run.train_id), describe(run, mask, form)
-    with checkpoints.open_folder(path, description, options.keep_checkpoints) as folder:
+    with checkpoints.open_folder(path, description, None) as folder:
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None, "its description was read above"
     _, (state, _) = restored
@@ -197,7 +199,7 @@ def _was_compact(run: Run, workdir: Workdir) -> bool:
     path = workdir.checkpoint_path(run.train_id)
     found = None
     if path.is_dir():
-        with checkpoints.open_folder(path, {}, run.config.train.keep_checkpoints) as folder:
+        with checkpoints.open_folder(path, {}, None) as folder:
             found = checkpoints.latest_run(folder)
     if found is None:
         raise ValueError(
