@@ -9,6 +9,7 @@ program of the model (see `flows`), and compares them by units (Theorem 1) and b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -192,6 +193,9 @@ def conservation(
         params = trees.without_means(trees.absolute(params))
         inputs = jnp.ones((1, *shape), trees.float_type(params))
     assert inputs is not None
+    # Counts, keys and running statistics are no weights: they become constants of the network.
+    everything, params = params, trees.trained(params)
+    apply_fn = functools.partial(_with_constants, apply_fn, everything)
 
     program = Program(apply_fn, params, inputs)
     flows = _flows(program, params, inputs, loss)
@@ -218,6 +222,10 @@ def conservation(
         broken=_broken(program, surplus),
         unbalanced=_unbalanced(program, surplus, has_cuts=bool(cuts)),
     )
+
+
+def _with_constants(apply_fn: ApplyFn, everything: Params, trained: Params, x: jax.Array) -> Any:
+    return apply_fn(trees.merge(trained, everything), x)
 
 
 # ------------------------------------------------------------------------------------------ Flows
