@@ -327,10 +327,13 @@ def _call(apply_fn: ApplyFn, params: Params, inputs: Any, source: str, cure: str
 def check_outputs(outputs: Any) -> None:
     """Raises ValueError unless a network returned one array of floats."""
     if isinstance(outputs, tuple | list | Mapping):
-        index = "[-1]" if isinstance(outputs, tuple | list) else "['logits']"
+        items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+        # After features, and before a state that is no array.
+        places = [place for place, value in items if trees.is_float(value)]
+        logits = repr(places[-1]) if places else "..."
         raise ValueError(
             f"apply_fn returned {arguments.describe(outputs)}, and must return one array. Pick "
-            f"the logits: lambda params, x: apply_fn(params, x){index}."
+            f"the logits: lambda params, x: apply_fn(params, x)[{logits}]."
         )
     if not trees.is_float(outputs):
         raise ValueError(
