@@ -22,11 +22,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from synflow_jax import arguments, masking, schedules, trees
 from synflow_jax.jaxprs import scaling
 from synflow_jax.jaxprs.compiled import bounded_jit
 from synflow_jax.jaxprs.precision import Precision, widen
+from synflow_jax.jaxprs.varying import vary_like
 from synflow_jax.masking import ONE_DEVICE, Exchange
 from synflow_jax.schedules import Schedule
 from synflow_jax.scores import Flow, Rule, ScoreFn, as_rule
@@ -155,11 +157,15 @@ def advance(
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
       exchange: how devices combine their parts, if mask and scores are spread over several.
     """
+    # On a mesh the state varies between devices as all that it is computed from.
+    inputs = (rule, params, key, state, start, stop)
+    state = vary_like(state, *inputs)
 
     def body(iteration: jax.Array, state: PruneState) -> PruneState:
-        next_step = functools.partial(
-            step, rule, params, key, iteration, propose=propose, exchange=exchange
-        )
+        def next_step(state: PruneState) -> PruneState:
+            stepped = step(rule, params, key, iteration, state, propose=propose, exchange=exchange)
+            return vary_like(stepped, *inputs)
+
         # A fori_loop cannot end early. Iterations after the end cost nothing instead.
         return jax.lax.cond(state.done, lambda state: state, next_step, state)
 
@@ -368,11 +374,11 @@ def prune(
       mask: the mask to start from. It decides what is prunable: all kernels by default.
       nested: a pruned weight stays pruned. False lets it return.
       score_dtype: "float32" or "float64", for computing and ranking the scores. By default float64
-        if a prunable parameter is float64, else float32. Narrower floats (bfloat16 weights, casts
-        inside of a model) are computed in this dtype too. In float32 two scores that differ by rounding may change places,
-        and one weight decides for others in later iterations: up to 0.9 % of the bits of a mask of
-        ResNet-20 at compression 10 differ from the mask in float64. Float64 takes twice the time
-        and memory.
+        if a prunable parameter is float64, else float32. Narrower floats, such as bfloat16 weights
+        or a cast inside of the network, are computed in this dtype too; see `jaxprs.precision`. In
+        float32 two scores that differ by rounding may change places, and one weight decides for
+        others in later iterations: up to 0.9 % of the bits of a mask of ResNet-20 at compression
+        10 differ from the mask in float64. Float64 takes twice the time and memory.
       on_progress: called on the host as `on_progress(num_done, info)`: with 0 when the loop is
         compiled, then about twenty times while it runs.
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
@@ -412,9 +418,9 @@ def prune(
         # A Python loop is not compiled: it is there to be stepped through.
         run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
         # Counts and stretches are arguments of the program, not constants: one trace serves all.
-        counts = jax.device_put(counts.astype(np.int32))
+        counts_on_device = jax.device_put(counts.astype(np.int32))
         options = {"nested": nested, "loop_fn": loop_fn, "precision": precision}
-        run = functools.partial(run, rule, params, counts, key, **options)
+        run = functools.partial(run, rule, params, counts_on_device, key, **options)
         state = run_in_stretches(run, state, len(counts), on_progress)
         raise_unless_finite(state, rule, params)
     check_kept(state.info, counts, mask)
@@ -562,18 +568,17 @@ def in_precision(rule: Rule, precision: Precision) -> Rule:
         assert rule.flow is not None
         return rule.flow(params, mask, key)
 
-    wide_score = functools.partial(widen(score, precision), rule)
+    # A Partial, whose arrays the loop can see.
+    wide_score = Partial(widen(score, precision), rule)
     wide_flow = None
     if rule.flow is not None:
-        wide_flow = functools.partial(widen(flow, precision), rule)
+        wide_flow = Partial(widen(flow, precision), rule)
     return Rule(wide_score, rule.num_iterations, flow=wide_flow)
 
 
 def score_type(params: Params, mask: Mask) -> np.dtype:
     """Returns the dtype of the scores of these parameters: float64 if one is, else float32."""
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees.select(params, mask))]
-    is_wide = np.dtype(np.float64) in dtypes
-    return np.dtype(np.float64 if is_wide else np.float32)
+    return masking.score_type(jax.tree.leaves(trees.select(params, mask)))
 
 
 @contextlib.contextmanager
@@ -647,8 +652,8 @@ def check_request(
     num_weights = sum(trees.sizes(mask))
     if compression > num_weights:
         raise ValueError(
-            f"compression={compression} leaves none of the {num_weights} prunable weights. "
-            f"Choose at most {num_weights}."
+            f"compression={arguments.short(compression)} leaves none of the {num_weights} "
+            f"prunable weights. Choose at most {num_weights}."
         )
     check_batches(rule, params)
 

@@ -26,7 +26,7 @@ WINGS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"jaxprs"}, set()),
     "units": ({"jaxprs", "core"}, set()),
     "analysis": ({"jaxprs", "core", "units"}, set()),
-    "parallel": ({"core"}, set()),
+    "parallel": ({"jaxprs", "core"}, set()),
     "models": ({"core", "units"}, {"flax"}),
     "data": (set(), {"PIL", "grain", "sklearn", "tensorflow_datasets"}),
     "training": ({"core", "units", "analysis", "models", "data"}, {"flax", "optax"}),
