@@ -390,6 +390,14 @@ class _Surplus(NamedTuple):
     constants: float
     largest: float
 
+    @classmethod
+    def of(cls, total: Any, constant: Any, lacks: Sequence[Any], scale: float) -> _Surplus:
+        """Divides the flows of a step by the largest flow of the network."""
+        from_constants = _largest(constant)
+        from_factors = max(map(_largest, lacks), default=0.0)
+        largest = max(_largest(total), from_constants, from_factors)
+        return cls(total / scale, from_constants / scale, largest / scale)
+
 
 def _surplus(program: Program, flows: _Flows) -> list[_Surplus]:
     """Compares the output flow of each step with its input flow."""
@@ -414,15 +422,15 @@ def _surplus(program: Program, flows: _Flows) -> list[_Surplus]:
 
     found = []
     scale = flows.scale
-    for i in range(num_steps):
-        lacks = [outgoing[i] - factor for factor in factors[i]]
-        total = outgoing[i] - incoming[i]
-        if program.steps[i].side:
+    parts = zip(program.steps, incoming, outgoing, constants, factors, strict=True)
+    for step, flow_in, flow_out, constant, of_factors in parts:
+        lacks = [flow_out - factor for factor in of_factors]
+        total = flow_out - flow_in
+        if step.side:
             # Of a product every operand is a factor.
-            total = lacks[0] if lacks else total + constants[i]
-        from_constants = _largest(constants[i])
-        largest = max([_largest(total), from_constants, *map(_largest, lacks)])
-        found.append(_Surplus(total / scale, from_constants / scale, largest / scale))
+            total = lacks[0] if lacks else total + constant
+        surplus = _Surplus.of(total, constant, lacks, scale)
+        found.append(surplus)
     return found
 
 
