@@ -128,15 +128,15 @@ def shortest_path(
         reasons.append(f"a path may pass the parameters {list(found.notes.reused)} more than once")
     if found.notes.products:
         reasons.append(
-            f"the steps {list(found.notes.products)} multiply two values that both depend on the "
-            "input"
+            f"the steps {list(found.notes.products)} combine values that may need the same weights"
         )
     total = sum(trees.sizes(mask))
     raise ValueError(
         f"the fewest prunable weights that leave a path could not be found. They are between "
-        f"{found.lower} and {found.upper} of {total}, because {', and '.join(reasons)}. "
-        f"Compressions up to {total / max(1, found.upper):.6g} can leave a path; to get the exact "
-        "maximum, leave these parameters out of the mask."
+        f"{found.lower} and {found.upper} of {total}: {', and '.join(reasons)}. The maximal "
+        f"compression is at least {total / max(1, found.upper):.6g}. To get it exactly, leave the "
+        "parameters that these steps share out of the mask. `critical_compression` needs no exact "
+        "maximum."
     )
 
 

@@ -95,7 +95,8 @@ def _lower_bound(cost_of: CostFn, ones: Costs, essential: Sequence[str], notes: 
     """Returns how many weights are needed at least.
 
     Each essential parameter needs one. Beyond these, only parameters that a path passes once are
-    counted, and of two factors only the dearer one, because the two may need the same weights.
+    counted, and of two factors that depend on the input only the dearer one, because the two may
+    need the same weights.
     """
     costs = dict(ones)
     for name in (*essential, *notes.reused):
