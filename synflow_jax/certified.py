@@ -343,7 +343,7 @@ def _check_cut_fraction(cut_fraction: float) -> None:
         )
 
 
-@jax.jit
+@bounded_jit
 def _evaluate(objective: Objective, params: Params, input_scale: jax.Array) -> jax.Array:
     """Computes R. It is compiled by no one: its trace is what `_faults` reads, and JAX keeps it."""
     return objective(params, input_scale)
@@ -353,7 +353,8 @@ def _faults(objective: Objective, params: Params, mask: Mask) -> tuple[homogenei
     """Returns the steps of R that are not homogeneous of degree one."""
     prunable = set(trees.names(mask))
     dtype = trees.float_type(params)
-    program = _evaluate.trace(objective, params, jnp.ones((), dtype)).jaxpr
+    trace = _evaluate.trace  # type: ignore[attr-defined]
+    program = trace(objective, params, np.ones((), dtype)).jaxpr
     # Arrays that the objective holds, such as batch statistics, come first.
     values = list(map(homogeneity.constant, jax.tree.leaves(objective)))
     for name, leaf in zip(trees.names(params), jax.tree.leaves(params), strict=True):

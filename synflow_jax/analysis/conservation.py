@@ -72,7 +72,12 @@ class Conservation(NamedTuple):
       cuts: the cut of each parameter that is multiplied (Theorem 2), in the order of the network.
         A scan has one cut, before it.
       broken: the steps that are not homogeneous of degree one, as {primitive: the largest
-        |flow out - flow in| / the largest flow of the network}.
+        |flow out - flow in| / the largest flow of the network}. Steps between a parameter and the
+        product with the data count too: a kernel that is normalized first has scores that add up to
+        0.
+      unbalanced: the largest |flow out - flow in| / the largest flow of the network that no cut
+        shows: of all steps together between a parameter and its product; of single steps in a scan,
+        in a cond, or in a network without a cut; and what constants add.
     """
 
     total: float
@@ -81,6 +86,7 @@ class Conservation(NamedTuple):
     units: dict[str, UnitResidual]
     cuts: tuple[Cut, ...]
     broken: dict[str, float]
+    unbalanced: float = 0.0
 
     @property
     def residual(self) -> float:
@@ -91,8 +97,13 @@ class Conservation(NamedTuple):
 
     @property
     def conserved(self) -> bool:
-        """Returns whether every residual is within rounding, 1e-4."""
-        return self.residual < _TOLERANCE and not self.broken
+        """Returns whether every residual is within rounding, 1e-4.
+
+        Each layer that is a cut, and that the network uses once, then has scores that add up to
+        `total`. Broken steps may be among those that conserve flow together: the norm of the units
+        of a pool, the root of a sum of squares, is homogeneous although its steps are not.
+        """
+        return self.residual < _TOLERANCE and self.unbalanced < _TOLERANCE
 
     def __str__(self) -> str:
         """Returns a table for the terminal."""
@@ -192,13 +203,16 @@ def conservation(
 
     example_shape = inputs.shape[1:]
     groups = units.groups(apply_fn, params, example_shape, inputs.dtype)
+    cuts = _cuts(program, flows)
+    surplus = _surplus(program, flows)
     return Conservation(
         total=flows.total,
         exponent=flows.exponent,
         layers=flows.layers,
         units=_by_unit(groups, flows.scores),
-        cuts=_cuts(program, flows),
-        broken=_broken(program, flows),
+        cuts=cuts,
+        broken=_broken(program, surplus),
+        unbalanced=_unbalanced(program, surplus, has_cuts=bool(cuts)),
     )
 
 
@@ -343,7 +357,8 @@ def _flow_by_step(program: Program, flows: _Flows) -> list[float]:
             last = min(edge.step, num_steps)
             changes[edge.producer + 1] += flow
             changes[last + 1] -= flow
-        elif not edge.is_data and edge.step != END:
+        is_added = not (edge.is_data or edge.is_factor or edge.is_side)
+        if is_added and edge.step != END:
             # No cut goes through a scan: all flow that the scan adds counts at its beginning.
             scan = program.steps[edge.step].scan
             first = edge.step if scan == NO_SCAN else scan
@@ -356,31 +371,83 @@ def _flow_by_step(program: Program, flows: _Flows) -> list[float]:
     return by_step.tolist()
 
 
-def _broken(program: Program, flows: _Flows) -> dict[str, float]:
-    """Finds the steps whose output flow is not their input flow."""
+class _Surplus(NamedTuple):
+    """Describes how far a step is from conserving flow, divided by the largest flow of the network.
+
+    total: output flow - input flow: a number, or one per iteration of the scans around the step. On
+      the side, constants bring no input flow.
+    constants: the largest input flow that comes from no parameter.
+    largest: the largest of both, and of what a factor lacks.
+    """
+
+    total: Any
+    constants: float
+    largest: float
+
+
+def _surplus(program: Program, flows: _Flows) -> list[_Surplus]:
+    """Compares the output flow of each step with its input flow."""
     num_steps = len(program.steps)
     # For each step a number, or an array with one number per iteration of the scans around it.
-    surplus: list[Any] = [0.0] * num_steps  # output flow - input flow
+    incoming: list[Any] = [0.0] * num_steps
+    outgoing: list[Any] = [0.0] * num_steps
     constants: list[Any] = [0.0] * num_steps  # input flow that comes from no parameter
+    factors: list[list[Any]] = [[] for _ in range(num_steps)]
     for edge, flow in flows.by_edge:
         source, target = edge.producer, edge.step
-        if edge.is_data and source != BEGIN:
-            surplus[source] = surplus[source] + flow
-        if target != END:
-            surplus[target] = surplus[target] - flow
-            if not (edge.is_data or edge.is_parameter):
-                constants[target] = constants[target] + flow
+        if source != BEGIN:
+            outgoing[source] = outgoing[source] + flow
+        if target == END:
+            continue
+        if edge.is_factor:
+            factors[target].append(flow)
+            continue
+        incoming[target] = incoming[target] + flow
+        if not (edge.is_data or edge.is_parameter):
+            constants[target] = constants[target] + flow
 
+    found = []
     scale = flows.scale
+    for i in range(num_steps):
+        lacks = [outgoing[i] - factor for factor in factors[i]]
+        total = outgoing[i] - incoming[i]
+        if program.steps[i].side:
+            # Of a product every operand is a factor.
+            total = lacks[0] if lacks else total + constants[i]
+        from_constants = _largest(constants[i])
+        largest = max([_largest(total), from_constants, *map(_largest, lacks)])
+        found.append(_Surplus(total / scale, from_constants / scale, largest / scale))
+    return found
+
+
+def _broken(program: Program, surplus: Sequence[_Surplus]) -> dict[str, float]:
+    """Finds the steps whose output flow is not their input flow."""
     broken: dict[str, float] = {}
-    for step, *wrong in zip(program.steps, surplus, constants, strict=True):
-        largest = max(map(_largest, wrong))
-        residual = largest / scale
+    for step, found in zip(program.steps, surplus, strict=True):
         # A scan itself is left out: the steps of its body tell more precisely where it breaks.
-        if residual > _TOLERANCE and not step.is_scan:
+        if found.largest > _TOLERANCE and not step.is_scan:
             before = broken.get(step.name, 0.0)
-            broken[step.name] = max(before, residual)
+            broken[step.name] = max(before, found.largest)
     return broken
+
+
+def _unbalanced(program: Program, surplus: Sequence[_Surplus], *, has_cuts: bool) -> float:
+    """Computes `Conservation.unbalanced`."""
+    largest = 0.0
+    by_side: dict[tuple[str, ...], float] = {}
+    for step, found in zip(program.steps, surplus, strict=True):
+        if step.is_scan:
+            continue
+        is_outside = step.scan == NO_SCAN
+        if step.side and is_outside:
+            total = float(np.sum(found.total))
+            by_side[step.side] = by_side.get(step.side, 0.0) + total
+        elif is_outside and has_cuts:
+            # Cuts count what is added later, whatever it is.
+            largest = max(largest, found.constants)
+        else:
+            largest = max(largest, found.largest)
+    return max([largest, *map(abs, by_side.values())])
 
 
 def _by_unit(groups: Sequence[Group], scores: Scores) -> dict[str, UnitResidual]:

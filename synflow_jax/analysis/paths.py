@@ -1,9 +1,9 @@
 """Analyses a mask: collapse, path norm, maximal compression, effective mask, multiply-adds.
 
-A network has collapsed when no path of kept weights leads from its input to its output. An empty
-layer is neither necessary nor sufficient for that: a residual network survives without its shortcut
-convolutions. Biases produce output without input, so every function here that asks for paths counts
-them as 0.
+A network has collapsed when no output depends on its input any more: no path of kept weights leads
+from one to the other. An empty layer is neither necessary nor sufficient for that: a residual
+network survives without its shortcut convolutions. What makes output without input (biases,
+position embeddings, running means, activations that are not 0 at 0) is no path. See `dependence`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import pruning, scores, trees
+from synflow_jax.analysis import dependence, shortest
+from synflow_jax.analysis.programs import compiled
 from synflow_jax.jaxprs import scaling
+from synflow_jax.jaxprs.compiled import bounded_jit
 from synflow_jax.scores import ApplyFn, Objective, ScoreFn, path_norm
 from synflow_jax.trees import Mask, Params
 
@@ -52,12 +55,22 @@ def log10_path_norm(
 
 
 def collapsed(apply_fn: ApplyFn, params: Params, mask: Mask, input_shape: Sequence[int]) -> bool:
-    """Returns whether no path of kept, nonzero weights leads from the input to the output.
+    """Returns whether no output depends on the input through kept weights that are not 0.
 
-    Arguments as `log10_path_norm`.
+    The steps of `apply_fn` decide, not the size of its numbers. Terms that cancel exactly, such as
+    x - x, count as dependent. Arguments as `log10_path_norm`.
+
+    Raises:
+      ValueError: it is not known how a step of `apply_fn` depends on its operands.
+
+    >>> params = {"w1": jnp.ones((2, 2)), "w2": jnp.ones((2, 1))}
+    >>> apply_fn = lambda p, x: jax.nn.sigmoid(x @ p["w1"]) @ p["w2"]
+    >>> mask = {"w1": jnp.zeros((2, 2), bool), "w2": jnp.ones((2, 1), bool)}
+    >>> collapsed(apply_fn, params, mask, (2,))  # sigmoid(0) is 0.5, but that is no path
+    True
     """
-    kept = trees.without_biases(trees.apply_mask(params, mask))
-    return _log10_norm(apply_fn, kept, input_shape) == -math.inf
+    depends = compiled(_depends, apply_fn, input_shape)(params, mask)
+    return not jax.device_get(depends)
 
 
 def max_compression(
@@ -68,8 +81,8 @@ def max_compression(
 ) -> float:
     """Returns the largest compression that can leave a path (Section 3).
 
-    It is the number of prunable weights divided by the length of the `shortest_path`: N / L on a
-    chain of L layers with N weights. Arguments as `shortest_path`.
+    It is the number of prunable weights divided by that of the `shortest_path`: N / L on a chain of
+    L layers with N weights. Arguments and errors as `shortest_path`.
     """
     total = sum(trees.sizes(mask))
     length = shortest_path(apply_fn, params, mask, input_shape)
@@ -82,21 +95,21 @@ def shortest_path(
     mask: Mask,
     input_shape: Sequence[int],
 ) -> int:
-    """Counts the prunable weights on the shortest path from input to output.
+    """Counts the fewest prunable weights that leave the output depending on the input.
 
-    The count is L for a chain of L layers. If every prunable weight is t, the path norm R(t) is a
-    polynomial in t whose lowest power is that length, so that R(t) / R(t / 2) tends to 2^length as
-    t goes to 0.
+    The count is L for a chain of L layers. A weight that a path uses twice counts once.
 
     Args:
       apply_fn: `apply_fn(params, x)`, in evaluation mode.
-      params: tree of float arrays. Of the prunable ones only the shapes matter.
+      params: tree of arrays. Of the prunable ones only the shapes matter. Of the others, those that
+        are 0 carry nothing.
       mask: says which parameters are prunable. Its values do not matter.
       input_shape: of one example, without the batch axis.
 
     Raises:
-      ValueError: no path leads from input to output, or float64 does not resolve its length (a
-        chain of hundreds of layers in parallel with shorter paths).
+      ValueError: no path leads from input to output; it is not known how a step of `apply_fn`
+        depends on its operands; or the number is not found, because paths pass a parameter several
+        times or meet in a product. The message then gives bounds.
 
     >>> params = {"w1": jnp.ones((2, 2)), "w2": jnp.ones((2, 2))}
     >>> mask = {"w1": jnp.ones((2, 2), bool), "w2": jnp.ones((2, 2), bool)}
@@ -104,32 +117,26 @@ def shortest_path(
     2
     >>> shortest_path(lambda p, x: x + x @ p["w1"] @ p["w2"], params, mask, (2,))  # the skip
     0
+    >>> shortest_path(lambda p, x: x @ p["w1"] @ p["w1"].T, params, {**mask, "w2": None}, (2,))
+    1
     """
-    params = trees.without_biases(params)
-    objective = path_norm(apply_fn, input_shape)
-
-    def norm(evaluate: Callable[[Objective, Params], float], t: float) -> float:
-        def filled(_: Any, weight: jax.Array) -> jax.Array:
-            # Divided by the fan-in, so that the gain of a layer is near t whatever its size.
-            fan_in = max(1, weight.size // weight.shape[-1])
-            return jnp.full_like(weight, t / fan_in)
-
-        weights = trees.map_prunable(filled, mask, params)
-        return evaluate(objective, trees.merge(weights, params))
-
-    # A small t separates the powers best, but underflows in deep networks.
-    for evaluate in (_evaluate, _evaluate_in_float64):
-        for t in (2.0**-17, 2.0**-8, 2.0**-3):
-            larger, smaller = norm(evaluate, t), norm(evaluate, t / 2)
-            if smaller > 0 and math.isfinite(larger):
-                length = math.log2(larger / smaller)
-                # Far from an integer, longer paths still have a share in the ratio.
-                if abs(length - round(length)) < 0.05:
-                    return round(length)
+    found = shortest.bounds(apply_fn, params, mask, input_shape)
+    if found.lower == found.upper:
+        return found.upper
+    reasons = []
+    if found.notes.reused:
+        reasons.append(f"a path may pass the parameters {list(found.notes.reused)} more than once")
+    if found.notes.products:
+        reasons.append(
+            f"the steps {list(found.notes.products)} multiply two values that both depend on the "
+            "input"
+        )
+    total = sum(trees.sizes(mask))
     raise ValueError(
-        "the length of the shortest path from input to output could not be found: no path leads "
-        "there, or it is too long for float64. Check that the network's output depends on its "
-        "input."
+        f"the fewest prunable weights that leave a path could not be found. They are between "
+        f"{found.lower} and {found.upper} of {total}, because {', and '.join(reasons)}. "
+        f"Compressions up to {total / max(1, found.upper):.6g} can leave a path; to get the exact "
+        "maximum, leave these parameters out of the mask."
     )
 
 
@@ -139,20 +146,13 @@ def effective_mask(
     mask: Mask,
     input_shape: Sequence[int],
 ) -> Mask:
-    """Keeps only the weights on a path from input to output. No other weight changes the output.
+    """Keeps only the weights on a path from input to output.
 
     total / kept of the result is the *effective* compression, which is at least that of `mask`.
-    Weights that are 0 are on no path. Arguments as `log10_path_norm`.
+    Weights that are 0 are on no path. The output depends on the input through no other weight.
+    Arguments and errors as `collapsed`.
     """
-
-    def count_as_one(m: jax.Array, weight: jax.Array) -> jax.Array:
-        # All weights count alike, so that no path is too thin to be seen next to others.
-        return (m & (weight != 0)).astype(weight.dtype)
-
-    ones = trees.map_prunable(count_as_one, mask, params)
-    params = trees.without_biases(trees.merge(ones, params))
-    flow = _jitted_scores(scores.synflow(apply_fn, input_shape), params, mask)
-    return jax.tree.map(lambda m, score: m & (score > 0), mask, flow)
+    return compiled(_on_paths, apply_fn, input_shape)(params, mask)
 
 
 def critical_compression(
@@ -218,7 +218,10 @@ def critical_compression(
 
     # Bisection in the logarithm: `low` survives, and `high` has collapsed.
     low = 1.0
-    high = max_compression(apply_fn, params, mask, input_shape)
+    total = sum(trees.sizes(mask))
+    # Where the maximum is not found exactly, its bound does as well.
+    fewest = shortest.bounds(apply_fn, params, mask, input_shape).lower
+    high = total / max(1, fewest)
     if survives(high):
         return high
     while math.log10(high / low) > resolution:
@@ -268,9 +271,8 @@ def _log10_norm(apply_fn: ApplyFn, params: Params, input_shape: Sequence[int]) -
 
 
 # An objective is a pytree that is passed as an argument, so that a bisection compiles only once.
-_jitted = jax.jit(lambda objective, params: objective(params))
-_jitted_scaled = jax.jit(lambda objective, params: scaling.evaluate(objective, params))
-_jitted_scores = jax.jit(lambda score_fn, params, mask: score_fn(params, mask, jax.random.key(0)))
+_jitted = bounded_jit(lambda objective, params: objective(params))
+_jitted_scaled = bounded_jit(lambda objective, params: scaling.evaluate(objective, params))
 
 
 def _evaluate(objective: Objective, params: Params) -> float:
@@ -278,18 +280,38 @@ def _evaluate(objective: Objective, params: Params) -> float:
     return float(_jitted(objective, params))
 
 
-def _evaluate_in_float64(objective: Objective, params: Params) -> float:
-    """Computes an objective in float64, on the host: accelerators have slow float64, or none."""
+# -------------------------------------------------------------------------------------------- Paths
 
-    def widen(leaf: jax.Array) -> jax.Array:
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            return leaf
-        wide = np.asarray(leaf, np.float64)
-        return jnp.asarray(wide)
 
-    cpu, *_ = jax.local_devices(backend="cpu")
-    with jax.enable_x64(True), jax.default_device(cpu):
-        wide_objective = jax.tree.map(widen, objective)
-        wide_params = jax.tree.map(widen, params)
-        return float(_jitted(wide_objective, wide_params))
+def _depends(
+    apply_fn: ApplyFn,
+    input_shape: Sequence[int],
+    params: Params,
+    mask: Mask,
+) -> jax.Array:
+    """Returns whether the outputs of the masked network depend on its input, bool []."""
+    masked = trees.apply_mask(params, mask)
+    reach, _ = dependence.evaluate(dependence.REACH, apply_fn, masked, None, input_shape)
+    return reach > 0
+
+
+def _on_paths(
+    apply_fn: ApplyFn,
+    input_shape: Sequence[int],
+    params: Params,
+    mask: Mask,
+) -> Mask:
+    """Returns the weights on which the dependence of the outputs depends."""
+    masked = trees.apply_mask(params, mask)
+    is_kept = trees.map_prunable(
+        lambda m, leaf: (m & (leaf != 0)).astype(jnp.float32),
+        mask,
+        params,
+    )
+
+    def reach(followed: Mask) -> jax.Array:
+        found, _ = dependence.evaluate(dependence.REACH, apply_fn, masked, followed, input_shape)
+        return found
+
+    gradient = jax.grad(reach)(is_kept)
+    return jax.tree.map(lambda m, kept, g: m & (kept > 0) & (g > 0), mask, is_kept, gradient)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks, identity, parsing
+from synflow_jax.experiments import checks, identity, parsing, schema
 from synflow_jax.experiments.config import Config
 from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
@@ -138,6 +139,8 @@ def use_compilation_cache() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # The disk is full. Nothing is lost, and the files of the run say so if they cannot be written.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
 
 
 def join_hosts() -> hosts.Hosts:
@@ -218,9 +221,10 @@ def check_config(value: Any, *, reads_data: bool = True) -> Config:
             "synflow_jax.experiments.config.Config, for instance "
             f"--config=configs/vgg16_c100.py. {parsing.config_files()}"
         )
-    checks.check(value, reads_data=reads_data)
-    _check_overrides(value)
-    return value
+    checked = schema.checked(value)
+    checks.check(checked, reads_data=reads_data)
+    _check_overrides(checked)
+    return checked
 
 
 def _check_overrides(config: Config) -> None:

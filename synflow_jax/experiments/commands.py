@@ -56,16 +56,20 @@ def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
 
 def _prune_one(run: Run, workdir: Workdir, overwrite: bool, output: Console) -> None:
     """Prunes one network, and prints and draws its layers."""
-    row = None if overwrite else masks.find_row(run, workdir)
-    if row is not None:
-        report.already_done(output, workdir)
-    else:
+
+    def make(run: Run) -> masks.Row:
         cli.use_compilation_cache()
         network = initialization.build(run)
         maximum = initialization.max_compression(network)
         report.network(output, run.config.model, network, maximum)
         with report.progress(output, report.num_iterations(run)) as on_progress:
             _, row = masks.prune(run, network, workdir, maximum=maximum, on_progress=on_progress)
+        return row
+
+    workdir.clean()
+    row, found = masks.find_or_make(run, workdir, make, overwrite=overwrite)
+    if found:
+        report.already_done(output, workdir)
     pictures.save(pictures.layers(row), workdir.layers_picture_path)
     report.row(output, row)
     report.files(output, workdir.path, row)
@@ -78,6 +82,7 @@ def _prune_grid(runs: Sequence[Run], workdir: Workdir, overwrite: bool, output: 
       ValueError: some runs failed. The others are done.
     """
     cli.use_compilation_cache()
+    workdir.clean()
     failed = []
     with report.grid(output, runs) as emit:
         outcomes = masks.prune_all(runs, workdir, overwrite=overwrite, emit=emit)

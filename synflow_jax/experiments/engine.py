@@ -7,6 +7,7 @@ time, and however often it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,6 +25,7 @@ from synflow_jax.experiments import (
     levels,
     loop,
     masks,
+    memory,
     programs,
     results,
     spreading,
@@ -39,6 +41,11 @@ from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints
 from synflow_jax.training.forms import Form
 from synflow_jax.trees import Mask
+
+# How many compact networks a device trains before their programs are dropped: each has its own.
+_COMPACT_AT_ONCE = 16
+# How many runs are locked at a time before their rows are deleted.
+_LOCKS_AT_ONCE = 100
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -96,12 +103,15 @@ def run(
 ) -> list[Outcome]:
     """Prunes and trains runs, unless the folder already holds their rows.
 
-    1. Find the runs that have a row. They are finished.
-    2. Read the data, so that an error is found before long work.
-    3. Prune the others. Runs of one network follow one another on one device.
-    4. Train them; see `_train`. The row of a run is written last of all.
+    1. Remove what killed processes have left. With `overwrite`, delete the rows of all runs, and
+       then their checkpoints: from here on, the same command without it resumes them.
+    2. Find the runs that have a row. They are finished.
+    3. Read the data, so that an error is found before long work.
+    4. Prune the others. Runs of one network follow one another on one device.
+    5. Train them; see `_train`. The row of a run is written last of all.
 
-    A run that fails is listed in failed.json, and the others continue.
+    A run that fails is listed in failed.json, and the others continue. So does a run on which
+    another process is working: it fails before any of its files is touched.
 
     Args:
       runs: those of this process, from `run.resolve`, checked by `checks.check_train`.
@@ -170,6 +180,12 @@ def train(
 
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
+    shared.workdir.clean()
+    if shared.overwrite:
+        busy = _begin_anew(shared, runs)
+        yield from busy
+        taken = {failed.run.train_id for failed in busy}
+        runs = [run for run in runs if run.train_id not in taken]
     ready = []
     for run in runs:
         try:
@@ -195,11 +211,48 @@ def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     yield from _train(shared, pruned)
 
 
+def _begin_anew(shared: _Shared, runs: Sequence[Run]) -> list[Failed]:
+    """Deletes the rows and then the checkpoints of runs. The masks are overwritten when it is time.
+
+    Returns:
+      The runs that another process has. Nothing of them is deleted.
+    """
+    busy = []
+    # Each lock is an open file, and a process may have about a thousand.
+    for start in range(0, len(runs), _LOCKS_AT_ONCE):
+        with contextlib.ExitStack() as stack:
+            free, taken = _lock(shared, runs[start : start + _LOCKS_AT_ONCE], stack)
+            busy += taken
+            # The rows of pruning too: a run that is stopped before its mask is made has none.
+            shared.workdir.delete_rows(
+                [name for run in free for name in (run.train_id, run.prune_id)]
+            )
+            for run in free:
+                checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
+    return busy
+
+
+def _lock(
+    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack
+) -> tuple[list[Run], list[Failed]]:
+    """Takes the locks of runs, until the stack is closed.
+
+    Returns:
+      The runs that this process has now, and those that another process has.
+    """
+    free, busy = [], []
+    for run in runs:
+        try:
+            stack.enter_context(shared.workdir.lock(run.train_id))
+        except storage.Busy as error:
+            busy.append(Failed(run, error))
+        else:
+            free.append(run)
+    return free, busy
+
+
 def _prepare(shared: _Shared, run: Run) -> Failed | None:
     """Reads the data of a run that is to be done. Returns its failure if it cannot be used."""
-    # The mask, and IMP's levels, are overwritten when they are made.
-    if shared.overwrite:
-        checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
     try:
         if shared.split:
             # The network of a single run is shown first, even if the folder has its mask.
@@ -215,6 +268,12 @@ def _prepare(shared: _Shared, run: Run) -> Failed | None:
 
 def _prune(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
     """Prunes runs. A device prunes all runs of one network, or one run of IMP, at a time."""
+    for some in _by_shapes(shared, runs):
+        yield from _prune_some(shared, some)
+
+
+def _prune_some(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
+    """Prunes runs whose programs fit into memory together."""
     at_once = [run for run in runs if not run.pruner.trains]
     by_training = [run for run in runs if run.pruner.trains]
     # Only neighbours share a network: the builder of networks keeps a single one.
@@ -288,7 +347,13 @@ def _pruned(shared: _Shared, run: Run, row: Mapping[str, Any]) -> events.Pruned:
 
 
 def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
-    """Trains runs that are pruned, and yields their outcomes as they come.
+    """Trains runs that are pruned, and yields their outcomes as they come."""
+    for some in _by_shapes(shared, runs):
+        yield from _train_some(shared, some)
+
+
+def _train_some(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Trains runs of a few networks.
 
     - With `split`, or if the data is streamed, a run trains alone on all devices.
     - A compact network shares its shape with no other, so it trains alone on one device.
@@ -305,11 +370,12 @@ def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
             undecided.append(run)
 
     # Those that may be compact come first, since some of them turn out to train masked.
-    for result in _spread(shared, functools.partial(_train_if_compact, shared), undecided):
-        if isinstance(result, Run):
-            masked.append(result)
-        else:
-            yield from result
+    for some in _freeing(shared, _chunks(undecided, _COMPACT_AT_ONCE * len(shared.devices))):
+        for result in _spread(shared, functools.partial(_train_if_compact, shared), some):
+            if isinstance(result, Run):
+                masked.append(result)
+            else:
+                yield from result
     for run in whole:
         task = _task(shared, run)
         if isinstance(task, Failed):
@@ -412,11 +478,39 @@ def _train_tasks(
     devices: tuple[jax.Device, ...],
     per_device: int,
 ) -> list[Outcome]:
-    """Trains runs by one program, and writes their rows when all else is on the disk.
+    """Trains runs by one program, unless another process has them.
 
     Raises:
       OutOfMemory: a device cannot hold its runs, and has more than one.
     """
+    left = []
+    # The locks are held until the rows are written.
+    with contextlib.ExitStack() as stack:
+        free, busy = _lock(shared, [task.run for task in tasks], stack)
+        outcomes: list[Outcome] = [*busy]
+        for task in tasks:
+            if task.run not in free:
+                continue
+            # Another process may have finished it since the rows were read.
+            row = shared.workdir.find_row(task.run.train_id)
+            if row is None:
+                left.append(task)
+            else:
+                outcomes.append(Finished(task.run, row, found=True))
+        if left:
+            outcomes += _train_locked(shared, left, key, compile_fn, devices, per_device)
+    return outcomes
+
+
+def _train_locked(
+    shared: _Shared,
+    tasks: Sequence[_Task],
+    key: Any,
+    compile_fn: Callable[[], Programs],
+    devices: tuple[jax.Device, ...],
+    per_device: int,
+) -> list[Outcome]:
+    """Trains runs, and writes their rows when all else is on the disk; see `_train_tasks`."""
     run = tasks[0].run
     recipe = _recipe(shared, run)
     jobs = [
@@ -496,6 +590,28 @@ def _spread(
     if shared.split:
         return (function(item, None) for item in items)
     return spreading.over_devices(function, items, shared.devices)
+
+
+def _by_shapes(shared: _Shared, runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Yields the runs of a few shapes at a time, and drops the programs of earlier ones."""
+    groups = _grouped(runs, lambda run: run.shapes_key)
+    # As many as there are devices, since each may be busy with another network.
+    together = _chunks(groups, len(shared.devices))
+    return _freeing(shared, (list(itertools.chain(*some)) for some in together))
+
+
+def _freeing(shared: _Shared, parts: Iterable[_Item]) -> Iterator[_Item]:
+    """Yields parts of the work, and drops all compiled programs between two of them."""
+    for number, part in enumerate(parts):
+        if number:
+            shared.programs.clear()
+            memory.free_programs()
+        yield part
+
+
+def _chunks(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:
+    """Returns the items in parts of this size; the last one may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:

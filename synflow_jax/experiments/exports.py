@@ -37,7 +37,7 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
     By its config, it is the row of the trained network if there is one, and else of the pruned one.
 
     Raises:
-      ValueError: neither is given, `run_id` cannot be the name of a file, or there is no such run
+      ValueError: neither is given, `run_id` is not the name of a run, or there is no such run
         in `workdir`.
     """
     if run_id is not None:

@@ -6,14 +6,18 @@ part of the name (`setting`), and `named_values` collects those that are.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
 import os
+import stat
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from synflow_jax.experiments.expected import Expected, shown
 
 # Says whether a setting is part of a run's name: identity(value, default, config).
 Identity = Callable[[Any, Any, Any], bool]
@@ -21,13 +25,14 @@ Identity = Callable[[Any, Any, Any], bool]
 _DIGEST = "sha256:"
 
 # A seed stands for a network only together with the generator that draws it. The names of runs
-# stand for this one, with these settings: the defaults of JAX. No other setting changes a draw of
-# float32 numbers.
+# stand for this one, with these settings, which are JAX's defaults. With 64 bits, permutations and
+# random integers are other ones.
 _GENERATOR = "threefry2x32"
 _GENERATOR_SETTINGS = {
     "jax_default_prng_impl": _GENERATOR,
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
 }
 
 
@@ -54,6 +59,7 @@ def when_changed(value: Any, default: Any, config: Any) -> bool:
 
 def setting(
     default: Any,
+    values: Expected | None = None,
     *,
     identity: Identity = always,
     named_by: Callable[[Any], Any] | None = None,
@@ -62,11 +68,12 @@ def setting(
 
     Args:
       default: the default of the field.
+      values: the values that it may have.
       identity: says when the field is part of a run's name.
       named_by: turns the value into the one that stands in the name, e.g. a path into the digest of
         its file.
     """
-    metadata = {"identity": identity, "named_by": named_by}
+    metadata = {"identity": identity, "named_by": named_by, "expected": values}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -132,11 +139,14 @@ def file_digest(path: str | None) -> str | None:
     # A file of weights can be large, and a grid asks for its digest once per run.
     try:
         status = os.stat(path)
+        # A pipe would be waited for without end.
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
         return _file_digest(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise ValueError(
-            f"init={path!r} cannot be read: {error.strerror}. Name a file of weights, or leave it "
-            "out."
+            f"init={shown(path)} cannot be read: {error.strerror}. Name a file of weights, or "
+            "leave it out."
         ) from error
 
 
@@ -191,8 +201,8 @@ def key(seed: int) -> jax.Array:
         # The kind of generator is given below, whatever the default is.
         if found != value and name != "jax_default_prng_impl":
             raise ValueError(
-                f"{name}={found} makes keys draw other numbers, and so another network than the "
-                f"name of the run stands for. Set it to {value}: jax.config.update({name!r}, "
+                f"{name}={found} makes keys draw other numbers, and so other networks than the "
+                f"names of runs stand for. Set it to {value}: jax.config.update({name!r}, "
                 f"{value})."
             )
     return jax.random.key(seed, impl=_GENERATOR)

@@ -7,6 +7,8 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
 
+import jax
+
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
 
@@ -18,6 +20,17 @@ def free() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_programs() -> None:
+    """Drops all compiled programs of this process. Those that are used again are compiled again.
+
+    JAX keeps every program, and each takes memory mappings, of which Linux allows a process 65,530.
+    A grid calls this between networks of different shapes, which share no program. No thread may
+    use JAX meanwhile.
+    """
+    jax.clear_caches()
+    free()
 
 
 def keep_last(

@@ -20,7 +20,7 @@ from synflow_jax.trees import Mask, Params
 
 # What readers use of a row.
 _IN_PRUNE_ROWS = ("dataset", "config", "mask_sha256")
-_IN_TRAIN_ROWS = ("dataset", "config", "num_steps", "params_sha256", "compact")
+_IN_TRAIN_ROWS = ("dataset", "config", "num_steps", "params_sha256")
 
 
 def run_of(row: Mapping[str, Any], init: str | None = None) -> Run:
@@ -135,7 +135,8 @@ def _check_mask(
     """Checks that a checkpoint has the mask of the pruning run."""
     pruned = workdir.find_row(row["prune_run_id"])
     # The mask of a compact network has other shapes. A network may be copied without its pruning.
-    if pruned is None or row["compact"]:
+    # Versions without compact networks had no such key.
+    if pruned is None or row.get("compact"):
         return
     found = {"mask_sha256": storage.mask_digest(Mask(part(arrays, "mask")))}
     _compare(f"the mask in {what}", found, pruned, _cure("train.py"))

@@ -178,7 +178,7 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
     info = training.init_info(options.num_epochs)
     like = first_state(run, recipe, form, workdir), info
     path, description = workdir.checkpoint_path(run.train_id), describe(run, mask, form)
-    with checkpoints.open_folder(path, description, options.keep_checkpoints) as folder:
+    with checkpoints.open_folder(path, description, None) as folder:
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None, "its description was read above"
     _, (state, _) = restored
@@ -199,7 +199,7 @@ def _was_compact(run: Run, workdir: Workdir) -> bool:
     path = workdir.checkpoint_path(run.train_id)
     found = None
     if path.is_dir():
-        with checkpoints.open_folder(path, {}, run.config.train.keep_checkpoints) as folder:
+        with checkpoints.open_folder(path, {}, None) as folder:
             found = checkpoints.latest_run(folder)
     if found is None:
         raise ValueError(

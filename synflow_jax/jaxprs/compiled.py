@@ -27,7 +27,7 @@ def bounded_jit(
 
     Positional arguments are trees of arrays, as for `jax.jit`. Keyword arguments are constants of
     the program, and must be hashable. A program is reused for arguments of the same structure,
-    shapes and dtypes.
+    shapes and dtypes. `bounded_jit(function).trace(*args)` is that of `jax.jit`.
 
     Args:
       function: pure.
@@ -41,7 +41,7 @@ def bounded_jit(
     lock = threading.Lock()
 
     def program_for(structure: Any, leaves: list[Any], options: dict[str, Any]) -> Any:
-        types = tuple((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        types = tuple(map(jax.typeof, leaves))
         key = structure, types, tuple(sorted(options.items()))
         with lock:
             if key not in programs:
@@ -52,11 +52,22 @@ def bounded_jit(
                 oldest.clear_cache()
             return programs[key]
 
+    def prepared(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, list[Any]]:
+        leaves, structure = jax.tree.flatten(args)
+        # NumPy arrays and numbers. The transfer is explicit, as jax_transfer_guard demands.
+        leaves = [x if isinstance(x, jax.Array) else jax.device_put(x) for x in leaves]
+        return program_for(structure, leaves, options), leaves
+
     @functools.wraps(function)
     def compiled(*args: Any, **options: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
-        return program_for(structure, leaves, options)(*leaves)
+        program, leaves = prepared(args, options)
+        return program(*leaves)
 
+    def trace(*args: Any, **options: Any) -> Any:
+        program, leaves = prepared(args, options)
+        return program.trace(*leaves)
+
+    compiled.trace = trace  # type: ignore[attr-defined]
     return compiled
 
 

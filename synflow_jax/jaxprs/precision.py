@@ -67,22 +67,27 @@ def widen(function: Callable[..., Any], precision: Precision) -> Callable[..., A
     """
 
     def widened(*args: Any) -> Any:
-        leaves = jax.tree.leaves(args)
+        leaves, structure = jax.tree.flatten(args)
         is_narrow = any(_is_narrower(jnp.result_type(leaf), precision.dtype) for leaf in leaves)
         # A debugger needs numbers, which a trace does not have.
         if jax.config.jax_disable_jit and not is_narrow:
             return function(*args)
+
+        # JAX remembers the structures of arguments for long, and so the functions inside of them.
+        def of_leaves(*leaves: Any) -> Any:
+            return function(*jax.tree.unflatten(structure, leaves))
+
         with _as_the_caller(precision.x64):
-            seen = jax.tree.map(_as_seen, args)
-            program, shapes = jax.make_jaxpr(function, return_shape=True)(*seen)
-        structure = jax.tree.structure(shapes)
+            seen = map(_as_seen, leaves)
+            program, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(*seen)
         if _has_narrower(program, precision.dtype, set()):
             outputs = _evaluate(precision.dtype, program, leaves)
-            return jax.tree.unflatten(structure, outputs)
-        # Without a compiler around it the function is run as Python, so that a debugger can enter.
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        elif any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            outputs = jaxpr_as_fun(program)(*leaves)
+        else:
+            # Without a compiler around it the function is run as Python.
             return function(*args)
-        return jax.tree.unflatten(structure, jaxpr_as_fun(program)(*leaves))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return widened
 

@@ -12,8 +12,10 @@ from synflow_jax.storage.certificates import load_certificate as load_certificat
 from synflow_jax.storage.certificates import save_certificate as save_certificate
 from synflow_jax.storage.files import check_folder as check_folder
 from synflow_jax.storage.files import check_writable as check_writable
+from synflow_jax.storage.files import remove as remove
 from synflow_jax.storage.files import write_bytes as write_bytes
 from synflow_jax.storage.files import write_json as write_json
+from synflow_jax.storage.locks import Busy as Busy
 from synflow_jax.storage.masks import load_mask as load_mask
 from synflow_jax.storage.masks import mask_digest as mask_digest
 from synflow_jax.storage.masks import save_mask as save_mask

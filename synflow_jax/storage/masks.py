@@ -29,8 +29,14 @@ def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = No
 
     Returns:
       The sha256 in hex.
+
+    Raises:
+      ValueError: two leaves have the same name, or there is none. Nothing is written.
+      OSError: the file cannot be written.
     """
     packed = _packed(mask)
+    if not packed:
+        raise ValueError("mask has no prunable leaf, only holes. Make one with prunable(params).")
     digest = arrays.digest(packed)
     layers = describe(_by_name(mask))
     header = {

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -33,8 +34,9 @@ from synflow_jax.storage.files import AnyPath
 
 Row = dict[str, Any]
 
-# Names of files are made of it, so it must not lead to another folder.
-_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
+# Names of files are made of it, so it must not lead to another folder. With an ending it must fit
+# into the 255 bytes that file systems allow.
+_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}")
 _BOM = b"\xef\xbb\xbf"
 # How much of a file is compared, to tell a file that has grown from one that was written anew.
 _NUM_TAIL_BYTES = 64
@@ -303,7 +305,10 @@ def run_id_problem(run_id: Any) -> str | None:
     if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
         return None
     shown = repr(run_id)[:60]
-    return f"run_id={shown} is not the name of a run: letters, digits and _ . + - alone"
+    return (
+        f"run_id={shown} is not the name of a run: 1 to 200 letters, digits and _ . + -, the first "
+        "of them no dot"
+    )
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -357,7 +362,7 @@ def delete(file: RowFile, run_ids: Collection[str]) -> None:
         update(file)
         before = file.path.stat()
         _rewrite(file, without=set(run_ids))
-        # The time tells which file got a row last; see `merged`.
+        # The time tells which file got a row last; see `latest`.
         os.utime(file.path, ns=(before.st_atime_ns, before.st_mtime_ns))
         update(file)
 
@@ -366,22 +371,29 @@ def _append(file: RowFile, line: bytes) -> None:
     """Writes a line at the end of the file, and waits until it is on the disk."""
     is_new = file.stamp is None
     content = line if file.has_newline else b"\n" + line
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    with os.fdopen(os.open(file.path, flags, 0o644), "ab", buffering=0) as opened:
-        # A writer that was killed has left the beginning of a line.
-        if os.fstat(opened.fileno()).st_size > file.end:
-            opened.truncate(file.end)
-        try:
-            num_written = 0
-            while num_written < len(content):
-                num_written += opened.write(content[num_written:])
-            os.fsync(opened.fileno())
-        # BaseException, because an interrupt must not leave a part of the line behind either.
-        except BaseException:
-            opened.truncate(file.end)
-            raise
-    if is_new:
-        _sync_folder(file.path.parent)
+    try:
+        with open(file.path, "ab", buffering=0) as opened:
+            # A writer that was killed has left the beginning of a line.
+            if os.fstat(opened.fileno()).st_size > file.end:
+                opened.truncate(file.end)
+            _write_all(opened, content, file.end)
+        if is_new:
+            files.sync(file.path.parent)
+    except OSError as error:
+        raise files.unwritable(file.path, error) from error
+
+
+def _write_all(opened: io.FileIO, content: bytes, end: int) -> None:
+    """Writes at the end of a file that is `end` bytes long; all of it or nothing."""
+    try:
+        num_written = 0
+        while num_written < len(content):
+            num_written += opened.write(content[num_written:])
+        os.fsync(opened.fileno())
+    # BaseException, because an interrupt must not leave a part of the line behind either.
+    except BaseException:
+        opened.truncate(end)
+        raise
 
 
 def _rewrite(file: RowFile, *, without: set[str], added: bytes = b"") -> None:
@@ -394,26 +406,18 @@ def _rewrite(file: RowFile, *, without: set[str], added: bytes = b"") -> None:
                 line = opened.read(place.end - place.start)
                 parts.append(line.removeprefix(_BOM).rstrip(b"\r\n") + b"\n")
     files.write_bytes(file.path, b"".join([*parts, added]))
-    # So that not even a power failure brings a deleted row back.
-    _sync_folder(file.path.parent)
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
     """Keeps other processes of this machine from writing a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The file itself cannot be the lock. Writing replaces it, and a lock stays on the old file.
     lock_path = path.with_name(f".{path.name}.lock")
-    lock = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise files.unwritable(lock_path, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

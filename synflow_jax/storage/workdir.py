@@ -17,28 +17,40 @@ Several runs, and several processes at once, may share a folder:
     checkpoints/RUN_ID/level-1/      the checkpoints of a level of IMP
     layers.png, curve.png            pictures of the last run
 
+    .RUN_ID.run.lock                 while a process works on the run
+
 A file that every process of a job would write has the process in its name: process 3 of several
 writes rows-0003.jsonl. Reading finds the rows of all processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from synflow_jax.storage import rows
+from synflow_jax.storage import files, locks, rows
 from synflow_jax.storage.rows import Row, RowFile
 
-_MOST_SHOWN = 60
-# Longer names, with an ending, would not fit into the 255 bytes that file systems allow.
-_RUN_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}")
+# The ending of a lock. Rows have locks of another ending, which stay.
+_LOCK = ".run.lock"
+# The folders that hold one file or one folder per run.
+_FOLDERS = (
+    "masks",
+    "certificates",
+    "units",
+    "rewind",
+    "levels",
+    "curves",
+    "checkpoints",
+    "exported",
+)
 
 
 def check_run_id(run_id: Any) -> str:
-    """Returns the name of a run if it can be that of a file.
+    """Returns the name of a run, if it is one.
 
     Rows may come from other people, and a name such as "../../x" leads out of the folder.
 
@@ -46,17 +58,12 @@ def check_run_id(run_id: Any) -> str:
     'vgg16-c10-s0'
 
     Raises:
-      ValueError: it is not a string of 1 to 200 letters, digits and "_.+-", or begins with ".".
+      ValueError: it is none.
     """
-    if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
-        return run_id
-    shown = repr(run_id)
-    if len(shown) > _MOST_SHOWN:
-        shown = f"{shown[:_MOST_SHOWN]}..."
-    raise ValueError(
-        f"run_id={shown} cannot be the name of a file. A run_id has 1 to 200 letters, digits and "
-        "'_.+-', and does not begin with '.'. Take it from a row that prune.py or train.py wrote."
-    )
+    problem = rows.run_id_problem(run_id)
+    if problem is not None:
+        raise ValueError(f"{problem}. Take one from a row that prune.py or train.py wrote.")
+    return str(run_id)
 
 
 class Stopped(Exception):
@@ -252,7 +259,8 @@ class Workdir:
     def delete_rows(self, run_ids: Collection[str]) -> None:
         """Deletes the rows of runs, and their times, from the files of all processes.
 
-        On return they are off the disk, even after a power failure.
+        On return they are off the disk, even after a power failure. Remove the files of a run after
+        its row: a run that has a row counts as complete.
 
         Raises:
           ValueError: as `check_rows`.
@@ -272,6 +280,28 @@ class Workdir:
         """Adds a row of times to the file of this process."""
         # Times are not in the result row, because that must be bit-identical if a run is repeated.
         self._write(self._timing_path, row)
+
+    # Several processes in one folder.
+
+    def lock(self, run_id: str) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from a run: hold it while files of the run are written or removed.
+
+        Raises:
+          locks.Busy: another process holds it. It is a ValueError that names the process.
+          OSError: the file of the lock cannot be written.
+        """
+        return locks.hold(self.path / f".{run_id}{_LOCK}", run_id)
+
+    def clean(self) -> None:
+        """Removes the temporary files and the locks that killed processes have left.
+
+        Unfinished checkpoints are removed when their folder is opened to train on.
+        """
+        for folder in (self.path, *(self.path / name for name in _FOLDERS)):
+            files.remove_stale(folder)
+        for levels in self.levels_path("").glob("*/"):
+            files.remove_stale(levels)
+        locks.remove_stale(self.path.glob(f".*{_LOCK}"))
 
     @property
     def _rows_path(self) -> pathlib.Path:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -168,13 +169,20 @@ def test_unknown_names_are_never_prunable() -> None:
         ("head", ["conv/kernel"]),
         ("^conv/", ["head/kernel"]),
         ("nv/ker", ["head/kernel"]),  # anywhere in the name
-        ("^kernel", ["conv/kernel", "head/kernel"]),  # of the whole name, not of its last part
-        ("nothing", ["conv/kernel", "head/kernel"]),
+        ("^head/kernel$", ["conv/kernel"]),
         (None, ["conv/kernel", "head/kernel"]),
     ],
 )
 def test_exclude_matches_anywhere_in_the_name(exclude: str | None, left: list[str]) -> None:
     assert trees.names(trees.prunable(_linen(), exclude=exclude)) == left
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("pattern", ["^kernel", "nothing"])  # of the whole name, not its last part
+def test_a_pattern_of_nothing_is_a_mistake(argument: str, pattern: str) -> None:
+    message = f"{argument}={pattern!r} matches none of the leaves ['conv/bias', "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trees.prunable(_linen(), **{argument: pattern})
 
 
 def test_exclude_works_on_all_kinds() -> None:

@@ -146,9 +146,12 @@ def test_a_certificate_is_written_and_can_be_verified(
         name: np.where((n > 0) & (n < last), 1, n).astype(np.uint16)
         for name, n in removed_in.items()
     }
+    steps = [{**step, "kept": 4} for step in certificate["iterations"][:-1]]
+    consistent = {**certificate, "iterations": [*steps, certificate["iterations"][-1]]}
     for changed, message in (
         ({**certificate, "mask_sha256": "0" * 64}, "is of another mask than it says"),
-        (certificate, "does not hold: iteration 1 pruned"),
+        (certificate, "it records iterations[0].kept="),
+        (consistent, "does not hold: iteration 1 pruned"),
     ):
         storage.save_certificate(tmp_path / "forged.json", changed, early)
         forged = _prune(cache, f"--verify={tmp_path / 'forged.json'}")

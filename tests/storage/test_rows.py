@@ -271,3 +271,10 @@ def test_of_two_rows_the_one_of_the_newest_file_counts(tmp_path: pathlib.Path, n
     for folder in (workdir, Workdir(tmp_path)):
         assert folder.find_row("a") == {"run_id": "a", "of": newest}
         assert folder.find_row("b") == {"run_id": "b"}
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".rows.jsonl.lock").mkdir()
+    with pytest.raises(OSError, match=r"rows\.jsonl\.lock' could not be written: Is a directory"):
+        Workdir(tmp_path).write_row({"run_id": "a"})
+    assert not (tmp_path / "rows.jsonl").exists()

@@ -94,5 +94,5 @@ def test_no_run_id_leads_out_of_the_folder(name: str, tmp_path: pathlib.Path) ->
         "x" * 201,
         1,
     ):
-        with pytest.raises(ValueError, match=r"run_id=.* cannot be the name of a file"):
+        with pytest.raises(ValueError, match=r"run_id=.* is not the name of a run"):
             path_of(run_id, *level)

@@ -94,7 +94,7 @@ def load(path: AnyPath) -> Network:
         )
     if _digest(tensors) != header.get("sha256"):
         raise ValueError(f"{where} has tensors that do not match its sha256. {arrays.DAMAGED}")
-    model, input_shape = _read_model(header, where)
+    model, input_shape = _read_model(header, len(tensors), where)
     expected = _shapes_of(model, input_shape, where)
     packed = {name: leaf for name, leaf in tensors.items() if name.startswith(_MASK)}
     variables = {name: leaf for name, leaf in tensors.items() if name not in packed}
@@ -113,18 +113,28 @@ def load(path: AnyPath) -> Network:
     return Network(model, params, batch_stats, mask, input_shape)
 
 
-def _read_model(header: Mapping[str, str], where: str) -> tuple[nn.Module, tuple[int, ...]]:
+def _read_model(
+    header: Mapping[str, str], num_tensors: int, where: str
+) -> tuple[nn.Module, tuple[int, ...]]:
     """Reads the model and the shape of its input from the metadata of a file."""
     described = arrays.parse_json(header, "model", where)
     input_shape = arrays.parse_json(header, "input_shape", where)
     if not masks.is_shape(input_shape) or not all(input_shape):
         raise ValueError(f"{where} has the input_shape {input_shape!r}. {arrays.DAMAGED}")
     try:
-        return _build(described), tuple(input_shape)
+        model = _build(described)
+        num_blocks = sum(getattr(model, "num_blocks", ()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} has metadata that cannot be read: {error!r}. {arrays.DAMAGED}"
         ) from error
+    # Every block has tensors. To trace billions of blocks would take for ever.
+    if num_blocks > num_tensors:
+        raise ValueError(
+            f"{where} describes a network of {num_blocks} blocks, but holds {num_tensors} tensors. "
+            f"{arrays.DAMAGED}"
+        )
+    return model, tuple(input_shape)
 
 
 def _shapes_of(model: nn.Module, input_shape: tuple[int, ...], where: str) -> flat.Shapes:
