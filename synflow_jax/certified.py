@@ -414,9 +414,11 @@ def _raise_unless_connected(run: _RunFn, state: PruneState, info: PruneInfo) -> 
         return
     # An iteration with nothing to prune computes the flow that is left, in the program at hand.
     # Masks are nested, so flow at the end means flow after every iteration.
-    num_left = int(np.asarray(info.kept[-1]).sum())
-    begun = state._replace(done=np.zeros((), bool))
-    after = run(*jax.device_put((np.int32(num_left), begun, np.int32(0), np.int32(1))))
+    num_left = np.asarray(info.kept[-1]).sum(dtype=np.int32)
+    goal, start, stop, done = jax.device_put(
+        (num_left, np.int32(0), np.int32(1), np.zeros((), bool))
+    )
+    after = run(goal, state._replace(done=done), start, stop)
     if float(after.info.cut[0]) > 0:
         return
     raise ValueError(

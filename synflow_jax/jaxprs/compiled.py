@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 # A program of a small network takes about 6 MB and 200 memory mappings.
 _NUM_PROGRAMS = 16
@@ -34,7 +33,7 @@ def bounded_jit(
       num_programs: how many programs to keep.
 
     >>> power = bounded_jit(lambda x, *, exponent: x**exponent)
-    >>> power(jnp.array([1.0, 2.0]), exponent=3)
+    >>> power(jax.numpy.array([1.0, 2.0]), exponent=3)
     Array([1., 8.], dtype=float32)
     """
     programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()

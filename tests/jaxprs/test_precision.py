@@ -196,7 +196,7 @@ def test_steps_that_cannot_be_widened_are_named() -> None:
 
     with (
         jax.enable_x64(True),
-        pytest.raises(ValueError, match="'pure_callback' computes in float32 and cannot be .*64"),
+        pytest.raises(ValueError, match=r"'pure_callback' computes in float32 and cannot be .*64"),
     ):
         jax.eval_shape(widen(called, DOUBLE), jnp.ones(3))
     # Nothing is in the way of integers.
