@@ -38,7 +38,7 @@ def check_function(name: str, function: Any, arguments: Sequence[str], example: 
     """
     call = f"({', '.join(arguments)})"
     if not callable(function):
-        raise ValueError(f"{name}={_short(function)} must be a function {call}, such as {example}.")
+        raise ValueError(f"{name}={short(function)} must be a function {call}, such as {example}.")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -59,7 +59,7 @@ def check_key(name: str, key: Any) -> None:
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     is_single = shape == () if is_typed else shape is not None and len(shape) == 1
     if not is_single or not (is_typed or dtype == jnp.uint32):
-        found = _short(key) if dtype is None else f"{dtype}{list(shape or ())}"
+        found = short(key) if dtype is None else f"{dtype}{list(shape or ())}"
         raise ValueError(
             f"{name}={found} is not a random key. Make one with jax.random.key(0), and take a "
             "single one of several."
@@ -74,7 +74,7 @@ def check_number(name: str, value: Any, example: str) -> float:
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number:
-        raise ValueError(f"{name}={_short(value)} must be a number, for instance {example}.")
+        raise ValueError(f"{name}={short(value)} must be a number, for instance {example}.")
     try:
         return float(value)
     except OverflowError:
@@ -90,8 +90,8 @@ def check_num_iterations(num_iterations: Any) -> None:
         raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
     if num_iterations > MAX_ITERATIONS:
         raise ValueError(
-            f"num_iterations={num_iterations} must be at most {MAX_ITERATIONS:,}. The paper takes "
-            "100."
+            f"num_iterations={short(num_iterations)} must be at most {MAX_ITERATIONS:,}. The paper "
+            "takes 100."
         )
 
 
@@ -110,7 +110,7 @@ def check_input_shape(input_shape: Any) -> tuple[int, ...]:
     is_sequence = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
     if not is_sequence or not all(_is_length(size) for size in input_shape):
         raise ValueError(
-            f"input_shape={_short(input_shape)} must be the shape of one example, whole numbers of "
+            f"input_shape={short(input_shape)} must be the shape of one example, whole numbers of "
             "at least 1 without the batch axis, for instance (784,) or (32, 32, 3)."
         )
     shape = tuple(operator.index(size) for size in input_shape)
@@ -130,9 +130,9 @@ def describe(tree: Any) -> str:
     """
 
     def of_leaf(leaf: Any) -> Any:
-        return _Plain(_short(leaf))
+        return _Plain(short(leaf))
 
-    return _short(jax.tree.map(of_leaf, tree))
+    return short(jax.tree.map(of_leaf, tree))
 
 
 class _Plain(str):
@@ -142,7 +142,7 @@ class _Plain(str):
         return str(self)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """Shows a value in at most a hundred characters: an array by its dtype and shape."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         sizes = ",".join(map(str, value.shape))

@@ -213,7 +213,7 @@ def check(rule: Rule, params: Params, mask: Mask) -> Params:
 # The loop ----------------------------------------------------------------------------------------
 
 # run(goal, state, start, stop): does some iterations on the way to `goal` weights.
-_RunFn = Callable[[jax.Array, PruneState, jax.Array, jax.Array], PruneState]
+_RunFn = Callable[[int, PruneState, int, int], PruneState]
 
 
 def _run(
@@ -238,7 +238,7 @@ def _run(
     for first in range(0, num_iterations, num_rows):
         state = pruning.init_state(mask, num_rows, dtype, records_removal=True)
         state = pruning.run_in_stretches(
-            functools.partial(run, jax.device_put(np.int32(goal))),
+            functools.partial(run, goal),
             state,
             min(num_rows, num_iterations - first),
             _continued(on_progress, info),
@@ -430,14 +430,11 @@ def _raise_unless_connected(run: _RunFn, state: PruneState, info: PruneInfo) -> 
 
 def _rows_done(info: PruneInfo) -> PruneInfo:
     """Drops the rows of iterations that were not needed."""
-    num_done = int(info.num_done)
-    return info._replace(
-        kept=info.kept[:num_done],
-        score_total=info.score_total[:num_done],
-        pruned_score=info.pruned_score[:num_done],
-        cut=info.cut[:num_done],
-        exponent=info.exponent[:num_done],
-    )
+    # On the host: a slice on the device is a program for each length.
+    by_row = info._replace(num_done=None, removed_in=None)  # type: ignore[arg-type]
+    num_done, rows = jax.device_get((info.num_done, by_row))
+    rows = jax.device_put(jax.tree.map(lambda row: row[: int(num_done)], rows))
+    return rows._replace(num_done=info.num_done, removed_in=info.removed_in)
 
 
 def _warn_of_shortfall(info: PruneInfo, goal: int, done: bool) -> None:
@@ -496,7 +493,7 @@ def affordable_mask(
     >>> affordable_mask(scores, kept, budget=3.5, most=5)
     {'a': Array([ True, False, False], dtype=bool), 'b': Array([ True,  True], dtype=bool)}
     """
-    dtype = masking.score_type(jax.tree.leaves(scores))
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(scores))
     budget, most = jnp.asarray(budget, dtype), jnp.asarray(most, jnp.int32)
     # At infinity a weight is above every threshold.
     ranked = jax.tree.map(lambda m, s: jnp.where(m, s.astype(dtype), jnp.inf), mask, scores)

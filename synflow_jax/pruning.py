@@ -663,8 +663,8 @@ def check_request(
     num_weights = sum(trees.sizes(mask))
     if compression > num_weights:
         raise ValueError(
-            f"compression={compression} leaves none of the {num_weights} prunable weights. "
-            f"Choose at most {num_weights}."
+            f"compression={arguments.short(compression)} leaves none of the {num_weights} "
+            f"prunable weights. Choose at most {num_weights}."
         )
     check_batches(rule, params)
 

@@ -222,8 +222,8 @@ def check_compression(compression: float) -> None:
     number = arguments.check_number("compression", compression, "100")
     if not math.isfinite(number) or number < 1:
         raise ValueError(
-            f"compression={compression!r} must be a finite number of at least 1. It is "
-            "total / kept: 1 keeps every weight, and 100 keeps one in a hundred."
+            f"compression={arguments.short(compression)} must be a finite number of at least 1. "
+            "It is total / kept: 1 keeps every weight, and 100 keeps one in a hundred."
         )
 
 

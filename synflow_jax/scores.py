@@ -236,30 +236,10 @@ class _PathNorm:
         inputs = jnp.ones((1, *self.input_shape), dtype) * scale
         # A mean that is subtracted would make negative flow.
         positive = trees.without_means(trees.absolute(params))
-        outputs = self._outputs(apply_fn, positive, inputs)
-        return jnp.sum(outputs)
-
-    def _outputs(self, apply_fn: ApplyFn, params: Params, inputs: jax.Array) -> jax.Array:
-        """Evaluates the network, with errors that say which inputs it got and why."""
-        try:
-            outputs = apply_fn(params, inputs)
-        except (FloatingPointError, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
-            text = str(error)
-            cure = "Check that input_shape is the shape of one example, without the batch axis."
-            if "integer" in text.lower():
-                cure = (
-                    "SynFlow needs an input of floats, and not the integer input of an embedding. "
-                    "Score the network from the embedding on: input_shape is the shape of one "
-                    "embedded example, and apply_fn takes it in place of the integers."
-                )
-            raise ValueError(
-                f"apply_fn(params, x) failed for {arguments.describe(inputs)}, an array of ones "
-                f"made for input_shape={self.input_shape}. {cure} {type(error).__name__}: {text}"
-            ) from error
+        source = f"an array of ones made for input_shape={self.input_shape}"
+        outputs = _call(apply_fn, positive, inputs, source, _SHAPE_CURE)
         check_outputs(outputs)
-        return outputs
+        return jnp.sum(outputs)
 
 
 def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
@@ -297,7 +277,7 @@ def _cross_entropy(
     apply_fn: ApplyFn, temperature: chex.Numeric, params: Params, batch: Batch
 ) -> jax.Array:
     inputs, labels = _inputs_and_labels(batch)
-    logits = apply_fn(params, inputs)
+    logits = _call(apply_fn, params, inputs, "the inputs of batches", _BATCH_CURE)
     _check_logits(logits, labels)
     # In the dtype of the logits: a Python float would be a float64 where 64-bit types are enabled.
     logits = logits / jnp.asarray(temperature, logits.dtype)
@@ -311,9 +291,32 @@ def _cross_entropy(
 
 def check_apply_fn(apply_fn: Any) -> None:
     """Raises ValueError unless `apply_fn` can be called as `apply_fn(params, x)`."""
-    arguments.check_function(
-        "apply_fn", apply_fn, ("params", "x"), "model.apply, or lambda params, x: ..."
-    )
+    arguments.check_function("apply_fn", apply_fn, ("params", "x"), "model.apply")
+
+
+_SHAPE_CURE = "Check that input_shape is the shape of one example, without the batch axis."
+_INTEGER_CURE = (
+    "SynFlow needs inputs of floats, and not the integer inputs of an embedding. Score the network "
+    "from the embedding on: input_shape is the shape of one embedded example, and apply_fn takes "
+    "it in place of the integers."
+)
+_BATCH_CURE = "Check that inputs are [batch, ...], as the network takes them."
+
+
+def _call(apply_fn: ApplyFn, params: Params, inputs: Any, source: str, cure: str) -> Any:
+    """Evaluates a network, with errors that say which inputs it got and why."""
+    try:
+        return apply_fn(params, inputs)
+    except (FloatingPointError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        text = str(error)
+        if cure == _SHAPE_CURE and "integer" in text.lower():
+            cure = _INTEGER_CURE
+        raise ValueError(
+            f"apply_fn(params, x) failed for x = {arguments.describe(inputs)}, {source}. {cure} "
+            f"{type(error).__name__}: {text}"
+        ) from error
 
 
 def check_outputs(outputs: Any) -> None:
@@ -373,20 +376,24 @@ def _check_logits(logits: Any, labels: Any) -> None:
 
 
 # Keyed by the structure of `apply_fn`, so that a network is traced once for all batches.
-_outputs_of = jax.jit(lambda apply_fn, params, inputs: apply_fn(params, inputs))
+@jax.jit
+def _outputs_of(apply_fn: ApplyFn, params: Params, inputs: jax.Array) -> Any:
+    return _call(apply_fn, params, inputs, "the inputs of batches", _BATCH_CURE)
 
 
 def _check_labels(apply_fn: ApplyFn, params: Params, batches: list[Batch]) -> None:
     """Raises ValueError if a label is no class of the network. Reads the labels on the host."""
     for group in batches:
-        inputs, labels = _inputs_and_labels(group)
-        if isinstance(labels, jax.core.Tracer):
-            return
-        like = jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype)
-        logits = _outputs_of.eval_shape(apply_fn, params, like)
-        one_of_group = jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
-        _check_logits(logits, one_of_group)
-        values = jax.device_get(labels)
+        # Without the axis along which the batches of a group are stacked.
+        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), group)
+        inputs, labels = _inputs_and_labels(batch)
+        logits = _outputs_of.eval_shape(apply_fn, params, inputs)
+        _check_logits(logits, labels)
+        _, all_labels = group
+        # Values that are traced cannot be read.
+        if isinstance(all_labels, jax.core.Tracer):
+            continue
+        values = jax.device_get(all_labels)
         num_classes = logits.shape[1]
         is_class = (values >= 0) & (values < num_classes)
         if not is_class.all():

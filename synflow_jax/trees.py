@@ -316,7 +316,7 @@ def _pairs(mask: Mask, params: Params) -> list[tuple[str, Any, Any]]:
         flat_mask = structure.flatten_up_to(mask)  # type: ignore[attr-defined]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"mask does not have the structure of the parameters: {str(error).rstrip('.')}. "
+            f"mask does not have the structure of the parameters: {_difference(mask, params)}. "
             "Make one with prunable(params)."
         ) from error
     pairs = []
@@ -326,6 +326,25 @@ def _pairs(mask: Mask, params: Params) -> list[tuple[str, Any, Any]]:
             _check_leaf(name, m, leaf)
         pairs.append((name, m, leaf))
     return pairs
+
+
+def _difference(mask: Any, params: Params) -> str:
+    """Says how the structure of a mask differs from that of the parameters."""
+    paths = jax.tree_util.tree_leaves_with_path(mask, is_leaf=_is_hole)
+    in_mask = [path_name(path) for path, _ in paths]
+    in_params = names(params)
+    missing = [name for name in in_params if name not in in_mask]
+    unknown = [name for name in in_mask if name not in in_params]
+    if unknown == [""]:
+        return f"it is {arguments.describe(mask)}, not a tree"
+    if not missing and not unknown:
+        return f"a {type(mask).__name__} or what it holds is of another type in the parameters"
+    parts = []
+    if missing:
+        parts.append(f"it lacks {arguments.short(missing)}")
+    if unknown:
+        parts.append(f"it has {arguments.short(unknown)}, which they lack")
+    return " and ".join(parts)
 
 
 def _check_leaf(name: str, m: Any, leaf: Any) -> None:

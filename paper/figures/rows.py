@@ -58,9 +58,9 @@ _TRAINING: dict[str, Sequence[str]] = {
     "fig5b": (
         "prune_run_id",
         "num_epochs",
-        "mean_squares.size?",
-        "mean_squares.initial?",
-        "mean_squares.final?",
+        "mean_squares?.size",
+        "mean_squares?.initial",
+        "mean_squares?.final",
     ),
     "fig6": _ACCURACY,
     "fig7": (*_ACCURACY, "config.prune.num_iterations"),

@@ -69,8 +69,12 @@ def bounds(
     essential = [name for name in names if _is_essential(cost_of, ones, name)]
     lower = _lower_bound(cost_of, ones, essential, notes)
     if lower < upper:
-        twice = [name for name in essential if name in notes.reused]
-        upper = min(upper, _with_single_weights(cost_of, ones, twice, lower))
+        # The factors of a product may have any parameter in common.
+        twice = essential if notes.products else set(essential) & set(notes.reused)
+        found = _with_single_weights(cost_of, ones, sorted(twice), lower)
+        upper = round(min(upper, found))
+    if lower < upper:
+        lower += sum(_needs_two(cost_of, ones, name) for name in essential)
     return Bounds(lower, upper, notes)
 
 
@@ -123,8 +127,23 @@ def _with_single_weights(
                 best, cost = single, found
             if len(names) + cost <= lower:
                 break
+        if math.isinf(cost):
+            return cost
         costs[name] = best
     return len(names) + cost
+
+
+def _needs_two(cost_of: CostFn, ones: Costs, name: str) -> bool:
+    """Returns whether no single weight of an essential parameter leaves a path."""
+    if ones[name].size > _NUM_TRIED:
+        return False
+    for place in np.ndindex(*ones[name].shape):
+        single = _uniform(ones[name], math.inf)
+        single[place] = 0
+        cost, _ = cost_of(COST, {**ones, name: single})
+        if math.isfinite(cost):
+            return False
+    return True
 
 
 def _places(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -171,6 +190,7 @@ def _evaluated(
 ) -> tuple[jax.Array, Notes]:
     """Evaluates costs of weights. The weights themselves count as pruned unless a cost is paid."""
     pruned = trees.map_prunable(lambda _, leaf: jnp.zeros_like(leaf), mask, params)
+    pruned = jax.lax.optimization_barrier(pruned)
     return evaluate(semiring, apply_fn, trees.merge(pruned, params), costs, input_shape)
 
 

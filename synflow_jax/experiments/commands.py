@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,8 +108,9 @@ def verify(path: str, config: Any) -> None:
     cli.use_compilation_cache()
     init = None if config is None else cli.check_config(config).init
     output = report.console()
+    file = str(cli.check_path(path, "verify"))
     with report.verification(output) as on_progress:
-        verdict = certificates.verify(path, on_progress, init=init)
+        verdict = certificates.verify(file, on_progress, init=init)
     report.verdict(output, verdict)
 
 
@@ -224,13 +224,13 @@ def export(
         )
     if out == "":
         raise ValueError("--out='' names no folder: give one, --out=DIR, or leave the flag out.")
-    storage.check_folder(pathlib.Path(workdir))
+    source = Workdir(cli.check_path(workdir, "workdir"))
+    storage.check_folder(source.path)
     run = None
     if config is not None:
         run = resolve_one(cli.check_config(config, reads_data=False))
-    source = Workdir(pathlib.Path(workdir))
     row = exports.find_row(source, run, run_id)
-    folder = source.exported_path if out is None else pathlib.Path(out)
+    folder = source.exported_path if out is None else cli.check_path(out, "out")
     storage.check_writable(folder, "out")
     cli.use_compilation_cache()
     network = exports.read(row, source, None if run is None else run.config.init)

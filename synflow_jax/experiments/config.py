@@ -22,7 +22,9 @@ from synflow_jax.experiments.identity import (
 )
 
 MOST_SEED = 2**32 - 1  # a larger seed would draw the network of a smaller one
-MOST_ITERATIONS = 10**6  # more would take weeks
+# More would take weeks, and a run records each of them.
+MOST_ITERATIONS = 10**6
+MOST_EPOCHS = 10**6
 
 
 def when_certified(value: Any, default: Any, config: "Config") -> bool:
@@ -110,7 +112,7 @@ class PruneConfig:
     norms: bool = setting(False, expected.flag())
 
     # A regular expression. Parameters whose name matches it are not pruned.
-    exclude: str = setting("", expected.text("a regular expression"))
+    exclude: str = setting("", expected.pattern())
 
     # True: the last layer is not pruned.
     dense_classifier: bool = setting(False, expected.flag())
@@ -155,7 +157,7 @@ class PruneConfig:
 class TrainConfig:
     """How to train. The defaults are those of the published VGGs on CIFAR."""
 
-    num_epochs: int = setting(160, expected.whole(1))
+    num_epochs: int = setting(160, expected.whole(1, MOST_EPOCHS))
 
     # Examples per step, over all devices.
     batch_size: int = setting(128, expected.whole(1))

@@ -75,6 +75,7 @@ class _Shared:
     Attributes:
       workdir, devices, split, overwrite, emit, should_stop: as `run` takes them.
       build: returns the network of a run; from `initialization.builder`.
+      skips_done: whether a run that has a row is left out.
       recipes: the data and the optimizer, by `_recipe_key`. Filled by `_recipe`.
       programs: the compiled programs, by network, recipe, and device or layout. Filled by
         `_compiled`.
@@ -87,6 +88,7 @@ class _Shared:
     emit: EventFn
     should_stop: StopFn
     build: BuildFn
+    skips_done: bool
     recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
     programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
 
@@ -133,7 +135,7 @@ def run(
     """
     devices = tuple(jax.local_devices() if devices is None else devices)
     build = initialization.builder(emit)
-    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build)
+    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build, True)
     outcomes: dict[str, Outcome] = {}
     for outcome in failures.listed(_outcomes(shared, runs), workdir, lambda run: run.train_id):
         outcomes[outcome.run.train_id] = outcome
@@ -170,7 +172,7 @@ def train(
     """
     devices = tuple(jax.local_devices())
     build = initialization.builder(emit)
-    shared = _Shared(workdir, devices, True, False, emit, should_stop, build)
+    shared = _Shared(workdir, devices, True, False, emit, should_stop, build, False)
     form = starts.choose_form(run, network, mask) if form is None else form
     (outcome,) = _train_on_all_devices(shared, _Task(run, mask, form))
     if isinstance(outcome, Failed):
@@ -221,29 +223,34 @@ def _begin_anew(shared: _Shared, runs: Sequence[Run]) -> list[Failed]:
     # Each lock is an open file, and a process may have about a thousand.
     for start in range(0, len(runs), _LOCKS_AT_ONCE):
         with contextlib.ExitStack() as stack:
-            free, taken = _lock(shared, runs[start : start + _LOCKS_AT_ONCE], stack)
+            some = runs[start : start + _LOCKS_AT_ONCE]
+            free, taken = _lock(shared, some, stack, prunes=True)
             busy += taken
             # The rows of pruning too: a run that is stopped before its mask is made has none.
-            shared.workdir.delete_rows(
-                [name for run in free for name in (run.train_id, run.prune_id)]
-            )
+            run_ids = [name for run in free for name in (run.train_id, run.prune_id)]
+            shared.workdir.delete_rows(run_ids)
             for run in free:
                 checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
     return busy
 
 
 def _lock(
-    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack
+    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack, *, prunes: bool = False
 ) -> tuple[list[Run], list[Failed]]:
-    """Takes the locks of runs, until the stack is closed.
+    """Takes the locks of runs, until the stack is closed; with `prunes`, those of their masks too.
 
     Returns:
       The runs that this process has now, and those that another process has.
     """
     free, busy = [], []
     for run in runs:
+        names = [run.train_id, run.prune_id] if prunes else [run.train_id]
         try:
-            stack.enter_context(shared.workdir.lock(run.train_id))
+            with contextlib.ExitStack() as locks:
+                for name in names:
+                    locks.enter_context(shared.workdir.lock(name))
+                # Only now: if one of them is taken, the others are given back.
+                stack.push(locks.pop_all())
         except storage.Busy as error:
             busy.append(Failed(run, error))
         else:
@@ -492,7 +499,7 @@ def _train_tasks(
             if task.run not in free:
                 continue
             # Another process may have finished it since the rows were read.
-            row = shared.workdir.find_row(task.run.train_id)
+            row = shared.workdir.find_row(task.run.train_id) if shared.skips_done else None
             if row is None:
                 left.append(task)
             else:

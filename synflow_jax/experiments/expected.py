@@ -135,6 +135,20 @@ def _text(value: Any) -> str:
     return str.__str__(value) if isinstance(value, str) else _refuse()
 
 
+def pattern() -> Expected:
+    """Expects a regular expression."""
+
+    def read(value: Any) -> str:
+        found = _text(value)
+        try:
+            re.compile(found)
+        except (re.error, OverflowError, RecursionError):
+            _refuse()
+        return str(found)
+
+    return Expected(read, "must be a regular expression, a str.")
+
+
 def path(what: str) -> Expected:
     """Expects a path: a str or a pathlib.Path, in which ~ stands for the user's home."""
 

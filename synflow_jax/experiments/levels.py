@@ -84,7 +84,7 @@ def find_or_make_mask(
 
 
 def _find_or_prune(levels: _Levels, maximum: float | None) -> tuple[Mask, dict[str, Any]]:
-    """Does the work of `find_or_make_mask`, once the run is locked."""
+    """Makes the mask of a run that this process has locked; see `find_or_make_mask`."""
     run, network, workdir = levels.run, levels.network, levels.workdir
     # Another process may have made it before the lock was ours.
     found = masks.find_mask(run, network, workdir)

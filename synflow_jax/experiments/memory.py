@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -31,6 +32,24 @@ def free_programs() -> None:
     """
     jax.clear_caches()
     free()
+
+
+def check_fits(num_values: int, what: str) -> None:
+    """Checks that an array of float32 is not larger than the memory of this machine.
+
+    Raises:
+      ValueError: it is; names `what`.
+    """
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return
+    num_bytes = 4 * num_values
+    if num_bytes > size:
+        raise ValueError(
+            f"{what} has {num_values} weights: {num_bytes / 1e9:.0f} GB, and this machine has "
+            f"{size / 1e9:.0f} GB of memory. Choose a smaller network."
+        )
 
 
 def keep_last(

@@ -7,6 +7,7 @@ of this file name the key of the config, and suggest the key or the flag that wa
 from __future__ import annotations
 
 import difflib
+import logging
 import pathlib
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from synflow_jax.experiments import schema
+from synflow_jax.experiments import expected, schema
 
 # The types of the keys in words. The values of a grid have messages in `run.py`.
 _KINDS = {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)"}
@@ -56,7 +57,10 @@ def parse(argv: list[str]) -> list[str]:
         load.
     """
     app.define_help_flags()
+    argv = [_with_home(arg) for arg in argv]
     files = _named_files(argv)
+    # ml_collections would warn of a config file that returns None. `cli.check_config` refuses it.
+    logging.disable(logging.WARNING)
     try:
         for file in files:
             _check_file(file)
@@ -77,6 +81,8 @@ def parse(argv: list[str]) -> list[str]:
             message = f"--config={''.join(files)} has no function get_config(). {config_files()}"
             raise ValueError(message) from error
         raise ValueError(_does_not_load(files, f"{error!r}.")) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _does_not_load(files: Sequence[str], problem: str) -> str:
@@ -84,6 +90,13 @@ def _does_not_load(files: Sequence[str], problem: str) -> str:
 
 
 # The config file
+
+
+def _with_home(arg: str) -> str:
+    """Returns an argument with the user's home in place of ~, if it names the config file."""
+    name, equals, value = arg.partition("=")
+    is_config = name in ("--config", "-config")
+    return f"{name}={expected.expand_user(value)}" if is_config and equals else arg
 
 
 def _named_files(argv: Sequence[str]) -> list[str]:
@@ -181,4 +194,5 @@ def _bad_value(message: str) -> str | None:
     type_ = schema.keys().get(key)
     # Of an optional value, such as int | None, the type that is not None.
     kinds = [kind for kind in (type_, *typing.get_args(type_)) if kind in _KINDS]
-    return f"--config.{key}={value} must be {_KINDS[kinds[0]]}." if kinds else None
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    return f"--config.{key}={shown} must be {_KINDS[kinds[0]]}." if kinds else None

@@ -6,8 +6,9 @@ the files that its run wrote. Every reader of a mask or of a trained network com
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,15 +35,19 @@ def run_of(row: Mapping[str, Any], init: str | None = None) -> Run:
       ValueError: the row lacks an entry, or its config is that of another run.
     """
     is_trained = "prune_run_id" in row
+    script = "train.py" if is_trained else "prune.py"
+    cure = _cure(script)
+    run_id = row["run_id"]
     needed = _IN_TRAIN_ROWS if is_trained else _IN_PRUNE_ROWS
     missing = [key for key in needed if key not in row]
-    cure = _cure("train.py" if is_trained else "prune.py")
-    if missing or not isinstance(row["config"], dict):
-        lacks = ", ".join(missing) or "a config that is a JSON object"
-        raise ValueError(f"the row of run {row['run_id']!r} lacks {lacks}. {cure}")
-    run = from_dict(row["config"], init)
-    found = {"run_id": run.train_id if is_trained else run.prune_id}
-    _compare(f"the config in the row of run {row['run_id']!r}", found, row, cure)
+    if missing:
+        raise ValueError(f"the row of run {run_id!r} lacks {', '.join(missing)}. {cure}")
+    config = row["config"]
+    if not isinstance(config, dict):
+        raise ValueError(f"the row of run {run_id!r} has the config {config!r}. {cure}")
+    run = from_dict(config, init)
+    name = run.train_id if is_trained else run.prune_id
+    _compare(f"the config in the row of run {run_id!r}", {"run_id": name}, row, cure)
     return run
 
 
@@ -61,10 +66,8 @@ def read_mask(row: Mapping[str, Any], workdir: Workdir, params: Params | None = 
     path = workdir.mask_path(row["run_id"])
     script = "train.py" if "levels" in row else "prune.py"
     cure = _cure(script)
-    try:
+    with _explained(cure):
         mask = storage.load_mask(path, params)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error} {cure}") from error
     found = {"mask_sha256": storage.mask_digest(mask)}
     _compare(f"mask file {str(path)!r}", found, row, cure)
     return mask
@@ -89,14 +92,13 @@ def read_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> dict[str, np.nd
 
     folder = workdir.checkpoint_path(row["run_id"])
     cure = _cure("train.py")
-    try:
+    with _explained(cure):
         arrays, description = checkpoints.read_latest(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error} {cure}") from error
+    params = part(arrays, "params")
     found = {
         "run_id": description.get("run_id"),
         "num_steps": _number(arrays.get("0/step")),
-        "params_sha256": digest(part(arrays, "params")),
+        "params_sha256": digest(params),
     }
     what = f"the last checkpoint in {str(folder)!r}"
     _compare(what, found, row, cure)
@@ -138,20 +140,33 @@ def _check_mask(
     # Versions without compact networks had no such key.
     if pruned is None or row.get("compact"):
         return
-    found = {"mask_sha256": storage.mask_digest(Mask(part(arrays, "mask")))}
+    mask = Mask(part(arrays, "mask"))
+    found = {"mask_sha256": storage.mask_digest(mask)}
     _compare(f"the mask in {what}", found, pruned, _cure("train.py"))
+
+
+@contextlib.contextmanager
+def _explained(cure: str) -> Iterator[None]:
+    """Adds to the error of a reader how the file is made again."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} {cure}") from error
+    except ValueError as error:
+        raise ValueError(f"{error} {cure}") from error
 
 
 def _compare(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any], cure: str) -> None:
     """Raises ValueError if a file differs from what is recorded about it."""
     for key, value in found.items():
         recorded = wanted.get(key)
-        if value != recorded:
-            run_id = wanted.get("run_id")
-            raise ValueError(
-                f"{what} is not that of run {run_id!r}: its {key} is {value!r}, and the run's is "
-                f"{recorded!r}. {cure}"
-            )
+        if value == recorded:
+            continue
+        run_id = wanted.get("run_id")
+        raise ValueError(
+            f"{what} is not that of run {run_id!r}: its {key} is {value!r}, and the run's is "
+            f"{recorded!r}. {cure}"
+        )
 
 
 def _cure(script: str) -> str:

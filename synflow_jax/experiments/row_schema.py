@@ -132,11 +132,9 @@ _TRAINED = (
     "kept",
     "num_epochs",
     *(f"{which}.{name}" for which in ("last", "best") for name in _EPOCH),
-    # Versions without compact networks had no sizes.
-    "compact?",
-    "size?",
-    *(f"size.{form}.{name}?" for form in ("full", "kept", "compact") for name in _SIZE),
     "config.train.batch_size",
+    # Versions without compact networks had no sizes.
+    *(f"size?.{form}.{name}" for form in ("full", "kept", "compact") for name in _SIZE),
 )
 
 
@@ -175,7 +173,10 @@ def find_trained(run_id: str, workdir: Workdir) -> dict[str, Any] | None:
     Raises:
       ValueError: as `find_pruned`.
     """
-    return _find(run_id, workdir, _TRAINED)
+    row = _find(run_id, workdir, _TRAINED)
+    if row is not None and "size" in row:
+        check(row, workdir, ["compact"])
+    return row
 
 
 def find_timing(run_id: str, workdir: Workdir) -> dict[str, Any] | None:

@@ -113,12 +113,15 @@ def _sum_over_devices(
         flat = leaf.reshape(-1)
         num_missing = -leaf.size % num_devices
         padded = jnp.pad(flat, (0, num_missing))
-        parts = padded.reshape(num_devices, -1)
+        # An empty leaf has parts of no element, which -1 cannot stand for and XLA cannot exchange.
+        parts = padded.reshape(num_devices, padded.size // num_devices)
+        if not parts.size:
+            return parts
         return jax.lax.all_to_all(parts, axis_name, 0, 0)
 
     def whole(part: jax.Array, like: jax.Array) -> jax.Array:
         """Joins the parts of all devices to one leaf."""
-        joined = jax.lax.all_gather(part, axis_name, tiled=True)
+        joined = jax.lax.all_gather(part, axis_name, tiled=True) if part.size else part
         unpadded = joined[: like.size]
         return unpadded.reshape(like.shape)
 

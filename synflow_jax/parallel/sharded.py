@@ -209,7 +209,7 @@ def _advance(
     """Computes `pruning.advance` on arrays that are spread over the mesh."""
     exchange = Exchange(
         sum=lambda value: jax.lax.psum(value, _AXIS),
-        gather=lambda array: jax.lax.all_gather(array, _AXIS, tiled=True),
+        gather=_gather,
         num_parts=mesh.size,
     )
 
@@ -313,11 +313,16 @@ def _join(parts: Tree, shapes: _Shapes) -> Tree:
     """Joins the parts of every device to whole leaves."""
 
     def whole(part: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-        joined = jax.lax.all_gather(part, _AXIS, tiled=True)
-        unpadded = joined[: like.size]
+        unpadded = _gather(part)[: like.size]
         return unpadded.reshape(like.shape)
 
     return jax.tree.map(whole, parts, _like(parts, shapes))
+
+
+def _gather(part: jax.Array) -> jax.Array:
+    """Joins the parts of every device along the first axis. A leaf may be empty."""
+    # Of nothing XLA gathers nothing.
+    return jax.lax.all_gather(part, _AXIS, tiled=True) if part.size else part
 
 
 def _like(tree: Tree, shapes: _Shapes) -> Tree:
@@ -376,6 +381,11 @@ def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
     """Places arrays on the devices of the mesh. Every process must pass equal arrays."""
 
     def place(spec: P, leaf: Any) -> jax.Array:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            # A key among the parameters, as of dropout in NNX. NumPy knows only its words.
+            words = place(spec, jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         sharding = NamedSharding(mesh, spec)
         # Each process fills only its own devices. `jax.device_put` would compare the arrays of all
@@ -385,7 +395,9 @@ def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
     if isinstance(specs, P):
         one_spec = specs
         specs = jax.tree.map(lambda _: one_spec, tree)
-    return jax.tree.map(place, specs, tree)
+    # These transfers are meant, also under jax_transfer_guard="disallow".
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(place, specs, tree)
 
 
 def _local(tree: Tree) -> Tree:

@@ -112,10 +112,18 @@ def read_safetensors(path: AnyPath, kind: str, hint: str = "") -> tuple[Arrays, 
 
 
 def read_npz(path: AnyPath) -> Arrays:
-    """Reads the arrays of an .npz file by name. Refuses pickled objects."""
-    # A pickle can run any program, and these files come from other people.
-    with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    """Reads the arrays of an .npz file by name. Refuses pickled objects.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    try:
+        # A pickle can run any program, and these files come from other people.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    # NumPy and zipfile raise many types of errors for damaged files, MemoryError among them.
+    except Exception as error:
+        raise ValueError(str(error) or repr(error)) from error
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -12,7 +12,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -265,11 +267,15 @@ def _wait(folder: pathlib.Path, manager: Any) -> None:
 
 def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
     """Returns the error for a checkpoint that could not be written."""
-    first_line = str(error).splitlines()[0] if str(error) else repr(error)
+    # TensorStore's own errors are long, and have the system's number at their end.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        number = int(found.group(1))
+        error = OSError(number, os.strerror(number))
+    reason, cure = files.reason_and_cure(error)
     return OSError(
-        f"a checkpoint could not be written to {str(folder)!r}: {first_line[:300]}. Earlier "
-        "checkpoints are intact. Free some disk space (make room), then run the same command "
-        "again to resume."
+        f"a checkpoint could not be written to {str(folder)!r}: {reason}. Earlier checkpoints are "
+        f"intact. {cure or 'Run the same command again to resume.'}"
     )
 
 

@@ -33,6 +33,9 @@ _STALE = re.compile(
     r"\..+\.(csv|jax|jsonl?|md|npz|png|safetensors)\.[a-z0-9_]{8}|\..+\.[a-z0-9_]{8}\.removed"
 )
 
+# The errors of folders that cannot be waited for.
+_UNSYNCED = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
+
 # What to do about an error of the file system, by its number.
 _FULL = "Free some disk space (make room), then run the same command again to resume."
 _FORBIDDEN = "Change its permissions, or choose another folder."
@@ -147,12 +150,20 @@ def _hidden(path: pathlib.Path, ending: str = "") -> pathlib.Path:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder, are on the disk.
+
+    A folder is left to the system where it cannot be opened, or where its file system has no such
+    operation.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _UNSYNCED):
+            raise
 
 
 def unwritable(path: pathlib.Path, error: Exception) -> OSError:
@@ -164,14 +175,19 @@ def unwritable(path: pathlib.Path, error: Exception) -> OSError:
     'runs/rows.jsonl' could not be written: No space left on device. Free some disk space (make
     room), then run the same command again to resume.
     """
-    number = getattr(error, "errno", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    cure = _CURES.get(number, "") if number else ""
-    message = f"{str(path)!r} could not be written: {reason.rstrip('.')}. {cure}"
+    reason, cure = reason_and_cure(error)
+    message = f"{str(path)!r} could not be written: {reason}. {cure}"
     worded = OSError(message.rstrip())
     # Kept for callers: with two arguments, OSError would print the number too.
-    worded.errno = number
+    worded.errno = getattr(error, "errno", None)
     return worded
+
+
+def reason_and_cure(error: Exception) -> tuple[str, str]:
+    """Returns why something could not be written, and what to do about it, for messages."""
+    reason = str(getattr(error, "strerror", None) or error) or repr(error)
+    cure = _CURES.get(getattr(error, "errno", None) or 0, "")
+    return reason.rstrip("."), cure
 
 
 def remove(path: pathlib.Path) -> None:

@@ -8,8 +8,9 @@ A schema says which type each key has:
     {"kept": NATURAL}           an object; it may have other keys
     Nullable(NUMBER)            null, or such a value
 
-Files of earlier versions lack some keys. So each reader names the keys that it needs, with a "?"
-those that it uses where they are there, and no others are checked.
+Files of earlier versions lack some keys. So each reader names the keys that it needs, and no others
+are checked. A name that may be missing has a "?": in "size?.full" there may be no size, but a size
+must be full.
 
 >>> schema = {"layers": [{"name": TEXT, "kept": NATURAL, "score": Nullable(NUMBER)}]}
 >>> row = {"layers": [{"name": "fc1", "kept": "3"}]}
@@ -128,20 +129,17 @@ def check(
 def problem(value: Any, schema: Schema, keys: Iterable[str]) -> str | None:
     """Says in words why a value does not fit a schema; None if it does. See `check`."""
     for key in keys:
-        names = key.removesuffix("?").split(".")
-        found = _follow(value, schema, names, "", needed=not key.endswith("?"))
+        found = _follow(value, schema, key.split("."), "")
         if found is not None:
             return found
     return None
 
 
-def _follow(
-    value: Any, schema: Schema, names: Sequence[str], place: str, *, needed: bool
-) -> str | None:
+def _follow(value: Any, schema: Schema, names: Sequence[str], place: str) -> str | None:
     """Follows the names of a key to the values at its end. place: the key so far: "layers[0]"."""
     match schema:
         case Nullable(inner):
-            return None if value is None else _follow(value, inner, names, place, needed=needed)
+            return None if value is None else _follow(value, inner, names, place)
         case Kind():
             assert not names, f"the schema has nothing below {place}"
             return None if schema.accepts(value) else _not(place, value, schema.words)
@@ -150,28 +148,26 @@ def _follow(
                 return _not(place, value, "a list")
             if rest and not value:
                 return f"{place} is empty"
-            items = (
-                _follow(item, inner, names, f"{place}[{i}]", needed=needed)
-                for i, item in enumerate(value)
-            )
+            items = (_follow(item, inner, names, f"{place}[{i}]") for i, item in enumerate(value))
             return next(filter(None, items), None)
         case dict():
-            return _follow_into_object(value, schema, names, place, needed=needed)
+            return _follow_into_object(value, schema, names, place)
     raise TypeError(f"{schema!r} is not a schema")
 
 
 def _follow_into_object(
-    value: Any, schema: Mapping[str, Any], names: Sequence[str], place: str, *, needed: bool
+    value: Any, schema: Mapping[str, Any], names: Sequence[str], place: str
 ) -> str | None:
     if not isinstance(value, dict):
         return _not(place or "it", value, "an object")
     if not names:
         return None
-    name, *others = names
+    first, *others = names
+    name = first.removesuffix("?")
     inner_place = f"{place}.{name}" if place else name
     if name in value:
-        return _follow(value[name], schema[name], others, inner_place, needed=needed)
-    return f"{inner_place} is missing" if needed else None
+        return _follow(value[name], schema[name], others, inner_place)
+    return None if first.endswith("?") else f"{inner_place} is missing"
 
 
 def _not(place: str, value: Any, words: str) -> str:

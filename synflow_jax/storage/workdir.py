@@ -290,7 +290,7 @@ class Workdir:
           locks.Busy: another process holds it. It is a ValueError that names the process.
           OSError: the file of the lock cannot be written.
         """
-        return locks.hold(self.path / f".{run_id}{_LOCK}", run_id)
+        return locks.hold(self.path / f".{check_run_id(run_id)}{_LOCK}", run_id)
 
     def clean(self) -> None:
         """Removes the temporary files and the locks that killed processes have left.
@@ -299,7 +299,7 @@ class Workdir:
         """
         for folder in (self.path, *(self.path / name for name in _FOLDERS)):
             files.remove_stale(folder)
-        for levels in self.levels_path("").glob("*/"):
+        for levels in (self.path / "levels").glob("*/"):
             files.remove_stale(levels)
         locks.remove_stale(self.path.glob(f".*{_LOCK}"))
 

@@ -7,10 +7,12 @@ must be those of a command that was left alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -198,3 +200,38 @@ def test_overwriting_that_is_killed_is_resumed_without_the_flag(
         _run(case, copy)
         # The first operations only prepare the deletion of the rows.
         assert _left(copy) in (before, expected), point
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Limits the size of files, each time so that another one is the first that is too large."""
+    case = CASES["sweep"]
+    _run(case, tmp_path / "whole")
+    expected = _left(tmp_path / "whole")
+    failed = set()
+    for limit in (100, 1_000, 4_000, 16_000):
+        folder = tmp_path / str(limit)
+        try:
+            with _full_disk(limit):
+                _run(case, folder)
+        except OSError as error:
+            message = str(error)
+            assert str(folder) in message and "could not be written" in message
+            assert message.endswith("then run the same command again to resume.")
+            failed.add(message.partition(f"{folder}/")[2].split("/")[0].split("'")[0])
+        assert capfd.readouterr().err == ""
+        _run(case, folder)
+        assert _left(folder) == expected, limit
+    assert failed == {"config.json", "masks", "rows.jsonl", "checkpoints"}
+
+
+@contextlib.contextmanager
+def _full_disk(limit: int) -> Iterator[None]:
+    """Makes every file that is larger than `limit` bytes too large."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -22,7 +22,15 @@ import jax.numpy as jnp
 from synflow_jax import trees
 from synflow_jax.analysis.dependence import loops, steps
 from synflow_jax.analysis.dependence.semirings import BOUND, COST, REACH, Degree, Semiring
-from synflow_jax.analysis.dependence.values import TABLE, Analysis, Notes, Origin, Value, total
+from synflow_jax.analysis.dependence.values import (
+    TABLE,
+    Analysis,
+    Notes,
+    NotLean,
+    Origin,
+    Value,
+    total,
+)
 from synflow_jax.jaxprs.interpreter import walk
 from synflow_jax.scores import ApplyFn
 from synflow_jax.trees import Mask, Params
@@ -67,10 +75,16 @@ def evaluate(
     for name, leaf, degree in zip(trees.names(params), leaves, is_followed, strict=True):
         origin = Origin() if degree is None else Origin(frozenset([name]))
         inputs.append(Value(leaf, None, degree, origin))
-    inputs.append(Value(x, jnp.full(x.shape, semiring.always, jnp.float32)))
+    degree = jnp.full(x.shape, semiring.always, jnp.float32)
+    # Behind the barrier, so that XLA does not compute whole layers as constants when it compiles.
+    inputs.append(Value(*jax.lax.optimization_barrier((x, degree))))
 
-    analysis = Analysis(semiring)
-    outputs = walk(TABLE, analysis, program, inputs)
+    analysis = Analysis(semiring, is_lean=followed is not None)
+    try:
+        outputs = walk(TABLE, analysis, program, inputs)
+    except NotLean:
+        analysis = Analysis(semiring)
+        outputs = walk(TABLE, analysis, program, inputs)
     degree = jnp.float32(semiring.never)
     for output in outputs:
         if output.varies is not None:

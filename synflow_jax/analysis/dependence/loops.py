@@ -22,7 +22,9 @@ from synflow_jax.analysis.dependence.values import (
     constants,
     filled,
     joined,
+    leaves_of,
     over_all,
+    value_of,
 )
 from synflow_jax.jaxprs.interpreter import Cond, Scan, While, fixed_point, walk
 
@@ -41,11 +43,12 @@ def _either(a: Flags, b: Flags) -> Flags:
 
 def _with_flags(analysis: Analysis, x: Value, flags: Flags) -> Value:
     """Adds the channels that a value lacks."""
-    missing = {}
+    channels = []
     for channel, wanted in zip(CHANNELS, flags, strict=True):
-        if wanted:
-            missing[channel] = filled(analysis, x, channel)
-    return x._replace(**missing)
+        is_there = wanted or getattr(x, channel) is not None
+        channels.append(filled(analysis, x, channel) if is_there else None)
+    varies, moves = channels
+    return x._replace(varies=varies, moves=moves)
 
 
 def _bare(x: Value) -> tuple[Any, Any, Any]:
@@ -60,16 +63,12 @@ def _strong(x: Value, variable: Any) -> Value:
     return x._replace(array=jnp.asarray(x.array, variable.aval.dtype))
 
 
-def _leaves(values: Values) -> frozenset[str]:
-    return functools.reduce(operator.or_, [x.origin.leaves for x in values], frozenset())
-
-
 def _from_loop(analysis: Analysis, parts: Sequence[Any], operands: Values) -> Value:
     """Returns what leaves a loop. If it is made of weights, they may be any that entered."""
     x = Value(*parts)
     if x.varies is not None or x.moves is None:
         return x
-    return x._replace(origin=Origin(_leaves(operands), analysis.depth))
+    return x._replace(origin=Origin(leaves_of(operands), analysis.depth))
 
 
 def _note_carried(analysis: Analysis, carry: Values) -> None:
@@ -104,7 +103,7 @@ def _cond(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
         for leaf, times in analysis.num_uses.items():
             most[leaf] = max(times, most.get(leaf, 0))
     analysis.num_uses = most
-    return [choose(analysis, index, list(cases)) for cases in zip(*outputs, strict=True)]
+    return [choose(analysis, "cond", index, list(cases)) for cases in zip(*outputs, strict=True)]
 
 
 @TABLE.rule("scan")
@@ -120,7 +119,7 @@ def _scan(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
     def body(carry: Sequence[Any], slices: Sequence[Any]) -> Values:
         carried = [Value(*parts) for parts in carry]
-        xs = [Value(*x, origin) for x, origin in zip(slices, slice_origins, strict=True)]
+        xs = [Value(*x)._replace(origin=o) for x, o in zip(slices, slice_origins, strict=True)]
         with analysis.in_loop():
             outputs = walk(TABLE, analysis, scan.body, [*scan.consts, *carried, *xs])
         return list(map(_strong, outputs, variables))
@@ -128,7 +127,7 @@ def _scan(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     xs = [_bare(x) for x in scan.xs]
     one_slice = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
     carry = list(map(_strong, scan.carry, variables[:num_carry]))
-    flags = _settled(analysis, lambda values: body(values, one_slice), carry)
+    flags = _settled(analysis, body, carry, one_slice)
 
     def step(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Any, Any]:
         outputs = body(carry, slices)
@@ -142,22 +141,30 @@ def _scan(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
 def _settled(
     analysis: Analysis,
-    body: Callable[[Sequence[Any]], Values],
+    body: Callable[..., Values],
     carry: Values,
+    *slices: Any,
 ) -> list[Flags]:
-    """Returns which channels the carried values have after any number of rounds."""
+    """Returns which channels the carried values have after any number of rounds.
+
+    Args:
+      analysis: the state.
+      body: of the loop, as (arrays of carried values, slices).
+      carry: the values before the first round.
+      slices: that a round of a scan takes, as shapes.
+    """
 
     def after(flags: list[Flags]) -> list[Flags]:
         found: list[Flags] = []
 
-        def probe(values: Sequence[Any]) -> tuple:
-            found.extend(map(_flags, body(values)[: len(carry)]))
+        def probe(values: Sequence[Any], *slices: Any) -> tuple:
+            found.extend(map(_flags, body(values, *slices)[: len(carry)]))
             return ()
 
         values = [_bare(_with_flags(analysis, x, f)) for x, f in zip(carry, flags, strict=True)]
         before = dict(analysis.num_uses)
         # Only the structure is wanted, so nothing is computed.
-        jax.eval_shape(probe, values)
+        jax.eval_shape(probe, values, *slices)
         analysis.num_uses = before
         return found
 
@@ -257,7 +264,7 @@ def _unknown_length(
     for array, *degrees in last:
         pairs = zip(degrees, turn, strict=True)
         channels = [joined(analysis, [a, b], jnp.shape(array)) for a, b in pairs]
-        results.append(Value(array, *channels))
+        results.append(value_of(array, channels))
     return results
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn
 
 from synflow_jax.analysis.dependence.values import (
@@ -19,19 +20,21 @@ from synflow_jax.analysis.dependence.values import (
     Analysis,
     Degree,
     Degrees,
+    NotLean,
     Origin,
     Value,
     Values,
+    both_of,
     choose,
     exact,
     flow,
     joined,
-    need_the_same,
     nonzero,
     over_all,
     present,
     rule,
     shape_of,
+    value_of,
 )
 from synflow_jax.jaxprs.interpreter import bind
 
@@ -53,7 +56,7 @@ def _elementwise(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     [array] = bind(eqn, [x.array for x in operands])
     shape = shape_of(eqn.outvars[0])
     channels = [joined(analysis, present(operands, channel), shape) for channel in CHANNELS]
-    return [Value(array, *channels)]
+    return [value_of(array, channels)]
 
 
 @rule("optimization_barrier device_put")
@@ -72,7 +75,7 @@ def _nothing(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 def _select(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     """Follows a choice, element by element."""
     index, *cases = operands
-    return [choose(analysis, index, cases)]
+    return [choose(analysis, eqn.primitive.name, index, cases)]
 
 
 # ---------------------------------------------------------------------------------------- Products
@@ -84,10 +87,14 @@ def _channels_of_product(
     b: Value,
     multiply: Callable[[Degree, Degree], Degree],
     shape: Sequence[int],
-) -> Degrees:
+) -> list[Degree | None]:
     """Follows a product: it depends on one factor as far as the other is not 0."""
-    channels = []
+    channels: list[Degree | None] = []
+    varies = a.varies is not None or b.varies is not None
     for channel in CHANNELS:
+        if channel == "moves" and varies and analysis.is_lean:
+            channels.append(None)
+            continue
         of_a, of_b = getattr(a, channel), getattr(b, channel)
         terms = []
         if of_a is not None:
@@ -98,17 +105,17 @@ def _channels_of_product(
     return channels
 
 
-def _note_product(analysis: Analysis, eqn: JaxprEqn, a: Value, b: Value) -> None:
-    """Records where the factors of a product may depend on the same weights."""
-    if a.varies is not None and b.varies is not None:
-        analysis.products.append(eqn.primitive.name)
-    for leaf in a.origin.leaves & b.origin.leaves:
-        analysis.num_uses[leaf] = 2
+def _is_nonzero_number(x: Value) -> bool:
+    """Returns whether a value is a constant that is known before the program runs, and not 0."""
+    is_known = x.is_constant and not isinstance(x.array, jax.core.Tracer)
+    return is_known and bool(np.all(x.array != 0))
 
 
 @rule("mul and")
 def _multiply(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     """Follows a product of elements in the same place."""
+    if any(_is_nonzero_number(x) for x in operands):
+        return _elementwise(analysis, eqn, operands)
     arrays = bind(eqn, [x.array for x in operands])
     product = _product(analysis, eqn, *operands)
     return [product._replace(array=arrays[0])]
@@ -127,18 +134,13 @@ def _divide(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 def _product(analysis: Analysis, eqn: JaxprEqn, a: Value, b: Value) -> Value:
     """Returns the dependences of an elementwise product of two values, without its array."""
     shape = shape_of(eqn.outvars[0])
-    both = analysis.semiring.both
-    if need_the_same([a, b]):
-        # Two functions of one value, as in x * sigmoid(x), need the same weights.
-        both = analysis.semiring.shared
-    else:
-        _note_product(analysis, eqn, a, b)
+    both = both_of(analysis, eqn.primitive.name, [a], [b])
 
     def multiply(of_a: Degree, of_b: Degree) -> Degree:
         return both(jnp.broadcast_to(of_a, shape), jnp.broadcast_to(of_b, shape))
 
     channels = _channels_of_product(analysis, a, b, multiply, shape)
-    return Value(None, *channels)
+    return value_of(None, channels)
 
 
 @rule("dot_general conv_general_dilated")
@@ -146,7 +148,7 @@ def _contract(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     """Follows a sum of products."""
     a, b = operands
     arrays = bind(eqn, [exact(analysis, a), exact(analysis, b)])
-    _note_product(analysis, eqn, a, b)
+    both_of(analysis, eqn.primitive.name, [a], [b])
     # Indicators are exact in every precision, so the program's own settings do not matter.
     options = {**eqn.params, "preferred_element_type": None, "precision": None}
 
@@ -156,7 +158,7 @@ def _contract(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     multiply = functools.partial(analysis.semiring.contract, product)
     shape = shape_of(eqn.outvars[0])
     channels = _channels_of_product(analysis, a, b, multiply, shape)
-    return [Value(arrays[0], *channels)]
+    return [value_of(arrays[0], channels)]
 
 
 # ----------------------------------------------------------------------------------------- Layouts
@@ -172,11 +174,20 @@ def _move(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     return flow(analysis, operands, arrays, functools.partial(bind, eqn))
 
 
-def _shifted(analysis: Analysis, outputs: Values, data: Values, indices: Values) -> Values:
+def _shifted(
+    analysis: Analysis,
+    eqn: JaxprEqn,
+    outputs: Values,
+    data: Values,
+    indices: Values,
+) -> Values:
     """Adds that an index may depend on something: then every output does, on all data."""
     turn = over_all(analysis, indices, CHANNELS)
     if turn is None:
         return outputs
+    if analysis.is_lean:
+        raise NotLean
+    both = both_of(analysis, eqn.primitive.name, data, indices)
     results = []
     for x in outputs:
         channels = []
@@ -187,9 +198,9 @@ def _shifted(analysis: Analysis, outputs: Values, data: Values, indices: Values)
             if of_index is not None:
                 degrees.append(of_index)
             if of_data is not None:
-                degrees.append(analysis.semiring.both(of_data, turn))
+                degrees.append(both(of_data, turn))
             channels.append(joined(analysis, degrees, jnp.shape(x.array)))
-        results.append(Value(x.array, *channels))
+        results.append(value_of(x.array, channels))
     return results
 
 
@@ -204,7 +215,7 @@ def _gather(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
         return [eqn.primitive.bind(degrees[0], indices.array, **options)]
 
     outputs = flow(analysis, [data], arrays, follow)
-    return _shifted(analysis, outputs, [data], [indices])
+    return _shifted(analysis, eqn, outputs, [data], [indices])
 
 
 @rule("dynamic_slice")
@@ -225,7 +236,7 @@ def _at_indices(analysis: Analysis, eqn: JaxprEqn, operands: Values, num_data: i
     arrays = bind(eqn, [x.array for x in operands])
     places = [x.array for x in indices]
     outputs = flow(analysis, data, arrays, lambda degrees: bind(eqn, [*degrees, *places]))
-    return _shifted(analysis, outputs, data, indices)
+    return _shifted(analysis, eqn, outputs, data, indices)
 
 
 @rule("scatter scatter-add scatter-sub scatter-min scatter-max scatter_add scatter_sub")
@@ -244,7 +255,7 @@ def _scatter(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
     both = [data, updates]
     outputs = flow(analysis, both, arrays, follow)
-    return _shifted(analysis, outputs, both, [indices])
+    return _shifted(analysis, eqn, outputs, both, [indices])
 
 
 # -------------------------------------------------------------------------------------- Reductions
@@ -283,8 +294,13 @@ def _reduce_product(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Valu
     slices = [x]
     for axis in sorted(axes, reverse=True):
         slices = [part for whole in slices for part in _slices(whole, axis)]
+
+    def times(a: Value, b: Value) -> Value:
+        product = _product(analysis, eqn, a, b)
+        return product._replace(array=a.array * b.array)
+
     one = Value(jnp.ones(shape, jnp.result_type(x.array)))
-    product = functools.reduce(functools.partial(_product, analysis, eqn), slices, one)
+    product = functools.reduce(times, slices, one)
     return [product._replace(array=arrays[0])]
 
 

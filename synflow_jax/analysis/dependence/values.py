@@ -70,18 +70,26 @@ class Notes:
     products: tuple[str, ...] = ()
 
 
+class NotLean(Exception):
+    """Ends a lean analysis of a program that needs the full one."""
+
+
 @dataclasses.dataclass
 class Analysis:
     """Holds the state of an analysis.
 
     Attributes:
       semiring: how dependences combine.
+      is_lean: whether to leave out how values that depend on the input depend on weights besides.
+        Most networks do not need it, and it takes more than half of the time to compile. Where it
+        is needed, `NotLean` is raised.
       depth: the number of loops around the present step.
       num_uses: how often each parameter meets a value that depends on the input.
       products: see `Notes`.
     """
 
     semiring: Semiring
+    is_lean: bool = False
     depth: int = 0
     num_uses: dict[str, int] = dataclasses.field(default_factory=dict)
     products: list[str] = dataclasses.field(default_factory=list)
@@ -118,6 +126,8 @@ def nonzero(analysis: Analysis, x: Value) -> Degree:
     # A NaN is 0 / 0, as of a kernel that is divided by its norm and has no weights left.
     is_set = (x.array != 0) & (x.array == x.array)
     degree = jnp.where(is_set, jnp.float32(semiring.always), jnp.float32(semiring.never))
+    if analysis.is_lean and x.varies is not None:
+        raise NotLean
     for channel in (x.varies, x.moves):
         if channel is not None:
             degree = semiring.join(degree, channel)
@@ -191,6 +201,12 @@ def flow(
     return [Value(*parts) for parts in zip(arrays, varies, moves, strict=True)]
 
 
+def value_of(array: Any, channels: Sequence[Degree | None]) -> Value:
+    """Returns a value with these channels, in the order of CHANNELS."""
+    varies, moves = channels
+    return Value(array, varies, moves)
+
+
 def shape_of(variable: Any) -> tuple[int, ...]:
     """Returns the shape of a variable of a jaxpr."""
     return tuple(variable.aval.shape)
@@ -210,25 +226,88 @@ def over_all(analysis: Analysis, operands: Values, channels: Sequence[str]) -> D
     return joined(analysis, totals, ())
 
 
-def choose(analysis: Analysis, index: Value, cases: Values) -> Value:
-    """Chooses among cases of one shape, per element or as a whole, as `lax.select_n` does."""
-    semiring = analysis.semiring
+def leaves_of(values: Values) -> frozenset[str]:
+    """Returns the prunable parameters that values without the input are computed from."""
+    leaves: frozenset[str] = frozenset()
+    return leaves.union(*[x.origin.leaves for x in values])
+
+
+def both_of(
+    analysis: Analysis,
+    step: str,
+    a: Values,
+    b: Values,
+) -> Callable[[Degree, Degree], Degree]:
+    """Returns how the dependences of these values combine where they are needed together.
+
+    Args:
+      analysis: records the step, if the two may need the same weights.
+      step: the name of the primitive.
+      a, b: values on either side.
+    """
+    # Two functions of one value, as in x * sigmoid(x), need the same weights.
+    if need_the_same([*a, *b]):
+        return analysis.semiring.shared
+    if present(a, "varies") and present(b, "varies"):
+        analysis.products.append(step)
+    for leaf in leaves_of(a) & leaves_of(b):
+        analysis.num_uses[leaf] = 2
+    return analysis.semiring.both
+
+
+def choose(analysis: Analysis, step: str, index: Value, cases: Values) -> Value:
+    """Chooses among cases of one shape, per element or as a whole, as `lax.select_n` does.
+
+    step: the name of the primitive.
+    """
     arrays = [case.array for case in cases]
     array = jax.lax.select_n(index.array, *arrays)
-    shape = jnp.shape(array)
-    # By what another case can be chosen than the one that the index says.
-    turn = joined(analysis, [*present([index], "varies"), *present([index], "moves")], shape)
+
+    def follow(degrees: Degrees) -> Degrees:
+        return [jax.lax.select_n(index.array, *degrees)]
+
+    [chosen] = flow(analysis, cases, [array], follow)
+    if index.is_constant:
+        return chosen
+    both = both_of(analysis, step, [index], cases)
+    return _with_choice(analysis, chosen, index, cases, both)
+
+
+def _with_choice(
+    analysis: Analysis,
+    chosen: Value,
+    index: Value,
+    cases: Values,
+    both: Callable[[Degree, Degree], Degree],
+) -> Value:
+    """Adds that the index may depend on something, so that another case may be chosen."""
+    if analysis.is_lean:
+        raise NotLean
+    shape = jnp.shape(chosen.array)
+    of_index = [*present([index], "varies"), *present([index], "moves")]
+    turn = joined(analysis, of_index, shape)
+    differ = _difference(analysis, cases)
     channels = []
     for channel in CHANNELS:
-        degrees = present([index], channel)
-        if present(cases, channel):
-            of_cases = [filled(analysis, case, channel) for case in cases]
-            degrees.append(jax.lax.select_n(index.array, *of_cases))
-            if turn is not None:
-                any_case = functools.reduce(semiring.join, of_cases)
-                degrees.append(semiring.both(any_case, turn))
+        degrees = present([chosen], channel)
+        for degree in present([index], channel):
+            # The choice matters as far as there is a difference between the cases.
+            degrees.append(both(jnp.broadcast_to(degree, shape), differ))
+        of_cases = joined(analysis, present(cases, channel), shape)
+        if of_cases is not None and turn is not None:
+            degrees.append(both(of_cases, turn))
         channels.append(joined(analysis, degrees, shape))
-    return Value(array, *channels)
+    return value_of(chosen.array, channels)
+
+
+def _difference(analysis: Analysis, cases: Values) -> Degree:
+    """Returns by what each element can differ between cases."""
+    semiring = analysis.semiring
+    first, *others = [case.array for case in cases]
+    is_other = functools.reduce(operator.or_, [other != first for other in others])
+    degree = jnp.where(is_other, jnp.float32(semiring.always), jnp.float32(semiring.never))
+    degrees = [*present(cases, "varies"), *present(cases, "moves")]
+    return functools.reduce(semiring.join, degrees, degree)
 
 
 # ------------------------------------------------------------------------------------------- Table
@@ -272,7 +351,7 @@ def rule(primitives: str) -> Callable[[RuleFn], RuleFn]:
                 for x in made_of_weights:
                     analysis.note_use(x)
             outputs = function(analysis, eqn, operands)
-            return [_with_leaves(x, made_of_weights) for x in outputs]
+            return [_finished(analysis, x, made_of_weights) for x in outputs]
 
         TABLE.rule(primitives)(followed)
         return function
@@ -280,11 +359,11 @@ def rule(primitives: str) -> Callable[[RuleFn], RuleFn]:
     return register
 
 
-def _with_leaves(x: Value, made_of_weights: Values) -> Value:
+def _finished(analysis: Analysis, x: Value, made_of_weights: Values) -> Value:
     """Notes the parameters that a value is computed from, unless it depends on the input."""
-    if x.varies is not None or not made_of_weights:
+    if x.varies is not None:
+        return x._replace(moves=None) if analysis.is_lean else x
+    if not made_of_weights:
         return x
-    origins = [operand.origin for operand in made_of_weights]
-    leaves = functools.reduce(operator.or_, [origin.leaves for origin in origins])
-    depth = min(origin.depth for origin in origins)
-    return x._replace(origin=Origin(leaves, depth))
+    depth = min(operand.origin.depth for operand in made_of_weights)
+    return x._replace(origin=Origin(leaves_of(made_of_weights), depth))

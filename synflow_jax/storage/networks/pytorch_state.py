@@ -16,7 +16,6 @@ into two entries:
 from __future__ import annotations
 
 import pathlib
-import zipfile
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -143,7 +142,7 @@ def _read_file(path: pathlib.Path) -> Arrays:
         )
     try:
         return read_npz(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise ValueError(f"file {str(path)!r} cannot be read: {error}. Make it again.") from error
 
 
