@@ -21,6 +21,7 @@ from synflow_jax import arguments, pruning, scores, trees
 from synflow_jax.analysis import dependence, shortest
 from synflow_jax.analysis.programs import compiled
 from synflow_jax.jaxprs import scaling
+from synflow_jax.jaxprs.compiled import bounded_jit
 from synflow_jax.scores import ApplyFn, Objective, ScoreFn, path_norm
 from synflow_jax.trees import Mask, Params
 
@@ -276,8 +277,8 @@ def _log10_norm(apply_fn: ApplyFn, params: Params, input_shape: Sequence[int]) -
 
 
 # An objective is a pytree that is passed as an argument, so that a bisection compiles only once.
-_jitted = jax.jit(lambda objective, params: objective(params))
-_jitted_scaled = jax.jit(lambda objective, params: scaling.evaluate(objective, params))
+_jitted = bounded_jit(lambda objective, params: objective(params))
+_jitted_scaled = bounded_jit(lambda objective, params: scaling.evaluate(objective, params))
 
 
 def _evaluate(objective: Objective, params: Params) -> float:
