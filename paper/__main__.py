@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> None:
             f"--published={_PUBLISHED.value!r} has no effect on {name}: there are published "
             f"accuracies for {' and '.join(_OF_RULES)} only. Leave it out."
         )
-    folders = [pathlib.Path(folder) for folder in _ROWS.value]
-    out = folders[0] if _OUT.value is None else pathlib.Path(_OUT.value)
+    folders = [cli.check_path(folder, "rows") for folder in _ROWS.value]
+    out = folders[0] if _OUT.value is None else cli.check_path(_OUT.value, "out")
     if name == "ablations":
         _write_table(folders[0], out)
     else:
@@ -103,7 +103,11 @@ def _draw(name: str, folders: Sequence[pathlib.Path]) -> Figure:
 
 def _draw_accuracy(name: str, folders: Sequence[pathlib.Path]) -> Figure:
     epoch = _ACCURACY.value
-    behind = None if _PUBLISHED.value is None else published.read(pathlib.Path(_PUBLISHED.value))
+    behind = (
+        None
+        if _PUBLISHED.value is None
+        else published.read(cli.check_path(_PUBLISHED.value, "published"))
+    )
     panels = _OF_ACCURACY[name].panels(rows.read_trained(folders, name), epoch)
     for panel in panels:
         print("\n".join(curves.summary(panel)))

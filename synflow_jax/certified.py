@@ -6,34 +6,51 @@ to less than that flow are no cut, and a path is left without them. `prune` remo
 iteration, only a fraction of that flow. It takes as many iterations as it needs, and can go down to
 one weight per layer.
 
+Scores are conserved if every step of the network is homogeneous of degree one, and if the weights
+enter it as they are. `check` asks for that before anything is pruned, by following the steps of the
+network (`jaxprs.homogeneity`): numbers at one mask cannot tell. In each iteration the numbers are
+checked too, and at the end flow must be left.
+
 The info that it returns is a certificate: `pruned_score / cut` is below 1 in every iteration, and
 `removed_in` says which weights each iteration pruned.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from synflow_jax import masking, pruning, schedules, trees
+from synflow_jax import arguments, masking, pruning, schedules, trees
+from synflow_jax.jaxprs import homogeneity
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.jaxprs.precision import Precision
 from synflow_jax.masking import from_key, to_key
 from synflow_jax.pruning import ProgressFn, Proposal, ProposeFn, PruneInfo, PruneState
-from synflow_jax.scores import Flow, Rule, ScoreFn, as_rule
+from synflow_jax.scores import Flow, FlowFn, Objective, Rule, ScoreFn, as_rule
 from synflow_jax.trees import Mask, Params, Scores
 
-MAX_ITERATIONS = 4096  # unless more are asked for; uint16 holds the number of an iteration
+MAX_ITERATIONS = 4096  # unless more are asked for
+_CHAPTER = 4096  # iterations whose records the compiled loop holds
 _SAFE = 0.999  # of a cut: the most that a single pruned weight may hold, for rounding
 _STRIDE = 4  # iterations per call of the compiled loop
 _TOLERANCE = 2**-10  # of a budget: what may be left of it
 _SPREAD = 0.03  # how far the budget's threshold may be from the sample's estimate
+_NEGATIVE = 2**-11  # of a cut: negative scores up to this are rounding; below 1 - _SAFE
+_DIFFERENT = 2**-5  # of a cut: |R - cut| up to this is rounding, even in bfloat16
+
+# A flow that breaks Theorem 3 has one of these in place of its cut, which is never negative.
+_IS_NEGATIVE = -1.0
+_IS_DIFFERENT = -2.0
 
 
 class Shortfall(UserWarning):
@@ -53,26 +70,30 @@ def prune(
 ) -> tuple[Mask, PruneInfo]:
     """Prunes to N / compression weights in iterations that provably disconnect nothing (Theorem 3).
 
-    All weights are ranked together, and a pruned weight stays pruned. Biases count as 0. It ends
-    with N / compression weights, rounded up, or when every weight that is left lies on all paths:
-    then no fewer weights can be left in a network with branches, and `Shortfall` warns of it.
+    All weights are ranked together, and a pruned weight stays pruned. Biases count as 0, as do
+    other parameters that are added and cannot be pruned. It ends with N / compression weights,
+    rounded up, or when every weight that is left lies on all paths: then no fewer weights can be
+    left in a network with branches, and `Shortfall` warns of it.
 
     Args:
-      score_fn: `scores.synflow(...)`, or another rule with a `flow`.
+      score_fn: `scores.synflow(...)`, or another rule with a `flow` and an `objective`.
       params: tree of float arrays.
       compression: total / kept of the prunable weights, at least 1.
       cut_fraction: how much of the cut an iteration may prune, above 0 and below 1. With 0.5 it
         takes about as many iterations to a compression of 1000 as the exponential schedule.
-      num_iterations: the most that it may take; 4,096 by default.
+      num_iterations: the most that it may take; 4,096 by default. It never takes more than there
+        are weights.
       mask: the mask to start from. It decides what is prunable: all kernels by default.
       score_dtype: as in `pruning.prune`.
       on_progress: as in `pruning.prune`.
 
     Returns:
-      The mask and its `PruneInfo`, with one row per iteration that was done.
+      The mask and its `PruneInfo`, with one row per iteration that was done. `info.removed_in`
+      holds uint16 up to 65,535 iterations, and uint32 beyond.
 
     Raises:
-      ValueError: an argument is out of its range, or the rule has no flow.
+      ValueError: an argument is out of its range, or the rule has no flow, or Theorem 3 does not
+        hold for the network; see `check`.
       FloatingPointError: scores are infinite or NaN.
 
     Warns:
@@ -87,26 +108,27 @@ def prune(
     ([1, 1], True)
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
+    mask = trees.default_mask(params) if mask is None else mask
     num_iterations = MAX_ITERATIONS if num_iterations is None else num_iterations
-    pruning.check_request(params, mask, compression)
+    pruning.check_options(on_progress=on_progress)
+    pruning.check_request(rule, params, mask, compression)
     schedules.check_request(compression, num_iterations)
-    _check_rule(rule, cut_fraction)
-    params = _only_paths(params, mask)
+    _check_cut_fraction(cut_fraction)
+    params = check(rule, params, mask)
 
-    # There are no counts: how many weights an iteration can prune depends on the scores. So the run
-    # goes in short stretches until it is done, and the info is cut to the iterations that it took.
-    goal = num_kept(sum(trees.sizes(mask)), compression)
-    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((rule, params))
-        dtype = pruning.score_type(params, mask)
-        state = pruning.init_state(mask, num_iterations, dtype, records_removal=True)
-        run = functools.partial(_advance, rule, params, goal, cut_fraction)
-        state = pruning.run_in_stretches(
-            run, state, num_iterations, on_progress, stride=min(_STRIDE, num_iterations)
-        )
-        pruning.raise_unless_finite(state, rule, params)
-    info = _rows_done(state.info)
+    num_weights = sum(trees.sizes(mask))
+    goal = num_kept(num_weights, compression)
+    with pruning.scoring_dtype(score_dtype, params, mask) as precision:
+        checked = dataclasses.replace(rule, flow=Partial(_checked_flow, rule.flow))
+        dtype = precision.dtype
+        fraction = jax.device_put(np.asarray(cut_fraction, dtype))
+        run = functools.partial(_advance, checked, params, fraction, precision=precision)
+        # Every iteration but the last prunes a weight.
+        most = min(num_iterations, num_weights + 1)
+        state, info = _run(run, mask, goal, most, dtype, on_progress)
+        pruning.raise_unless_finite(state._replace(info=info), rule, params)
+        _raise_unless_conserved(info)
+        _raise_unless_connected(run, state, info)
     _warn_of_shortfall(info, goal, bool(state.done))
     return state.mask, info
 
@@ -122,17 +144,171 @@ def num_kept(size: int, compression: float) -> int:
     return max(1, math.ceil(size / compression * (1 - 1e-12)))
 
 
-@jax.jit
+def check(rule: Rule, params: Params, mask: Mask) -> Params:
+    """Checks that the scores of a rule bound what may be pruned (Theorem 3).
+
+    Every step of the network has to be homogeneous of degree one in the data: sums, maxima, ReLU,
+    products with constants ... Weights that can be pruned have to enter products as they are, or
+    through linear maps.
+
+    Args:
+      rule: with a `flow` and an `objective`.
+      params: tree of float arrays.
+      mask: decides what is prunable. Its values do not matter.
+
+    Returns:
+      The parameters, with 0 for all that are added to the data: their flow would hide the flow of
+      the paths from the input.
+
+    Raises:
+      ValueError: the rule has no flow or no objective, or the network has other steps. Names them.
+
+    >>> from synflow_jax import scores
+    >>> params = {"fc": {"kernel": jnp.ones((4, 8))}}
+    >>> rule = scores.synflow(lambda p, x: jnp.tanh(x @ p["fc"]["kernel"]), input_shape=(4,))
+    >>> check(rule, params, trees.prunable(params))
+    Traceback (most recent call last):
+    ...
+    ValueError: score_fn is of a network whose scores need not add up to those of a cut, so that ...
+    """
+    if rule.flow is None:
+        raise ValueError(
+            "score_fn has no flow: certified pruning bounds the scores of an iteration by those of "
+            "a cut, and the scores of this rule are not conserved. Use scores.synflow(...), or "
+            "pruning.prune."
+        )
+    if rule.objective is None:
+        raise ValueError(
+            "score_fn has a flow, but no objective: certified pruning follows the steps of R to "
+            "see whether its scores are conserved. Give the rule R(params, input_scale) as its "
+            "objective, or use pruning.prune."
+        )
+    prunable = trees.names(mask)
+    kinds = trees.leaf_kinds(params)
+    biases = [name for name in prunable if kinds[name].endswith("bias")]
+    if biases:
+        raise ValueError(
+            f"mask lets {biases} be pruned, and certified pruning counts paths from the input, "
+            "which pass no bias. Make them holes (prunable(params, biases=False)), or use "
+            "pruning.prune."
+        )
+    params = trees.without_biases(params)
+    faults = _faults(rule.objective, params, mask)
+    # Position embeddings, class tokens and biases of other names make output without input, too.
+    sources = {name for fault in faults if fault.is_source for name in fault.leaves}
+    sources -= set(prunable)
+    if sources:
+        params = _without(params, sources)
+        faults = _faults(rule.objective, params, mask)
+    if faults:
+        steps = homogeneity.in_words(faults)
+        raise ValueError(
+            "score_fn is of a network whose scores need not add up to those of a cut, so that "
+            "certified pruning could disconnect it: not all of its steps are homogeneous of degree "
+            f"one. These are not: {steps}. Use pruning.prune."
+        )
+    return params
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+# run(goal, state, start, stop): does some iterations on the way to `goal` weights.
+_RunFn = Callable[[int, PruneState, int, int], PruneState]
+
+
+def _run(
+    run: _RunFn,
+    mask: Mask,
+    goal: int,
+    num_iterations: int,
+    dtype: Any,
+    on_progress: ProgressFn | None,
+) -> tuple[PruneState, PruneInfo]:
+    """Prunes in chapters, until nothing is left to do.
+
+    There are no counts: how many weights an iteration can prune depends on the scores, and so how
+    many iterations there are. The compiled loop therefore holds the records of one chapter alone,
+    and counts its iterations from 1.
+
+    Returns:
+      The state of the last chapter, and the info of all.
+    """
+    num_rows = min(num_iterations, _CHAPTER)
+    info: PruneInfo | None = None
+    for first in range(0, num_iterations, num_rows):
+        state = pruning.init_state(mask, num_rows, dtype, records_removal=True)
+        state = pruning.run_in_stretches(
+            functools.partial(run, goal),
+            state,
+            min(num_rows, num_iterations - first),
+            _continued(on_progress, info),
+            stride=min(_STRIDE, num_rows),
+        )
+        info = _appended(info, state.info)
+        mask = state.mask
+        if bool(state.done):
+            break
+    assert info is not None, "there is at least one iteration"
+    return state, info
+
+
+def _continued(on_progress: ProgressFn | None, before: PruneInfo | None) -> ProgressFn | None:
+    """Returns a function that reports the iterations of this chapter and those before."""
+    if on_progress is None or before is None:
+        return on_progress
+
+    def report(num_done: int, info: PruneInfo) -> None:
+        # Each chapter begins with a report of none.
+        if num_done:
+            whole = _appended(before, info)
+            on_progress(int(whole.num_done), whole)
+
+    return report
+
+
+def _appended(before: PruneInfo | None, info: PruneInfo) -> PruneInfo:
+    """Appends the iterations of a chapter that were done to those before it."""
+    info = _rows_done(info)
+    if before is None:
+        return info
+    num_before = int(before.num_done)
+    num_done = num_before + int(info.num_done)
+    # In the narrowest type that holds the number of an iteration.
+    dtype = np.uint16 if num_done <= np.iinfo(np.uint16).max else np.uint32
+
+    def removed(old: Any, new: Any) -> jax.Array:
+        numbers: np.ndarray = np.asarray(new, np.int64)
+        shifted = np.where(numbers == 0, np.asarray(old), numbers + num_before)
+        return jnp.asarray(shifted, dtype)
+
+    def rows(old: Any, new: Any) -> jax.Array:
+        return jnp.concatenate([old, new])
+
+    return PruneInfo(
+        num_done=jnp.int32(num_done),
+        kept=rows(before.kept, info.kept),
+        score_total=rows(before.score_total, info.score_total),
+        pruned_score=rows(before.pruned_score, info.pruned_score),
+        cut=rows(before.cut, info.cut),
+        exponent=rows(before.exponent, info.exponent),
+        removed_in=jax.tree.map(removed, before.removed_in, info.removed_in),
+    )
+
+
+@bounded_jit
 def _advance(
     rule: Rule,
     params: Params,
-    goal: chex.Numeric,
     cut_fraction: chex.Numeric,
+    goal: chex.Numeric,
     state: PruneState,
     start: chex.Numeric,
     stop: chex.Numeric,
+    *,
+    precision: Precision,
 ) -> PruneState:
     propose = propose_affordable(goal, cut_fraction)
+    rule = pruning.in_precision(rule, precision)
     # The key is never used: rules with a flow look at no data and draw no random numbers.
     return pruning.advance(rule, params, jax.random.key(0), state, start, stop, propose)
 
@@ -160,42 +336,105 @@ def propose_affordable(goal: chex.Numeric, cut_fraction: chex.Numeric) -> Propos
 # Checks and warnings -----------------------------------------------------------------------------
 
 
-def _check_rule(rule: Rule, cut_fraction: float) -> None:
-    if rule.flow is None:
-        raise ValueError(
-            "score_fn has no flow: certified pruning bounds the scores of an iteration by those of "
-            "a cut, and the scores of this rule are not conserved. Use scores.synflow(...), or "
-            "pruning.prune."
-        )
-    if not 0 < cut_fraction < 1:
+def _check_cut_fraction(cut_fraction: float) -> None:
+    if not 0 < arguments.check_number("cut_fraction", cut_fraction, "0.5") < 1:
         raise ValueError(
             f"cut_fraction={cut_fraction} must be above 0 and below 1: it is a fraction of a cut."
         )
 
 
-def _only_paths(params: Params, mask: Mask) -> Params:
-    """Sets biases to 0: their flow would hide the flow of the paths from the input."""
-    kinds = trees.leaf_kinds(params)
-    biases = [name for name in trees.names(mask) if kinds[name].endswith("bias")]
-    if biases:
-        raise ValueError(
-            f"mask lets {biases} be pruned, and certified pruning counts paths from the input, "
-            "which pass no bias. Make them holes (prunable(params, biases=False)), or use "
-            "pruning.prune."
+@bounded_jit
+def _evaluate(objective: Objective, params: Params, input_scale: jax.Array) -> jax.Array:
+    """Computes R. It is compiled by no one: its trace is what `_faults` reads, and JAX keeps it."""
+    return objective(params, input_scale)
+
+
+def _faults(objective: Objective, params: Params, mask: Mask) -> tuple[homogeneity.Fault, ...]:
+    """Returns the steps of R that are not homogeneous of degree one."""
+    prunable = set(trees.names(mask))
+    dtype = trees.float_type(params)
+    trace = _evaluate.trace  # type: ignore[attr-defined]
+    program = trace(objective, params, np.ones((), dtype)).jaxpr
+    # Arrays that the objective holds, such as batch statistics, come first.
+    values = list(map(homogeneity.constant, jax.tree.leaves(objective)))
+    for name, leaf in zip(trees.names(params), jax.tree.leaves(params), strict=True):
+        is_weight = name in prunable
+        value = homogeneity.weight(name) if is_weight else homogeneity.constant(leaf, name)
+        values.append(value)
+    values.append(homogeneity.DATA)
+    return homogeneity.faults(program, values)
+
+
+def _without(params: Params, names: Collection[str]) -> Params:
+    """Sets parameters to 0."""
+
+    def leaf_function(path: tuple, leaf: jax.Array) -> jax.Array:
+        return jnp.zeros_like(leaf) if trees.path_name(path) in names else leaf
+
+    return jax.tree_util.tree_map_with_path(leaf_function, params)
+
+
+def _checked_flow(flow_fn: FlowFn, params: Params, mask: Mask, key: chex.PRNGKey) -> Flow:
+    """Computes a flow. Where it breaks Theorem 3 its cut is `_IS_NEGATIVE` or `_IS_DIFFERENT`."""
+    flow = flow_fn(params, mask, key)
+    below_zero = jax.tree.map(lambda score: jnp.sum(jnp.minimum(score, 0)), flow.scores)
+    negative = -jax.tree.reduce(jnp.add, below_zero)
+    cut = jnp.where(negative > _NEGATIVE * flow.cut, _IS_NEGATIVE, flow.cut)
+    if flow.total is not None:
+        # A derivative that is not that of the function gives scores that sum to something else.
+        difference = jnp.abs(flow.total - flow.cut)
+        is_different = (cut >= 0) & (difference > _DIFFERENT * flow.cut)
+        cut = jnp.where(is_different, _IS_DIFFERENT, cut)
+    # What is below 0 by rounding counts as 0.
+    scores = jax.tree.map(lambda score: jnp.where(score < 0, 0, score), flow.scores)
+    return flow._replace(scores=scores, cut=cut)
+
+
+def _raise_unless_conserved(info: PruneInfo) -> None:
+    """Raises ValueError if an iteration found a flow that breaks Theorem 3."""
+    cuts = np.asarray(info.cut, np.float64)
+    if not (cuts < 0).any():
+        return
+    iteration = int(np.argmax(cuts < 0))
+    fault = "scores are negative"
+    if cuts[iteration] == _IS_DIFFERENT:
+        fault = (
+            "R is not the flow from the input, as where a custom derivative is not that of its "
+            "function"
         )
-    return trees.without_biases(params)
+    raise ValueError(
+        f"score_fn does not conserve flow: in iteration {iteration + 1} {fault}. No cut bounds "
+        "such scores, so that certified pruning could disconnect the network. Use pruning.prune."
+    )
+
+
+def _raise_unless_connected(run: _RunFn, state: PruneState, info: PruneInfo) -> None:
+    """Raises ValueError if no flow is left, although there was some before the first iteration."""
+    if not float(info.cut[0]) > 0:
+        return
+    # An iteration with nothing to prune computes the flow that is left, in the program at hand.
+    # Masks are nested, so flow at the end means flow after every iteration.
+    num_left = np.asarray(info.kept[-1]).sum(dtype=np.int32)
+    goal, start, stop, done = jax.device_put(
+        (num_left, np.int32(0), np.int32(1), np.zeros((), bool))
+    )
+    after = run(goal, state._replace(done=done), start, stop)
+    if float(after.info.cut[0]) > 0:
+        return
+    raise ValueError(
+        "score_fn's network is disconnected after pruning, although no iteration pruned as much as "
+        "a cut: it has steps that let flow through by a condition on other values, or its flow "
+        "underflows. Use pruning.prune, or a scaled rule."
+    )
 
 
 def _rows_done(info: PruneInfo) -> PruneInfo:
     """Drops the rows of iterations that were not needed."""
-    num_done = int(info.num_done)
-    return info._replace(
-        kept=info.kept[:num_done],
-        score_total=info.score_total[:num_done],
-        pruned_score=info.pruned_score[:num_done],
-        cut=info.cut[:num_done],
-        exponent=info.exponent[:num_done],
-    )
+    # On the host: a slice on the device is a program for each length.
+    by_row = info._replace(num_done=None, removed_in=None)  # type: ignore[arg-type]
+    num_done, rows = jax.device_get((info.num_done, by_row))
+    rows = jax.device_put(jax.tree.map(lambda row: row[: int(num_done)], rows))
+    return rows._replace(num_done=info.num_done, removed_in=info.removed_in)
 
 
 def _warn_of_shortfall(info: PruneInfo, goal: int, done: bool) -> None:

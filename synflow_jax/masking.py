@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from synflow_jax import arguments, trees
+from synflow_jax.jaxprs.varying import vary_like
 from synflow_jax.trees import Mask, Scores
 
 _CHUNK = 2**17  # elements that are added side by side on a CPU
@@ -61,7 +63,7 @@ def global_mask(scores: Scores, k: chex.Numeric, exchange: Exchange = ONE_DEVICE
     >>> global_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 5.0])}, 2)
     {'a': Array([ True, False], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
-    counts = jnp.asarray(k, jnp.int32)[None]
+    counts = _counts(k, ())[None]
     (threshold,) = separators(scores, counts, exchange)
     # Nothing is to go for k < 1, where the threshold is -inf: scores of -inf must stay as well.
     return jax.tree.map(lambda s: (s > threshold) | (k < 1), scores)
@@ -76,7 +78,7 @@ def local_mask(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
       exchange: as in `global_mask`.
     """
     leaves, structure = jax.tree.flatten(scores)
-    k = jnp.asarray(k, jnp.int32)
+    k = _counts(k, (len(leaves),))
     thresholds = separators(scores, k, exchange)
     masks = [(s > thresholds[j]) | (k[j] < 1) for j, s in enumerate(leaves)]
     return jax.tree.unflatten(structure, masks)
@@ -92,7 +94,11 @@ def shuffle(mask: Mask, key: chex.PRNGKey) -> Mask:
     >>> shuffle({"w": jnp.arange(8) < 3, "b": None}, jax.random.key(0))
     {'b': None, 'w': Array([ True,  True, False,  True, False, False, False, False], dtype=bool)}
     """
+    arguments.check_key("key", key)
     leaves, structure = jax.tree.flatten(mask)
+    for leaf in leaves:
+        if leaf.dtype != jnp.bool_:
+            raise ValueError(f"mask holds {arguments.describe(leaf)}, and must hold bool arrays.")
     keys = jax.random.split(key, len(leaves))
     shuffled = []
     for leaf_key, leaf in zip(keys, leaves, strict=True):
@@ -161,6 +167,7 @@ def _sum_by_chunks(function: Callable[..., Any], *flat: jax.Array) -> Any:
 
     like = jax.eval_shape(terms_of_chunk, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    zeros = vary_like(zeros, flat)
     sums = jax.lax.fori_loop(0, num_chunks, add, zeros)
     rest = _sum_at_once(function, *(leaf[num_chunks * _CHUNK :] for leaf in flat))
     return jax.tree.map(lambda vector, last: _sum_in_two_steps(vector) + last, sums, rest)
@@ -174,7 +181,10 @@ def _sum_in_two_steps(vector: jax.Array) -> jax.Array:
 
 def count_kept(mask: Mask, exchange: Exchange = ONE_DEVICE) -> jax.Array:
     """Counts the kept weights of each prunable leaf, int32 [num_leaves], over all devices."""
-    counts = [sum_of(lambda m: m, leaf) for leaf in jax.tree.leaves(mask)]
+    leaves = jax.tree.leaves(mask)
+    if not leaves:
+        raise ValueError("mask has no prunable leaf, only holes. Make one with prunable(params).")
+    counts = [sum_of(lambda m: m, leaf) for leaf in leaves]
     return exchange.sum(jnp.stack(counts))
 
 
@@ -197,7 +207,7 @@ def kth_smallest(scores: Scores, k: chex.Numeric) -> jax.Array:
     Array(2., dtype=float32)
     """
     leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf.size]
-    k = jnp.asarray(k, jnp.int32)
+    k = _counts(k, ())
     (upper,) = separators(scores, k[None])
     # A separator may lie between two scores: the k-th score is the largest one up to it.
     up_to = [jnp.where(s <= upper, s.astype(upper.dtype), -jnp.inf) for s in leaves]
@@ -220,13 +230,14 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
       Float [1] or [num_leaves]. All brackets close in the same passes over the scores.
 
     Raises:
-      ValueError: there are 2^31 scores or more.
+      ValueError: there is no score, or one that is not a float, or 2^31 scores or more.
     """
     leaves = jax.tree.leaves(scores)
+    if not leaves or not all(trees.is_float(leaf) for leaf in leaves):
+        raise ValueError(f"scores={arguments.describe(scores)} must hold arrays of floats.")
     chex.assert_shape(k, ({1, len(leaves)},))
     by_leaf = k.shape[0] > 1
-    # Half precision has too few values to interpolate between.
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    dtype = score_type(leaves)
     sizes = np.array([leaf.size for leaf in leaves]) * exchange.num_parts
     total = sizes.sum()
     if total >= 2**31:
@@ -255,6 +266,25 @@ def separators(scores: Scores, k: chex.Array, exchange: Exchange = ONE_DEVICE) -
     samples = [jnp.sort(exchange.gather(sample)) for sample in samples]
     num_scores = jnp.asarray(sizes if by_leaf else total[None], jnp.int32)
     return _search(count_at_most, k, num_scores, samples)
+
+
+def _counts(k: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns k as int32, if it holds whole numbers of a given shape."""
+    k = jnp.asarray(k)
+    if k.shape != shape or not jnp.issubdtype(k.dtype, jnp.integer):
+        raise ValueError(
+            f"k={arguments.describe(k)} must be int{list(shape)}: how many weights are pruned."
+        )
+    return k.astype(jnp.int32)
+
+
+def score_type(leaves: Sequence[Any]) -> np.dtype:
+    """Returns the dtype to rank scores in: float64 if one of them is float64, else float32.
+
+    Half precision has too few values to interpolate between.
+    """
+    is_wide = any(jnp.result_type(leaf) == np.float64 for leaf in leaves)
+    return np.dtype(np.float64 if is_wide else np.float32)
 
 
 def sample_stride(size: int) -> int:
@@ -322,6 +352,8 @@ def _search(
         count_high=num_scores,
         num_pivots=jnp.int32(0),
     )
+    # On a mesh the scores, and so the brackets, may differ between devices.
+    start = vary_like(start, samples, k)
     end = jax.lax.while_loop(lambda b: jnp.any(is_open(b)), close, start)
     return jnp.where(k < 1, -jnp.inf, from_key(end.high, dtype)).astype(dtype)
 
@@ -337,12 +369,14 @@ def _pivot_from_sample(
     pivots, num_inside = [], []
     for i, sample in enumerate(samples):
         keys = to_key(sample)
-        first = jnp.sum(keys <= b.low[i])
-        inside = jnp.sum(keys < b.high[i]) - first
+        first = jnp.sum(keys <= b.low[i], dtype=jnp.int32)
+        inside = jnp.sum(keys < b.high[i], dtype=jnp.int32) - first
         # Half a deviation towards the far end, so that both ends of the bracket move in turn.
         nearer = jnp.minimum(aim[i], 1 - aim[i])
-        shift = jnp.where(aim[i] < 0.5, 0.5, -0.5) * jnp.sqrt(nearer * inside)
-        place = (aim[i] * inside + shift).astype(jnp.int32)
+        count = inside.astype(aim.dtype)
+        half = jnp.full((), 0.5, aim.dtype)
+        shift = jnp.where(aim[i] < 0.5, half, -half) * jnp.sqrt(nearer * count)
+        place = (aim[i] * count + shift).astype(jnp.int32)
         place = jnp.clip(place, 0, jnp.maximum(inside - 1, 0))
         pivots.append(jnp.pad(sample, (0, 1))[jnp.clip(first + place, 0, sample.size)])
         num_inside.append(inside)

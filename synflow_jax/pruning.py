@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import numbers
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +22,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from synflow_jax import masking, schedules, trees
+from synflow_jax import arguments, masking, schedules, trees
 from synflow_jax.jaxprs import scaling
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.jaxprs.precision import Precision, widen
+from synflow_jax.jaxprs.varying import vary_like
 from synflow_jax.masking import ONE_DEVICE, Exchange
 from synflow_jax.schedules import Schedule
 from synflow_jax.scores import Flow, Rule, ScoreFn, as_rule
@@ -37,6 +41,11 @@ LoopFn = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
 ProgressFn = Callable[[int, "PruneInfo"], None]
 
 _NUM_REPORTS = 20  # calls of on_progress in a run
+_FEW = 8  # so many weights may go as ties without a warning
+
+
+class Overpruned(UserWarning):
+    """Warns that far fewer weights are left than were asked for, because scores are equal."""
 
 
 # What the loop carries ---------------------------------------------------------------------------
@@ -45,14 +54,14 @@ _NUM_REPORTS = 20  # calls of on_progress in a run
 class PruneInfo(NamedTuple):
     """Records a pruning run. Layers are in the order of `trees.names(mask)`; n = num_iterations.
 
-    num_done: int32 []. Rows of later iterations mean nothing.
+    num_done: int32 []. Rows of later iterations mean nothing and are 0.
     kept: int32 [n, num_layers], the kept weights of each layer after each iteration.
     score_total: float [n, num_layers], the sum of the scores of the weights that were kept before
       each iteration, in the dtype of the scores.
     pruned_score: float [n], the sum of the scores of the weights that each iteration pruned.
     cut: float [n], the flow from the input, which every cut of the network holds at least
-      (`scores.Flow`). While pruned_score / cut is below 1 the network stays connected. NaN for
-      rules without a flow.
+      (`scores.Flow`). While pruned_score / cut is below 1 the network stays connected. 0 for rules
+      without a flow: nothing is known to be held.
     exponent: int32 [n]. score_total, pruned_score and cut are to be multiplied by 2^exponent.
     removed_in: a uint16 tree like the mask: the iteration, from 1, that pruned a weight; 0 where it
       is kept. None unless `certified.prune` made it.
@@ -103,20 +112,25 @@ def init_state(
       records_removal: whether the info says which iteration pruned each weight.
     """
     num_layers = len(jax.tree.leaves(mask))
-    unknown = jnp.full(num_iterations, jnp.nan, dtype)
+
+    # NumPy's, so that nothing is computed. Zeros, because NaN would end a run under jax_debug_nans.
+    def zeros(dtype: Any, *shape: int) -> Any:
+        return np.zeros(shape, dtype)
+
     removed_in = None
     if records_removal:
-        removed_in = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.uint16), mask)
+        removed_in = jax.tree.map(lambda m: zeros(np.uint16, *m.shape), mask)
     info = PruneInfo(
-        num_done=jnp.int32(0),
-        kept=jnp.zeros((num_iterations, num_layers), jnp.int32),
-        score_total=jnp.full((num_iterations, num_layers), jnp.nan, dtype),
-        pruned_score=unknown,
-        cut=unknown,
-        exponent=jnp.zeros(num_iterations, jnp.int32),
+        num_done=zeros(np.int32),
+        kept=zeros(np.int32, num_iterations, num_layers),
+        score_total=zeros(dtype, num_iterations, num_layers),
+        pruned_score=zeros(dtype, num_iterations),
+        cut=zeros(dtype, num_iterations),
+        exponent=zeros(np.int32, num_iterations),
         removed_in=removed_in,
     )
-    return PruneState(mask, info, finite=jnp.bool_(True), done=jnp.bool_(False))
+    state = PruneState(mask, info, finite=~zeros(bool), done=zeros(bool))
+    return jax.device_put(state)
 
 
 # The loop ----------------------------------------------------------------------------------------
@@ -146,11 +160,15 @@ def advance(
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
       exchange: how devices combine their parts, if mask and scores are spread over several.
     """
+    # On a mesh the state varies between devices as all that it is computed from.
+    inputs = (rule, params, key, state, start, stop)
+    state = vary_like(state, *inputs)
 
     def body(iteration: jax.Array, state: PruneState) -> PruneState:
-        next_step = functools.partial(
-            step, rule, params, key, iteration, propose=propose, exchange=exchange
-        )
+        def next_step(state: PruneState) -> PruneState:
+            stepped = step(rule, params, key, iteration, state, propose=propose, exchange=exchange)
+            return vary_like(stepped, *inputs)
+
         # A fori_loop cannot end early. Iterations after the end cost nothing instead.
         return jax.lax.cond(state.done, lambda state: state, next_step, state)
 
@@ -203,13 +221,14 @@ def step(
 
 
 def flow_of(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey, dtype: Any) -> Flow:
-    """Returns the scores of any rule as a `Flow`, with a cut of NaN where the rule has none."""
+    """Returns the scores of any rule as a `Flow`, with a cut of 0 where the rule has none."""
     if rule.flow is not None:
-        return rule.flow(params, mask, key)
+        flow = rule.flow(params, mask, key)
+        check_scores(flow.scores, mask)
+        return flow
     scores = rule(params, mask, key)
     check_scores(scores, mask)
-    no_cut = jnp.asarray(jnp.nan, dtype)
-    return Flow(scores, no_cut, jnp.int32(0))
+    return Flow(scores, jnp.zeros((), dtype), jnp.int32(0))
 
 
 def _score_totals(
@@ -294,18 +313,22 @@ def prune_loop(
 
     Returns:
       The mask and its `PruneInfo`. After scores that are not finite the mask stays as it was. The
-      info holds their totals in the row of that iteration and NaN below it; see `check_finite`.
+      info holds their totals in the row of that iteration and 0 below it; see `check_finite`.
+
+    Raises:
+      ValueError: an argument has another type, shape or structure.
     """
-    chex.assert_shape(counts, (len(counts), {1, len(jax.tree.leaves(mask))}))
-    chex.assert_type(counts, int)
+    check_options(nested=nested, loop_fn=loop_fn)
+    check_network(params, mask, key)
+    _check_count_shape(counts, mask)
     num_iterations = len(counts)
     # A schedule returns NumPy arrays, which a traced iteration cannot index.
     counts = jnp.asarray(counts, jnp.int32)
-    state = init_state(mask, num_iterations, score_type(params, mask))
+    dtype = score_type(params, mask)
+    state = init_state(mask, num_iterations, dtype)
     propose = propose_smallest(counts, nested=nested)
-    state = advance(
-        as_rule(score_fn), params, key, state, 0, num_iterations, propose, loop_fn=loop_fn
-    )
+    rule = in_precision(as_rule(score_fn), Precision(dtype))
+    state = advance(rule, params, key, state, 0, num_iterations, propose, loop_fn=loop_fn)
     return state.mask, state.info
 
 
@@ -353,11 +376,12 @@ def prune(
       key: for rules that draw random numbers; `jax.random.key(0)` by default.
       mask: the mask to start from. It decides what is prunable: all kernels by default.
       nested: a pruned weight stays pruned. False lets it return.
-      score_dtype: "float32" or "float64", for computing and ranking the scores; by default the
-        dtype of the parameters. In float32 two scores that differ by rounding may change places,
-        and one weight decides for others in later iterations: up to 0.9 % of the bits of a mask of
-        ResNet-20 at compression 10 differ from the mask in float64. Float64 takes twice the time
-        and memory.
+      score_dtype: "float32" or "float64", for computing and ranking the scores. By default float64
+        if a prunable parameter is float64, else float32. Narrower floats, such as bfloat16 weights
+        or a cast inside of the network, are computed in this dtype too; see `jaxprs.precision`. In
+        float32 two scores that differ by rounding may change places, and one weight decides for
+        others in later iterations: up to 0.9 % of the bits of a mask of ResNet-20 at compression
+        10 differ from the mask in float64. Float64 takes twice the time and memory.
       on_progress: called on the host as `on_progress(num_done, info)`: with 0 when the loop is
         compiled, then about twenty times while it runs.
       loop_fn: `jax.lax.fori_loop`, or `python_loop` to debug.
@@ -366,8 +390,13 @@ def prune(
       The mask and its `PruneInfo`.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is of another type, shape or structure, or out of its range; all
+        scores are equal, so that nothing can be ranked.
       FloatingPointError: scores are infinite or NaN. Names the iteration and the layer.
+
+    Warns:
+      Overpruned: far fewer weights are left than were asked for, because scores are equal.
+      trees.UnprunedLeaves: without a `mask`, leaves of unknown names are not pruned.
 
     >>> from synflow_jax import scores
     >>> params = {"fc": {"kernel": 1 + jnp.arange(32.0).reshape(4, 8) ** 0.5},
@@ -379,24 +408,33 @@ def prune(
     24
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
-    check_request(params, mask, compression)
+    mask = trees.default_mask(params) if mask is None else mask
+    check_options(nested=nested, on_progress=on_progress, loop_fn=loop_fn)
+    check_request(rule, params, mask, compression, key)
     if num_iterations is None:
         num_iterations = usual_iterations(rule, compression)
     counts = schedule_counts(schedule, mask, compression, num_iterations, nested=nested)
 
-    with scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((rule, params))
-        key = jax.random.key(0) if key is None else key
-        # Counts and stretches are arguments of the program, not constants: one trace serves all.
-        state = init_state(mask, len(counts), score_type(params, mask))
+    with scoring_dtype(score_dtype, params, mask) as precision:
+        key = default_key() if key is None else key
+        state = init_state(mask, len(counts), precision.dtype)
         # A Python loop is not compiled: it is there to be stepped through.
         run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
+        # Counts and stretches are arguments of the program, not constants: one trace serves all.
+        counts_on_device = jax.device_put(counts.astype(np.int32))
         run = functools.partial(
-            run, rule, params, jnp.asarray(counts, jnp.int32), key, nested=nested, loop_fn=loop_fn
+            run,
+            rule,
+            params,
+            counts_on_device,
+            key,
+            nested=nested,
+            loop_fn=loop_fn,
+            precision=precision,
         )
         state = run_in_stretches(run, state, len(counts), on_progress)
         raise_unless_finite(state, rule, params)
+    check_kept(state.info, counts, mask)
     return state.mask, state.info
 
 
@@ -411,16 +449,18 @@ def _advance_by_counts(
     *,
     nested: bool,
     loop_fn: LoopFn,
+    precision: Precision,
 ) -> PruneState:
     propose = propose_smallest(counts, nested=nested)
+    rule = in_precision(rule, precision)
     return advance(rule, params, key, state, start, stop, propose, loop_fn=loop_fn)
 
 
-_compiled_advance = jax.jit(_advance_by_counts, static_argnames=("nested", "loop_fn"))
+_compiled_advance = bounded_jit(_advance_by_counts)
 
 
 def run_in_stretches(
-    run: Callable[[PruneState, int, int], PruneState],
+    run: Callable[[PruneState, jax.Array, jax.Array], PruneState],
     state: PruneState,
     num_iterations: int,
     on_progress: ProgressFn | None,
@@ -432,7 +472,7 @@ def run_in_stretches(
     A callback inside of the program would keep it out of the compilation cache.
 
     Args:
-      run: `run(state, start, stop)`.
+      run: `run(state, start, stop)`, with int32 arrays.
       state: from `init_state`.
       num_iterations: in all.
       on_progress: as in `prune`.
@@ -446,10 +486,13 @@ def run_in_stretches(
     # An empty first stretch compiles, so that a report can tell compiling and pruning apart.
     stretches = [(0, 0)] if on_progress is not None else []
     for start, stop in [*stretches, *itertools.pairwise(bounds)]:
-        state = run(state, start, stop)
-        if on_progress is not None and bool(state.finite):
-            on_progress(int(state.info.num_done), state.info)
-        if bool(state.done):
+        # Every transfer is explicit, as jax_transfer_guard demands.
+        bounds_on_device = jax.device_put((np.int32(start), np.int32(stop)))
+        state = run(state, *bounds_on_device)
+        num_done, finite, done = jax.device_get((state.info.num_done, state.finite, state.done))
+        if on_progress is not None and finite:
+            on_progress(int(num_done), state.info)
+        if done:
             break
     return state
 
@@ -462,10 +505,7 @@ def schedule_counts(
     Raises:
       ValueError: `schedule` is not a function, or its counts do not fit.
     """
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule={schedule!r} must be a function, for instance schedules.linear."
-        )
+    schedules.check_schedule(schedule)
     # Here, since a schedule of the user's own may check nothing.
     schedules.check_request(compression, num_iterations)
     shapes = [leaf.shape for leaf in jax.tree.leaves(mask)]
@@ -495,32 +535,65 @@ def first_scores(
     >>> first_scores(scores.magnitude(), {"fc": {"kernel": jnp.array([[3.0, -4.0]])}})
     {'fc': {'kernel': Array([[3., 4.]], dtype=float32)}}
     """
-    mask = trees.prunable(params) if mask is None else mask
-    trees.check_mask(mask, params)
-    with scoring_dtype(score_dtype, params, mask) as cast:
-        key = jax.random.key(0) if key is None else key
-        rule, params = cast((as_rule(score_fn), params))
-        return _compiled_scores(rule, params, mask, jax.random.fold_in(key, 0))
+    rule = as_rule(score_fn)
+    mask = trees.default_mask(params) if mask is None else mask
+    check_network(params, mask, key)
+    check_batches(rule, params)
+    with scoring_dtype(score_dtype, params, mask) as precision:
+        key = default_key() if key is None else key
+        return _compiled_scores(rule, params, mask, key, precision=precision)
 
 
-@jax.jit
-def _compiled_scores(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+@bounded_jit
+def _compiled_scores(
+    rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey, *, precision: Precision
+) -> Scores:
+    rule = in_precision(rule, precision)
+    first_key = jax.random.fold_in(key, 0)
     with jax.default_matmul_precision("highest"):
-        return rule(params, mask, key)
+        scores = rule(params, mask, first_key)
+    check_scores(scores, mask)
+    return scores
+
+
+def default_key() -> chex.PRNGKey:
+    """Returns `jax.random.key(0)`, whatever transfers are allowed."""
+    # Seeding moves a number to the device. That is our choice, and not the caller's oversight.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.random.key(0)
 
 
 # The dtype of scores -----------------------------------------------------------------------------
 
 
-def score_type(params: Params, mask: Mask) -> Any:
-    """Returns the dtype in which scores of these parameters are added up; at least float32."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(trees.select(params, mask)))
+def in_precision(rule: Rule, precision: Precision) -> Rule:
+    """Returns the rule with all of its arithmetic in a precision. For use in a traced function.
+
+    A rule whose program has no narrower float is computed as it is.
+    """
+
+    def score(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Scores:
+        return rule(params, mask, key)
+
+    def flow(rule: Rule, params: Params, mask: Mask, key: chex.PRNGKey) -> Flow:
+        assert rule.flow is not None
+        return rule.flow(params, mask, key)
+
+    # A Partial, whose arrays the loop can see.
+    wide_score = Partial(widen(score, precision), rule)
+    wide_flow = None
+    if rule.flow is not None:
+        wide_flow = Partial(widen(flow, precision), rule)
+    return Rule(wide_score, rule.num_iterations, flow=wide_flow)
+
+
+def score_type(params: Params, mask: Mask) -> np.dtype:
+    """Returns the dtype of the scores of these parameters: float64 if one is, else float32."""
+    return masking.score_type(jax.tree.leaves(trees.select(params, mask)))
 
 
 @contextlib.contextmanager
-def scoring_dtype(
-    score_dtype: Any, params: Params, mask: Mask
-) -> Iterator[Callable[[trees.Tree], trees.Tree]]:
+def scoring_dtype(score_dtype: Any, params: Params, mask: Mask) -> Iterator[Precision]:
     """Enables 64-bit types where scores are computed in float64.
 
     Args:
@@ -528,7 +601,7 @@ def scoring_dtype(
       params, mask: of the network.
 
     Yields:
-      A function that casts the floats of a tree (a rule's batches, parameters) for scoring.
+      The precision of the scores.
 
     Raises:
       ValueError: the dtype is unknown, or narrower than the parameters.
@@ -537,58 +610,88 @@ def scoring_dtype(
     if score_dtype not in (None, "float32", "float64", jnp.float32, jnp.float64):
         raise ValueError(
             f"score_dtype={score_dtype!r} is unknown. Choose 'float32' or 'float64', or None for "
-            "the dtype of the parameters."
+            "the dtype of the parameters, and float32 at least."
         )
-    dtype = params_dtype if score_dtype is None else jnp.dtype(score_dtype)
+    dtype = params_dtype if score_dtype is None else np.dtype(score_dtype)
     if dtype.itemsize < params_dtype.itemsize:
         raise ValueError(
             f"score_dtype={score_dtype!r} is narrower than the parameters, which are "
             f"{params_dtype}. Leave it out, or cast the parameters."
         )
-    if dtype != jnp.float64:
-        yield lambda tree: tree
-        return
-    with jax.enable_x64(True):
-        yield _as_float64
-
-
-def _as_float64(tree: trees.Tree) -> trees.Tree:
-    """Casts all floats to float64, and leaves integers, bools and keys as they are."""
-
-    def cast(leaf: Any) -> Any:
-        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, jnp.float64) if is_float else leaf
-
-    return jax.tree.map(cast, tree)
+    x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    with jax.enable_x64(x64 or dtype == np.float64):
+        yield Precision(dtype, x64)
 
 
 # Checks ------------------------------------------------------------------------------------------
 
 
-def check_request(params: Params, mask: Mask, compression: float) -> None:
-    """Raises ValueError for a mask that does not fit, or a compression that leaves no weight."""
+def check_options(
+    *,
+    nested: bool = True,
+    on_progress: ProgressFn | None = None,
+    loop_fn: LoopFn = jax.lax.fori_loop,
+) -> None:
+    """Raises ValueError unless flags are bools and functions can be called."""
+    arguments.check_flag("nested", nested)
+    loop_arguments = ("lower", "upper", "body", "init")
+    arguments.check_function("loop_fn", loop_fn, loop_arguments, "jax.lax.fori_loop")
+    if on_progress is not None:
+        arguments.check_function("on_progress", on_progress, ("num_done", "info"), "print")
+
+
+def check_network(params: Params, mask: Mask, key: chex.PRNGKey | None) -> None:
+    """Raises ValueError unless mask and parameters fit, and `key` is a random key or None."""
     trees.check_mask(mask, params)
-    if not isinstance(compression, numbers.Real):
-        raise ValueError(f"compression={compression!r} must be a number, for instance 100.")
+    trees.check_params(params, mask)
+    if key is not None:
+        arguments.check_key("key", key)
+
+
+def check_batches(rule: Rule, params: Params) -> None:
+    """Raises ValueError if the batches of a rule do not fit the network, as far as it can tell."""
+    if rule.check is not None and rule.batches is not None:
+        rule.check(params, rule.batches)
+
+
+def check_request(
+    rule: Rule, params: Params, mask: Mask, compression: float, key: chex.PRNGKey | None = None
+) -> None:
+    """Raises ValueError for arguments that do not fit each other, or leave no weight."""
+    check_network(params, mask, key)
+    schedules.check_compression(compression)
     num_weights = sum(trees.sizes(mask))
-    # The schedule refuses infinity and NaN, with a message of its own.
-    if num_weights < compression < np.inf:
+    if compression > num_weights:
         raise ValueError(
-            f"compression={compression} leaves none of the {num_weights} prunable weights. "
-            f"Choose at most {num_weights}."
+            f"compression={arguments.short(compression)} leaves none of the {num_weights} "
+            f"prunable weights. Choose at most {num_weights}."
+        )
+    check_batches(rule, params)
+
+
+def _check_count_shape(counts: jax.Array, mask: Mask) -> None:
+    """Raises ValueError unless counts are whole numbers, for one ranking or for one per layer."""
+    num_layers = len(jax.tree.leaves(mask))
+    has_columns = np.ndim(counts) == 2 and counts.shape[1] in (1, num_layers)
+    if not has_columns or not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise ValueError(
+            f"counts={arguments.describe(counts)} must be whole numbers, int[num_iterations, 1] "
+            f"for one ranking of all weights or int[num_iterations, {num_layers}] for one of each "
+            "layer. A schedule makes them."
         )
 
 
 def check_scores(scores: Scores, mask: Mask) -> None:
-    """Raises ValueError, naming the layer, unless there is one score for every prunable weight.
+    """Raises ValueError, naming the layer, unless there is one float for every prunable weight.
 
     Shapes are known when the loop is traced, so a faulty rule is found before any work.
     """
     expected: Any = jax.tree.structure(mask)
     if jax.tree.structure(scores) != expected:
         raise ValueError(
-            "score_fn returned a tree of another structure than the mask. It must return an array "
-            "at each prunable leaf and None elsewhere; trees.map_prunable makes such a tree."
+            f"score_fn returned {arguments.describe(scores)}, a tree of another structure than the "
+            "mask. It must return an array at each prunable leaf and None elsewhere; "
+            "trees.map_prunable makes such a tree."
         )
     for name, score, m in zip(
         trees.names(mask), jax.tree.leaves(scores), jax.tree.leaves(mask), strict=True
@@ -598,11 +701,68 @@ def check_scores(scores: Scores, mask: Mask) -> None:
                 f"score_fn returned an array of shape {list(jnp.shape(score))} for layer {name!r}. "
                 f"It must return one score per weight, {list(jnp.shape(m))}."
             )
+        if not trees.is_float(score):
+            raise ValueError(
+                f"score_fn returned {arguments.describe(score)} for layer {name!r}. Scores must be "
+                "floats, larger for weights to keep: score.astype(jnp.float32)."
+            )
+
+
+def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
+    """Checks that a run left about as many weights as it was asked to.
+
+    Weights with equal scores go together, so a network whose scores are all 0 would be emptied.
+
+    Args:
+      info: of the run, once its scores are found to be finite.
+      counts: from the schedule.
+      start: the mask that the run began with.
+
+    Raises:
+      ValueError: the first iteration that prunes finds no differences between scores.
+
+    Warns:
+      Overpruned: far fewer weights are left than were asked for.
+    """
+    num_start = np.array([np.count_nonzero(leaf) for leaf in jax.tree.leaves(start)])
+    sizes = np.array(trees.sizes(start))
+    if counts.shape[1] == 1:
+        asked = min(sizes.sum() - counts[-1, 0], num_start.sum())
+    else:
+        asked = np.minimum(sizes - counts[-1], num_start).sum()
+    kept = np.asarray(info.kept)[: int(info.num_done)].sum(axis=1)
+    if kept[-1] >= asked:
+        return
+
+    # Later on scores may become 0, since a network may collapse. At first they are of the network.
+    first = int(np.argmax(kept < num_start.sum()))
+    is_zero = not np.asarray(info.score_total)[first].any()
+    if is_zero and info.pruned_score[first] == 0:
+        raise ValueError(
+            f"score_fn gives every weight the score 0 in iteration {first + 1}, so that none can "
+            "be ranked. The usual causes are a head, a gate or a branch that is 0 at the start, "
+            "outputs that do not change with the weights (softmax, saturated tanh), and a mask "
+            "without a path. Score other initial values there, or let apply_fn return the logits."
+        )
+    if kept[first] == 0:
+        raise ValueError(
+            f"score_fn gives the best weights one and the same score in iteration {first + 1}, and "
+            f"equal scores go together: none of the {num_start.sum()} weights would be left, and "
+            f"{asked} were asked for. Let the scores differ, for instance by a little noise."
+        )
+    missing = asked - kept[-1]
+    if missing > max(_FEW, 0.01 * asked) or kept[-1] < asked / 2:
+        message = (
+            f"{kept[-1]} weights are left, and {asked} were asked for: weights of equal scores go "
+            "together. In a network that has collapsed all scores are 0; see collapsed(...)."
+        )
+        # The caller of prune.
+        warnings.warn(message, Overpruned, stacklevel=3)
 
 
 def raise_unless_finite(state: PruneState, rule: Rule, params: Params) -> None:
     """Raises FloatingPointError if a score of the run was infinite or NaN; see `check_finite`."""
-    if bool(state.finite):
+    if jax.device_get(state.finite):
         return
     overflowing: tuple[str, ...] = ()
     if rule.objective is not None:
@@ -617,7 +777,8 @@ def check_finite(info: PruneInfo, mask: Mask, overflowing: Sequence[str] = ()) -
       info, mask: of the run.
       overflowing: the steps of the network that may overflow although the scores are scaled.
     """
-    totals = np.asarray(info.score_total)[: int(info.num_done)]
+    score_total, num_done = jax.device_get((info.score_total, info.num_done))
+    totals = score_total[: int(num_done)]
     broken = ~np.isfinite(totals)
     if not broken.any():
         return

@@ -9,12 +9,12 @@ so layer quotas are schedules too. Any function of this form can be passed to `p
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
+from synflow_jax import arguments
 from synflow_jax.trees import Mask
 
 Shape = Sequence[int]
@@ -89,6 +89,7 @@ def per_layer(schedule: Schedule) -> Schedule:
     >>> per_layer(exponential)([(10,), (4, 5)], 10, 1).tolist()
     [[9, 18]]
     """
+    check_schedule(schedule)
 
     def counts(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
         # A network of one layer has one ranking, of its own weights.
@@ -107,7 +108,13 @@ def quotas_of(mask: Mask) -> Schedule:
     >>> quotas_of(mask)([(4,), (2,)], 2.0, 2).tolist()
     [[2, 0], [3, 0]]
     """
-    kept = [int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(mask)]
+    leaves = jax.tree.leaves(mask)
+    if not leaves or any(getattr(leaf, "dtype", None) != np.bool_ for leaf in leaves):
+        raise ValueError(
+            f"mask={arguments.describe(mask)} must hold bool arrays. Take a mask that was made by "
+            "prune or trees.prunable."
+        )
+    kept = [int(np.count_nonzero(leaf)) for leaf in leaves]
 
     def counts(shapes: Sequence[Shape], compression: float, num_iterations: int) -> np.ndarray:
         check_request(compression, num_iterations)
@@ -206,17 +213,25 @@ def _toward(kept: Sequence[int], shapes: Sequence[Shape], num_iterations: int) -
 
 def check_request(compression: float, num_iterations: int) -> None:
     """Raises ValueError, naming the argument, for a request that no schedule can meet."""
-    # In Python True is an int.
-    is_bool = isinstance(num_iterations, bool)
-    is_whole = isinstance(num_iterations, int | np.integer) and not is_bool
-    if not is_whole or num_iterations < 1:
-        raise ValueError(f"num_iterations={num_iterations!r} must be a whole number of at least 1.")
-    is_number = isinstance(compression, numbers.Real)
-    if not is_number or not np.isfinite(compression) or compression < 1:
+    arguments.check_num_iterations(num_iterations)
+    check_compression(compression)
+
+
+def check_compression(compression: float) -> None:
+    """Raises ValueError unless `compression` is a finite number of at least 1."""
+    number = arguments.check_number("compression", compression, "100")
+    if not math.isfinite(number) or number < 1:
         raise ValueError(
-            f"compression={compression!r} must be a finite number of at least 1. It is "
-            "total / kept: 1 keeps every weight, and 100 keeps one in a hundred."
+            f"compression={arguments.short(compression)} must be a finite number of at least 1. "
+            "It is total / kept: 1 keeps every weight, and 100 keeps one in a hundred."
         )
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Raises ValueError unless `schedule` is a function of the three arguments of a schedule."""
+    arguments.check_function(
+        "schedule", schedule, ("shapes", "compression", "num_iterations"), "schedules.linear"
+    )
 
 
 def check_counts(

@@ -20,13 +20,13 @@ PACKAGE = ROOT / "synflow_jax"
 
 # The wings, in the order of reading. A wing imports itself, the wings above it in this table that
 # it names, and the outside packages that it names. NumPy, JAX and chex are free to all.
-CORE = ("trees", "schedules", "masking", "scores", "pruning", "certified")
+CORE = ("arguments", "trees", "schedules", "masking", "scores", "pruning", "certified")
 WINGS: dict[str, tuple[set[str], set[str]]] = {
     "jaxprs": (set(), set()),
     "core": ({"jaxprs"}, set()),
     "units": ({"jaxprs", "core"}, set()),
     "analysis": ({"jaxprs", "core", "units"}, set()),
-    "parallel": ({"core"}, set()),
+    "parallel": ({"jaxprs", "core"}, set()),
     "models": ({"core", "units"}, {"flax"}),
     "data": (set(), {"PIL", "grain", "sklearn", "tensorflow_datasets"}),
     "training": ({"core", "units", "analysis", "models", "data"}, {"flax", "optax"}),

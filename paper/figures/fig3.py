@@ -6,20 +6,23 @@ There is one panel per rule and one dot per unit. The score of a rule that conse
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from paper.figures import layout, titles
 from paper.figures import rows as select
 from paper.figures.rows import Row
+from synflow_jax.storage import schema
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# A group of units in the file of the scores.
+_GROUP: dict[str, Any] = {"incoming": [schema.NUMBER], "outgoing": [schema.NUMBER]}
 
 Units = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -78,16 +81,28 @@ def read_units(path: pathlib.Path) -> Units:
       ValueError: the file is missing or damaged.
     """
     try:
-        groups = json.loads(path.read_text())
-        return {
-            name: (np.array(group["incoming"], float), np.array(group["outgoing"], float))
-            for name, group in groups.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        groups = schema.read_object(path)
+        return {name: _scores(name, group) for name, group in groups.items()}
+    except ValueError as error:
         raise ValueError(
-            f"the file of the units {str(path)!r} cannot be read: {error!r}. Run prune.py again "
+            f"the file of the units {str(path)!r} cannot be read: {error}. Run prune.py again "
             "with --overwrite."
         ) from error
+
+
+def _scores(name: str, group: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the incoming and the outgoing scores of a group of units.
+
+    Raises:
+      ValueError: they are not two lists of numbers, of one length.
+    """
+    found = schema.problem(group, _GROUP, _GROUP)
+    if found is not None:
+        raise ValueError(f"in {name!r}, {found}")
+    incoming, outgoing = np.array(group["incoming"], float), np.array(group["outgoing"], float)
+    if incoming.size != outgoing.size:
+        raise ValueError(f"in {name!r}, {incoming.size} units have {outgoing.size} outgoing scores")
+    return incoming, outgoing
 
 
 def _draw_dots(ax: Axes, units: Units) -> Dots:

@@ -9,11 +9,12 @@ A rule has one list per run, with one accuracy per compression. The note may be 
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from synflow_jax.storage import schema
 
 
 class Published(NamedTuple):
@@ -37,22 +38,17 @@ def read(path: pathlib.Path) -> dict[tuple[str, str], Published]:
       ValueError: the file is missing or has another form.
     """
     try:
-        found = json.loads(path.read_text())
+        found = schema.read_object(path)
         compression = 10 ** np.asarray(found["log10_compression"], float)
         return {
             (panel["model"], panel["dataset"]): _panel(panel, compression)
             for panel in found["panels"]
         }
-    except OSError as error:
-        reason = error.strerror
-        cause: Exception = error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"it has another form ({error!r})"
-        cause = error
-    raise ValueError(
-        f"--published={str(path)!r} cannot be used: {reason}. Name a file such as "
-        "paper/published/fig6.json."
-    ) from cause
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"--published={str(path)!r} cannot be used: it has another form ({error!r}). Name a "
+            "file such as paper/published/fig6.json."
+        ) from error
 
 
 def _panel(panel: dict[str, Any], compression: np.ndarray) -> Published:

@@ -135,15 +135,17 @@ def ratio(row: Row) -> float:
       ValueError: the row does not hold the scores.
     """
     iterations = row["iterations"]
-    if "log10_cut" not in iterations or "pruned_score" not in iterations:
+    if any(key not in iterations for key in ("log10_cut", "pruned_score", "log2_unit")):
         raise ValueError(
-            f"row {row['run_id']} lacks iterations.pruned_score or log10_cut: it is of an earlier "
-            "version. Run paper/configs/schedule.py into a new folder."
+            f"row {row['run_id']} lacks iterations.pruned_score, log10_cut or log2_unit: it is of "
+            "an earlier version. Run paper/configs/schedule.py into a new folder."
         )
     pruned, units = iterations["pruned_score"], iterations["log2_unit"]
     ratios = []
     for score, unit, log10_cut in zip(pruned, units, iterations["log10_cut"], strict=True):
-        if log10_cut is not None:
+        if log10_cut is not None and score is not None:
             # The pruned score is in units of 2^unit.
             ratios.append(score * 10 ** (unit * math.log10(2) - log10_cut))
+    if not ratios:
+        raise ValueError(f"row {row['run_id']} has no cut in any iteration, to compare with.")
     return max(ratios)

@@ -9,6 +9,7 @@ program of the model (see `flows`), and compares them by units (Theorem 1) and b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import trees
+from synflow_jax import arguments, trees
 from synflow_jax.analysis.flows import BEGIN, END, NO_SCAN, Edge, Program
 from synflow_jax.jaxprs import scaling
-from synflow_jax.scores import ApplyFn
+from synflow_jax.scores import ApplyFn, check_apply_fn, fed_with_ones
 from synflow_jax.trees import Mask, Params, Scores
 
 if TYPE_CHECKING:
@@ -72,7 +73,12 @@ class Conservation(NamedTuple):
       cuts: the cut of each parameter that is multiplied (Theorem 2), in the order of the network.
         A scan has one cut, before it.
       broken: the steps that are not homogeneous of degree one, as {primitive: the largest
-        |flow out - flow in| / the largest flow of the network}.
+        |flow out - flow in| / the largest flow of the network}. Steps between a parameter and the
+        product with the data count too: a kernel that is normalized first has scores that add up to
+        0.
+      unbalanced: the largest |flow out - flow in| / the largest flow of the network that no cut
+        shows: of all steps together between a parameter and its product; of single steps in a scan,
+        in a cond, or in a network without a cut; and what constants add.
     """
 
     total: float
@@ -81,6 +87,7 @@ class Conservation(NamedTuple):
     units: dict[str, UnitResidual]
     cuts: tuple[Cut, ...]
     broken: dict[str, float]
+    unbalanced: float = 0.0
 
     @property
     def residual(self) -> float:
@@ -91,8 +98,13 @@ class Conservation(NamedTuple):
 
     @property
     def conserved(self) -> bool:
-        """Returns whether every residual is within rounding, 1e-4."""
-        return self.residual < _TOLERANCE and not self.broken
+        """Returns whether every residual is within rounding, 1e-4.
+
+        Each layer that is a cut, and that the network uses once, then has scores that add up to
+        `total`. Broken steps may be among those that conserve flow together: the norm of the units
+        of a pool, the root of a sum of squares, is homogeneous although its steps are not.
+        """
+        return self.residual < _TOLERANCE and self.unbalanced < _TOLERANCE
 
     def __str__(self) -> str:
         """Returns a table for the terminal."""
@@ -171,12 +183,19 @@ def conservation(
             "conservation needs either input_shape, to audit SynFlow, or both inputs and loss, to "
             "audit a training loss."
         )
+    check_apply_fn(apply_fn)
     if mask is not None:
         params = trees.apply_mask(params, mask)
     if input_shape is not None:
-        params = jax.tree.map(jnp.abs, params)
-        inputs = jnp.ones((1, *input_shape), _dtype(params))
+        shape = arguments.check_input_shape(input_shape)
+        apply_fn = fed_with_ones(apply_fn, shape)
+        # As `scores.path_norm` does.
+        params = trees.without_means(trees.absolute(params))
+        inputs = jnp.ones((1, *shape), trees.float_type(params))
     assert inputs is not None
+    # Counts, keys and running statistics are no weights: they become constants of the network.
+    everything, params = params, trees.trained(params)
+    apply_fn = functools.partial(_with_constants, apply_fn, everything)
 
     program = Program(apply_fn, params, inputs)
     flows = _flows(program, params, inputs, loss)
@@ -192,14 +211,21 @@ def conservation(
 
     example_shape = inputs.shape[1:]
     groups = units.groups(apply_fn, params, example_shape, inputs.dtype)
+    cuts = _cuts(program, flows)
+    surplus = _surplus(program, flows)
     return Conservation(
         total=flows.total,
         exponent=flows.exponent,
         layers=flows.layers,
         units=_by_unit(groups, flows.scores),
-        cuts=_cuts(program, flows),
-        broken=_broken(program, flows),
+        cuts=cuts,
+        broken=_broken(program, surplus),
+        unbalanced=_unbalanced(program, surplus, has_cuts=bool(cuts)),
     )
+
+
+def _with_constants(apply_fn: ApplyFn, everything: Params, trained: Params, x: jax.Array) -> Any:
+    return apply_fn(trees.merge(trained, everything), x)
 
 
 # ------------------------------------------------------------------------------------------ Flows
@@ -269,7 +295,7 @@ def _flows(
         options = {"xla_backend_optimization_level": 1}
     differentiate = jax.grad(mantissa, argnums=(0, 1), has_aux=True)
     differentiate = jax.jit(differentiate, compiler_options=options)
-    dtype = _dtype(params)
+    dtype = trees.float_type(params)
     ones = [jnp.ones(edge.lengths, dtype) for edge in program.edges]
     (gradient, found), log2_unit = differentiate(params, ones, inputs)
 
@@ -300,20 +326,13 @@ def _sum_of_outputs(outputs: Any) -> jax.Array:
 
 def _sums(scores: Scores) -> dict[str, float]:
     """Returns the sum of the scores of each leaf."""
-    names = trees.names(scores)
-    sums = [float(leaf.sum()) for leaf in jax.tree.leaves(scores)]
-    return dict(zip(names, sums, strict=True))
+    leaves = trees.by_name(scores)
+    return {name: float(leaf.sum()) for name, leaf in leaves.items()}
 
 
 def _widened(array: jax.Array) -> np.ndarray:
     """Returns an array as float64 on the host."""
     return np.asarray(array, np.float64)
-
-
-def _dtype(params: Params) -> Any:
-    """Returns the dtype that holds all parameters."""
-    leaves = jax.tree.leaves(params)
-    return jnp.result_type(*leaves)
 
 
 # ------------------------------------------------------------------------------------------- Laws
@@ -344,7 +363,8 @@ def _flow_by_step(program: Program, flows: _Flows) -> list[float]:
             last = min(edge.step, num_steps)
             changes[edge.producer + 1] += flow
             changes[last + 1] -= flow
-        elif not edge.is_data and edge.step != END:
+        is_added = not (edge.is_data or edge.is_factor or edge.is_side)
+        if is_added and edge.step != END:
             # No cut goes through a scan: all flow that the scan adds counts at its beginning.
             scan = program.steps[edge.step].scan
             first = edge.step if scan == NO_SCAN else scan
@@ -357,31 +377,91 @@ def _flow_by_step(program: Program, flows: _Flows) -> list[float]:
     return by_step.tolist()
 
 
-def _broken(program: Program, flows: _Flows) -> dict[str, float]:
-    """Finds the steps whose output flow is not their input flow."""
+class _Surplus(NamedTuple):
+    """Describes how far a step is from conserving flow, divided by the largest flow of the network.
+
+    total: output flow - input flow: a number, or one per iteration of the scans around the step. On
+      the side, constants bring no input flow.
+    constants: the largest input flow that comes from no parameter.
+    largest: the largest of both, and of what a factor lacks.
+    """
+
+    total: Any
+    constants: float
+    largest: float
+
+    @classmethod
+    def of(cls, total: Any, constant: Any, lacks: Sequence[Any], scale: float) -> _Surplus:
+        """Divides the flows of a step by the largest flow of the network."""
+        from_constants = _largest(constant)
+        from_factors = max(map(_largest, lacks), default=0.0)
+        largest = max(_largest(total), from_constants, from_factors)
+        return cls(total / scale, from_constants / scale, largest / scale)
+
+
+def _surplus(program: Program, flows: _Flows) -> list[_Surplus]:
+    """Compares the output flow of each step with its input flow."""
     num_steps = len(program.steps)
     # For each step a number, or an array with one number per iteration of the scans around it.
-    surplus: list[Any] = [0.0] * num_steps  # output flow - input flow
+    incoming: list[Any] = [0.0] * num_steps
+    outgoing: list[Any] = [0.0] * num_steps
     constants: list[Any] = [0.0] * num_steps  # input flow that comes from no parameter
+    factors: list[list[Any]] = [[] for _ in range(num_steps)]
     for edge, flow in flows.by_edge:
         source, target = edge.producer, edge.step
-        if edge.is_data and source != BEGIN:
-            surplus[source] = surplus[source] + flow
-        if target != END:
-            surplus[target] = surplus[target] - flow
-            if not (edge.is_data or edge.is_parameter):
-                constants[target] = constants[target] + flow
+        if source != BEGIN:
+            outgoing[source] = outgoing[source] + flow
+        if target == END:
+            continue
+        if edge.is_factor:
+            factors[target].append(flow)
+            continue
+        incoming[target] = incoming[target] + flow
+        if not (edge.is_data or edge.is_parameter):
+            constants[target] = constants[target] + flow
 
+    found = []
     scale = flows.scale
+    parts = zip(program.steps, incoming, outgoing, constants, factors, strict=True)
+    for step, flow_in, flow_out, constant, of_factors in parts:
+        lacks = [flow_out - factor for factor in of_factors]
+        total = flow_out - flow_in
+        if step.side:
+            # Of a product every operand is a factor.
+            total = lacks[0] if lacks else total + constant
+        surplus = _Surplus.of(total, constant, lacks, scale)
+        found.append(surplus)
+    return found
+
+
+def _broken(program: Program, surplus: Sequence[_Surplus]) -> dict[str, float]:
+    """Finds the steps whose output flow is not their input flow."""
     broken: dict[str, float] = {}
-    for step, *wrong in zip(program.steps, surplus, constants, strict=True):
-        largest = max(map(_largest, wrong))
-        residual = largest / scale
+    for step, found in zip(program.steps, surplus, strict=True):
         # A scan itself is left out: the steps of its body tell more precisely where it breaks.
-        if residual > _TOLERANCE and not step.is_scan:
+        if found.largest > _TOLERANCE and not step.is_scan:
             before = broken.get(step.name, 0.0)
-            broken[step.name] = max(before, residual)
+            broken[step.name] = max(before, found.largest)
     return broken
+
+
+def _unbalanced(program: Program, surplus: Sequence[_Surplus], *, has_cuts: bool) -> float:
+    """Computes `Conservation.unbalanced`."""
+    largest = 0.0
+    by_side: dict[tuple[str, ...], float] = {}
+    for step, found in zip(program.steps, surplus, strict=True):
+        if step.is_scan:
+            continue
+        is_outside = step.scan == NO_SCAN
+        if step.side and is_outside:
+            total = float(np.sum(found.total))
+            by_side[step.side] = by_side.get(step.side, 0.0) + total
+        elif is_outside and has_cuts:
+            # Cuts count what is added later, whatever it is.
+            largest = max(largest, found.constants)
+        else:
+            largest = max(largest, found.largest)
+    return max([largest, *map(abs, by_side.values())])
 
 
 def _by_unit(groups: Sequence[Group], scores: Scores) -> dict[str, UnitResidual]:

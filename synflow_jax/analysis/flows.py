@@ -5,11 +5,13 @@ alone: the flow is the derivative of R with respect to that 1. `Program` interpr
 model twice. The first pass records the operands that carry flow, as a list of `Edge`s, and the
 steps that they enter. The second pass, `Program.run`, computes the model with one 1 per edge.
 
-In the names below, *data* are values that depend on the inputs of the model.
+In the names below, *data* are values that depend on the inputs of the model. Values that depend on
+parameters alone are on the *side*: a kernel that is normalized before it is used, for example.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,22 +19,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from synflow_jax import trees
-from synflow_jax.jaxprs.interpreter import Scan, Table, bind, fixed_point, walk
+from synflow_jax.jaxprs.interpreter import Cond, Scan, Table, bind, fixed_point, walk
 from synflow_jax.scores import ApplyFn
 from synflow_jax.trees import Params
 
 BEGIN = -1  # the step that makes the inputs
 END = 2**31  # the step that takes the outputs, after every other step
-NO_SCAN = -1  # in place of the index of a scan
+NO_SCAN = -1  # in place of the index of a scan or cond
 
 # Steps whose result is a sum, or a choice, of entries of their operands. An operand that does not
 # depend on the inputs is a source of flow there.
 _ADDITIVE = (
     "add", "sub", "add_any", "max", "min", "clamp", "concatenate", "select_n", "pad",
     "dynamic_update_slice",
+)  # fmt: skip
+# Products, whose flow is that of each factor.
+_BILINEAR = ("mul", "dot_general", "conv_general_dilated", "ragged_dot_general")
+# Linear maps of one operand, which pass its flow on. On the side they are no steps of their own.
+_LINEAR = (
+    "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "rev", "neg", "abs",
+    "copy", "reduce_sum", "cumsum", "convert_element_type", "reduce_precision",
 )  # fmt: skip
 # Functions with a custom derivative count as one step, because JAX does not differentiate their
 # programs.
@@ -47,14 +56,19 @@ class Edge(NamedTuple):
       producer: the index of the step that made it; `BEGIN` for an input. In the body of a scan,
         `BEGIN` and `END` are the begin and the end of one iteration.
       is_data: whether it depends on the inputs. If not, it is a source of flow.
-      is_parameter: whether it is a source that depends on parameters.
-      lengths: the lengths of the scans around it. It has one flow per iteration.
+      is_parameter: whether it depends on parameters alone.
+      is_factor: whether the flow of the step's result has to be equal to its flow alone. Other
+        operands of a step bring that flow together.
+      is_side: whether the step is on the side.
+      lengths: the lengths of the scans around it; 1 for a cond. It has one flow per iteration.
     """
 
     step: int
     producer: int
     is_data: bool
     is_parameter: bool
+    is_factor: bool = False
+    is_side: bool = False
     lengths: tuple[int, ...] = ()
 
     @property
@@ -69,14 +83,16 @@ class Step(NamedTuple):
     Attributes:
       name: the name of the primitive, or of a function with a custom derivative.
       multiplies: the name of the parameter that the data are multiplied by; "" for none.
-      scan: the index of the outermost scan around it, or `NO_SCAN`.
-      is_scan: whether it is a scan. The steps of its body follow it.
+      scan: the index of the outermost scan or cond around it, or `NO_SCAN`.
+      is_scan: whether it is a scan or a cond. The steps of its body or branches follow it.
+      side: the names of the parameters that it depends on, if it is on the side.
     """
 
     name: str
     multiplies: str
     scan: int
     is_scan: bool = False
+    side: tuple[str, ...] = ()
 
 
 class Program:
@@ -126,15 +142,17 @@ class _Value(NamedTuple):
 
     producer: the step that made it; None if it does not depend on the inputs.
     leaves: the names of the parameters that it depends on, if it does not depend on the inputs.
+    side: the step on the side that made it; `BEGIN` for a parameter.
     """
 
     array: Any
     producer: int | None
     leaves: tuple[str, ...] = ()
+    side: int = BEGIN
 
     @property
     def is_float(self) -> bool:
-        """Returns whether the array holds floats. No other array has a flow."""
+        """Returns whether the array holds floats or complex numbers. No other array has a flow."""
         return _is_float(self.array)
 
     @property
@@ -159,13 +177,21 @@ class _Pass(NamedTuple):
     steps: list[Step]
     scan: int = NO_SCAN
 
-    def take(self, step: int, value: _Value) -> Any:
+    def take(
+        self,
+        step: int,
+        value: _Value,
+        *,
+        is_factor: bool = False,
+        is_side: bool = False,
+    ) -> Any:
         """Multiplies an operand by its 1, whose derivative is the flow. Returns the array."""
         is_data = value.producer is not None
         if not is_data and _is_neutral(value.array):
             return value.array
-        producer = BEGIN if value.producer is None else value.producer
-        edge = Edge(step, producer, is_data, is_parameter=bool(value.leaves))
+        producer = value.side if value.producer is None else value.producer
+        is_parameter = bool(value.leaves)
+        edge = Edge(step, producer, is_data, is_parameter, is_factor, is_side)
         array = jnp.asarray(value.array)
         one = self.one(edge).astype(array.dtype)
         return _tapped(array, one)
@@ -219,7 +245,8 @@ def _tapped_backward(array: jax.Array, gradient: jax.Array) -> tuple[jax.Array, 
     """Passes the gradient on. The derivative with respect to the 1 is the flow."""
     # 0 * inf would be NaN, and make the flow of the whole operand NaN.
     flows = jnp.where(gradient == 0, 0, gradient * array)
-    return gradient, jnp.sum(flows)
+    # R is real, so of a complex value only the real part of the sum counts.
+    return gradient, jnp.sum(flows).real.astype(array.dtype)
 
 
 _tapped.defvjp(_tapped_forward, _tapped_backward)
@@ -227,7 +254,7 @@ _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 def _is_float(array: Any) -> bool:
     dtype = jnp.result_type(array)
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _is_neutral(array: Any) -> bool:
@@ -259,6 +286,8 @@ def _step(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values:
     # Integer inputs have no flow. The entries of a parameter that they look up have one.
     if from_data or (from_inputs and leaves):
         return _flow_step(state, eqn, operands, looks_up=not from_data)
+    if leaves and not from_inputs:
+        return _side_step(state, eqn, operands)
     # A value that is computed from integer inputs alone, e.g. one-hot vectors, is still an input.
     producer = BEGIN if from_inputs else None
     arrays = bind(eqn, [x.array for x in operands])
@@ -281,9 +310,12 @@ def _flow_step(
     all_bring_flow = is_sum or looks_up
     arrays = []
     for x in operands:
+        array = x.array
         is_data = x.producer is not None
-        has_flow = x.is_float and (all_bring_flow or is_data)
-        array = state.take(number, x) if has_flow else x.array
+        if x.is_float and (all_bring_flow or is_data):
+            array = state.take(number, x)
+        elif _is_factor(eqn, x):
+            array = state.take(number, x, is_factor=True)
         arrays.append(array)
 
     # The cut before a product has the name of its parameter. A parameter that is added has no cut.
@@ -303,6 +335,64 @@ def _flow_step(
             result = _Value(array, number)
         results.append(result)
     return results
+
+
+def _is_factor(eqn: JaxprEqn, x: _Value) -> bool:
+    """Returns whether a parameter enters a product such that its flow has to be taken."""
+    if not (x.is_float and x.leaves):
+        return False
+    # In a bilinear product the flow of a parameter is that of the result without being taken.
+    is_plain = x.side == BEGIN and eqn.primitive.name in _BILINEAR
+    return not is_plain
+
+
+def _side_step(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values:
+    """Computes an equation on the side, and takes the flow of its operands."""
+    leaves = _leaves(operands)
+    if _passes_on(eqn, operands):
+        (parameter,) = _parameters(operands)
+        arrays = bind(eqn, [x.array for x in operands])
+        return [_Value(array, None, leaves, parameter.side) for array in arrays]
+
+    number = len(state.steps)
+    is_sum = eqn.primitive.name in _ADDITIVE
+    is_product = not is_sum and _are_different(operands)
+    arrays = []
+    for x in operands:
+        array = x.array
+        # A constant brings flow to a sum alone.
+        if x.is_float and (is_sum or x.leaves):
+            array = state.take(number, x, is_factor=is_product, is_side=True)
+        arrays.append(array)
+    step = Step(_name(eqn), "", state.scan, side=leaves)
+    state.steps.append(step)
+    return [_Value(array, None, leaves, number) for array in bind(eqn, arrays)]
+
+
+def _parameters(operands: _Values) -> _Values:
+    """Returns the operands that depend on parameters."""
+    return [x for x in operands if x.leaves]
+
+
+def _passes_on(eqn: JaxprEqn, operands: _Values) -> bool:
+    """Returns whether an equation is a linear map of one parameter, which passes on its flow."""
+    name = eqn.primitive.name
+    if len(_parameters(operands)) > 1:
+        return False
+    # Products with constants are linear, and quotients by them.
+    is_quotient = name == "div" and bool(operands[0].leaves)
+    return name in _LINEAR or name in _BILINEAR or is_quotient
+
+
+def _are_different(operands: _Values) -> bool:
+    """Returns whether several operands depend on parameters, and no two of them on the same.
+
+    The factors of their product each carry its flow, as two layers do. Those of a product of a
+    parameter with itself carry twice as much together.
+    """
+    parameters = _parameters(operands)
+    num_names = sum(len(set(x.leaves)) for x in parameters)
+    return len(parameters) > 1 and num_names == len(_leaves(parameters))
 
 
 def _name(eqn: JaxprEqn) -> str:
@@ -333,11 +423,7 @@ def _scan(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values | None:
     if all(x.producer is None for x in operands):
         return None
     loop = _Loop.of(state, eqn, operands)
-    # The flow of the operands is taken once, before the first iteration.
-    arrays = []
-    for x in operands:
-        array = state.take(loop.number, x) if x.is_data else x.array
-        arrays.append(array)
+    arrays = _take_before(state, loop.number, operands)
     body = _record_body(loop, arrays)
     arrays = _take_first_state(loop, body, arrays)
     ones = []
@@ -347,6 +433,20 @@ def _scan(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values | None:
         ones.append(state.one(outer))
     outputs = _compute_scan(loop, body, arrays, ones)
     return _scan_results(loop, body, outputs)
+
+
+def _take_before(state: _Pass, number: int, operands: _Values) -> list[Any]:
+    """Takes the flow of operands once, before the first iteration or before the branches."""
+    arrays = []
+    for x in operands:
+        array = x.array
+        if x.is_data:
+            array = state.take(number, x)
+        # Inside, what was made on the side counts as a parameter.
+        elif x.is_float and x.side != BEGIN:
+            array = state.take(number, x, is_side=True)
+        arrays.append(array)
+    return arrays
 
 
 class _Loop(NamedTuple):
@@ -492,22 +592,109 @@ def _compute_scan(
     return [*carry, *ys]
 
 
+@_TABLE.rule("cond")
+def _cond(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values | None:
+    """Computes a cond. Its branches are programs with their own inputs and outputs."""
+    cond = Cond.of(eqn, operands)
+    if not any(x.is_data for x in cond.operands):
+        return None
+    number = len(state.steps)
+    arrays = _take_before(state, number, cond.operands)
+    state.steps.append(Step("cond", "", state.scan, is_scan=True))
+    outermost = number if state.scan == NO_SCAN else state.scan
+    branches: list[Callable[..., list[Any]]] = []
+    ones: list[list[Any]] = []
+    is_data = [False] * len(eqn.outvars)
+    for program in cond.branches:
+        branch = functools.partial(_compute_branch, cond.operands, program, outermost)
+        edges, depend = _record_branch(state.steps, branch, arrays)
+        is_data = list(map(operator.or_, is_data, depend))
+        taken = []
+        for edge in edges:
+            outer = edge._replace(lengths=(1, *edge.lengths))
+            taken.append(state.one(outer))
+        ones.append(taken)
+        branches.append(functools.partial(_with_ones, branch, len(branches)))
+
+    arrays = [jnp.asarray(array) for array in arrays]
+    outputs = jax.lax.switch(cond.index.array, branches, arrays, ones)
+    _name_cut(state.steps, number)
+    return _results(cond.operands, outputs, is_data, number)
+
+
+# branch(steps, one, arrays): computes a branch, whose steps it adds to the list. Returns the arrays
+# of the outputs, and whether each depends on the inputs of the model.
+_Branch = Callable[[list[Step], _One, Sequence[Any]], tuple[list[Any], list[bool]]]
+
+
+def _compute_branch(
+    operands: _Values,
+    program: ClosedJaxpr,
+    outermost: int,
+    steps: list[Step],
+    one: _One,
+    arrays: Sequence[Any],
+) -> tuple[list[Any], list[bool]]:
+    """Computes a branch of a cond with these operands; see `_Branch`."""
+    values = []
+    for array, x in zip(arrays, operands, strict=True):
+        depends = x.producer is not None
+        value = _Value(array, BEGIN) if depends else _Value(array, None, x.leaves)
+        values.append(value)
+    inner = _Pass(one, steps, outermost)
+    outputs = walk(_TABLE, inner, program, values)
+    is_data = [x.producer is not None for x in outputs]
+    return inner.end(outputs), is_data
+
+
+def _record_branch(
+    steps: list[Step], branch: _Branch, arrays: Sequence[Any]
+) -> tuple[list[Edge], list[bool]]:
+    """Returns the edges of a branch, and which of its outputs depend on the inputs."""
+    found: list[bool] = []
+
+    def run(one: _One) -> list[Any]:
+        outputs, is_data = branch(steps, one, arrays)
+        found.extend(is_data)
+        return outputs
+
+    return _recorded(run), found
+
+
+def _with_ones(
+    branch: _Branch, number: int, arrays: Sequence[Any], ones: list[list[jax.Array]]
+) -> list[Any]:
+    """Computes branch `number` with its own ones. Its steps are recorded already."""
+    mine = [one[0] for one in ones[number]]
+    outputs, _ = branch([], _in_turn(mine), arrays)
+    return outputs
+
+
 def _scan_results(loop: _Loop, body: _Body, arrays: list[Any]) -> _Values:
     """Returns the scan's outputs as values, and completes its step."""
-    steps = loop.state.steps
-    # The cut before a scan has the name of the first parameter in its body.
-    for inner in steps[loop.number :]:
-        if inner.multiplies:
-            steps[loop.number] = loop.step._replace(multiplies=inner.multiplies)
-            break
+    _name_cut(loop.state.steps, loop.number)
+    return _results(loop.operands, arrays, body.output_is_data, loop.number)
 
-    leaves = _leaves(loop.operands)
+
+def _name_cut(steps: list[Step], number: int) -> None:
+    """Names the cut before a scan or cond by the first parameter of the steps inside."""
+    for inner in steps[number:]:
+        if inner.multiplies:
+            steps[number] = steps[number]._replace(multiplies=inner.multiplies)
+            return
+
+
+def _results(
+    operands: _Values, arrays: Sequence[Any], output_is_data: Sequence[bool], number: int
+) -> _Values:
+    """Returns the outputs of a scan or cond as values. number: of its step."""
+    leaves = _leaves(operands)
     results = []
-    for array, is_data in zip(arrays, body.output_is_data, strict=True):
+    for array, is_data in zip(arrays, output_is_data, strict=True):
         result = _Value(array, None, leaves)
         if is_data:
             # An output that is no float has no flow, but still depends on the inputs.
-            producer = loop.number if _is_float(array) else BEGIN
+            producer = number if _is_float(array) else BEGIN
             result = _Value(array, producer)
         results.append(result)
     return results

@@ -50,6 +50,7 @@ def bounds(
     Raises:
       ValueError: no path leads from input to output.
     """
+    trees.check_mask(mask, params)
     cost_of = _cost_fn(apply_fn, params, mask, input_shape)
     names = trees.names(mask)
     leaves = jax.tree.leaves(mask)

@@ -25,9 +25,13 @@ def decode_all(items: Sequence[Any], decode: Callable[[Any], Any]) -> list[Any]:
     Threads are enough: decoders of images release Python's lock.
     """
     num_threads = os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads)
+    try:
         # `map` keeps the order, whichever thread is done first.
         return list(pool.map(decode, items))
+    finally:
+        # After an error the items that are left need not be decoded.
+        pool.shutdown(cancel_futures=True)
 
 
 def stack(images: Sequence[np.ndarray], where: str) -> np.ndarray:

@@ -6,7 +6,9 @@ import gzip
 import math
 import pathlib
 import struct
+import typing
 import zlib
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,8 +18,16 @@ DATASETS = ("mnist", "fashion_mnist")
 # Where Debian's package dataset-fashion-mnist installs its files.
 DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
 
-_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+# Each file, and how many axes its values have.
+_FILES = {
+    "train-images-idx3": 3,
+    "train-labels-idx1": 1,
+    "t10k-images-idx3": 3,
+    "t10k-labels-idx1": 1,
+}
 _BYTES = b"\0\0\x08"  # how a file of unsigned bytes begins
+_MOST_BYTES = 2**33  # of one file: the largest sets in this format have 6 GB
+_PART = 2**24  # bytes that are read at a time
 
 
 def find(dataset: str, directory: str | None) -> pathlib.Path | None:
@@ -52,7 +62,7 @@ def read(folder: pathlib.Path) -> Arrays:
     Raises:
       ValueError: a file is missing or damaged.
     """
-    found = [_read_file(_path(folder, name)) for name in _FILES]
+    found = [_read_file(_path(folder, name), num_axes) for name, num_axes in _FILES.items()]
     train_images, train_labels, test_images, test_labels = found
     # The files have no axis for the single channel.
     return Arrays(
@@ -75,29 +85,52 @@ def _path(folder: pathlib.Path, name: str) -> pathlib.Path:
     )
 
 
-def _read_file(path: pathlib.Path) -> np.ndarray:
+def _read_file(path: pathlib.Path, num_axes: int) -> np.ndarray:
     """Reads an IDX file of bytes.
 
     The format: 0, 0, 8, the number of axes, their lengths as big-endian uint32, the values.
+
+    Raises:
+      ValueError: the file is damaged, or has another number of axes.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
+            file = typing.cast(BinaryIO, opened)
+            shape = _read_header(path, file, num_axes)
+            size = math.prod(shape)
+            if size > _MOST_BYTES:
+                raise _damaged(path, f"its header promises {size} bytes")
+            # One more byte than is promised finds a file that is too long, and makes gzip compare
+            # its checksum. A small file can unpack to any size, so nothing beyond is read.
+            values = _read_most(file, size + 1)
+    except (EOFError, zlib.error, OSError) as error:
         raise _damaged(path, str(error)) from error
-    if len(content) < 8 or not content.startswith(_BYTES):
+    if len(values) != size:
+        has = "more" if len(values) > size else len(values)
+        raise _damaged(path, f"its header promises {size} bytes, it has {has}")
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _read_header(path: pathlib.Path, file: BinaryIO, num_axes: int) -> tuple[int, ...]:
+    """Reads the header of an IDX file, and returns the shape of its values."""
+    header = file.read(4 + 4 * num_axes)
+    if len(header) < 4 + 4 * num_axes or not header.startswith(_BYTES):
         raise _damaged(path, "it has no IDX header")
-    num_axes = content[3]
-    values_start = 4 + 4 * num_axes
-    if len(content) < values_start:
-        raise _damaged(path, "it has no IDX header")
-    shape = struct.unpack(f">{num_axes}I", content[4:values_start])
-    values = np.frombuffer(content, np.uint8, offset=values_start)
-    size = math.prod(shape)
-    if values.size != size:
-        raise _damaged(path, f"its header promises {size} bytes, it has {values.size}")
-    return values.reshape(shape)
+    if header[3] != num_axes:
+        raise _damaged(path, f"its header names {header[3]} axes in place of {num_axes}")
+    return struct.unpack(f">{num_axes}I", header[4:])
+
+
+def _read_most(file: BinaryIO, size: int) -> bytearray:
+    """Reads at most `size` bytes."""
+    # In parts: a single read would take the memory for all that a damaged header promises.
+    content = bytearray()
+    while len(content) < size:
+        part = file.read(min(_PART, size - len(content)))
+        if not part:
+            break
+        content += part
+    return content
 
 
 def _damaged(path: pathlib.Path, why: str) -> ValueError:

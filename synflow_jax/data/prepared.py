@@ -82,7 +82,7 @@ def read(dataset: str, directory: str | None) -> Arrays:
 
 
 def _read_split(dataset: str, split: str, directory: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the images and the labels of a split."""
+    """Reads the images and the labels of a split. Their values are not yet checked."""
     records = source(dataset, split, directory)
     try:
         examples = arrays.decode_all(range(len(records)), records.__getitem__)
@@ -91,9 +91,16 @@ def _read_split(dataset: str, split: str, directory: str | None) -> tuple[np.nda
             f"the {split} split of {dataset!r} cannot be read: {error}. Its files are damaged: "
             "prepare it again."
         ) from error
-    images = [np.asarray(example["image"], np.uint8) for example in examples]
-    labels = [example["label"] for example in examples]
-    return arrays.stack(images, str(directory)), np.array(labels, np.int32)
+    images = [np.asarray(example["image"]) for example in examples]
+    labels = np.asarray([example["label"] for example in examples])
+    stacked = arrays.stack(images, str(directory))
+    # A cast would wrap or cut other numbers.
+    if stacked.dtype != np.uint8 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"the {split} split of {dataset!r} has images of {stacked.dtype} and labels of "
+            f"{labels.dtype}, in place of uint8 and integers: prepare it again."
+        )
+    return stacked, labels
 
 
 def _how_to_prepare(dataset: str, directory: str | None) -> str:

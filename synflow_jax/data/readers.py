@@ -52,7 +52,11 @@ def load(dataset: str, image_shape: ImageShape, directory: str | None = None) ->
     arrays = _read(dataset, image_shape, directory)
     _check_split(dataset, "train", arrays.train_images, arrays.train_labels, image_shape)
     _check_split(dataset, "test", arrays.test_images, arrays.test_labels, image_shape)
-    return arrays
+    # Only now: a label that is too large for 32 bits would have become another.
+    return arrays._replace(
+        train_labels=arrays.train_labels.astype(np.int32),
+        test_labels=arrays.test_labels.astype(np.int32),
+    )
 
 
 def _read(dataset: str, image_shape: ImageShape, directory: str | None) -> Arrays:

@@ -55,7 +55,8 @@ def train_batches(
     records = prepared.source(dataset, "train", directory, decode=False)
 
     def example(record: Any, rng: np.random.Generator) -> Example:
-        return _train_example(record, image_shape, rng)
+        image = _train_image(_open(record, dataset), image_shape, rng)
+        return image, _label(record, dataset)
 
     # Every step below is indexed by position, so that a stream can start at any batch.
     shuffled = grain.MapDataset.source(records).seed(seed).shuffle()
@@ -82,7 +83,7 @@ def test_batches(
     records = prepared.source(dataset, "test", directory, decode=False)
 
     def example(record: Any) -> Example:
-        return _test_example(record, image_shape)
+        return _test_image(_open(record, dataset), image_shape), _label(record, dataset)
 
     examples = grain.MapDataset.source(records).map(example)
     # Every example counts in an accuracy, so a smaller last batch is kept.
@@ -115,11 +116,10 @@ def balanced_examples(
         if not any(missing.values()):
             break
         record = records[int(index)]
-        label = int(record["label"])
+        label = int(_label(record, dataset))
         # Decoding takes time: only the images that are needed are decoded.
         if missing[label]:
-            image, _ = _test_example(record, image_shape)
-            images.append(image)
+            images.append(_test_image(_open(record, dataset), image_shape))
             labels.append(label)
             missing[label] -= 1
     short = [label for label, number in missing.items() if number]
@@ -131,23 +131,55 @@ def balanced_examples(
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _open(record: Any) -> Any:
-    """Decodes the image of a record."""
+def _label(record: Any, dataset: str) -> np.int32:
+    """Returns the label of a record.
+
+    Raises:
+      ValueError: it is none of the data set. On the device nothing checks labels.
+    """
+    label = int(record["label"])
+    num_classes = spec(dataset).num_classes
+    if not 0 <= label < num_classes:
+        raise ValueError(
+            f"{_name(record, dataset)} has label {label}; labels go from 0 to {num_classes - 1}. "
+            "Is --config.data.dir the folder of another data set?"
+        )
+    return np.int32(label)
+
+
+def _open(record: Any, dataset: str) -> Any:
+    """Decodes the image of a record.
+
+    Raises:
+      ValueError: it is damaged, or too large to be a photograph; names it.
+    """
     import PIL.Image
 
-    return PIL.Image.open(io.BytesIO(record["image"])).convert("RGB")
+    try:
+        return PIL.Image.open(io.BytesIO(record["image"])).convert("RGB")
+    # Each decoder raises errors of its own for a damaged file.
+    except Exception as error:
+        raise ValueError(
+            f"{_name(record, dataset)} cannot be read: {error}. Prepare the data set again."
+        ) from error
 
 
-def _train_example(record: Any, image_shape: ImageShape, rng: np.random.Generator) -> Example:
+def _name(record: Any, dataset: str) -> str:
+    """Returns words that name a record; some data sets store the names of their files."""
+    file = record.get("file_name", b"")
+    name = file.decode(errors="replace") if isinstance(file, bytes) else str(file)
+    return f"image {name!r} of {dataset!r}" if name else f"an image of {dataset!r}"
+
+
+def _train_image(image: Any, image_shape: ImageShape, rng: np.random.Generator) -> np.ndarray:
     """Crops a part of random area and aspect, and resizes it."""
     import PIL.Image
 
-    image = _open(record)
     height, width, _ = image_shape
     # `rng` is grain's, of this example and epoch: threads in any order draw the same boxes.
     box = _random_box(image.width, image.height, rng)
     resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized), np.int32(record["label"])
+    return np.asarray(resized)
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
@@ -171,11 +203,10 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     return (left, top, left + side, top + side)
 
 
-def _test_example(record: Any, image_shape: ImageShape) -> Example:
+def _test_image(image: Any, image_shape: ImageShape) -> np.ndarray:
     """Resizes an image to a little more than the crop, and crops it at the centre."""
     import PIL.Image
 
-    image = _open(record)
     height, width, _ = image_shape
     scale = _RESIZE * max(width / image.width, height / image.height)
     # Rounding must not make the image smaller than the crop.
@@ -186,4 +217,4 @@ def _test_example(record: Any, image_shape: ImageShape) -> Example:
     top = (resized_height - height) // 2
     box = (left, top, left + width, top + height)
     cropped = image.crop(box)
-    return np.asarray(cropped), np.int32(record["label"])
+    return np.asarray(cropped)

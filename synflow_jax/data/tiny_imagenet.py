@@ -8,7 +8,11 @@ import numpy as np
 
 from synflow_jax.data import arrays
 from synflow_jax.data.arrays import Arrays
+from synflow_jax.data.specs import spec
 
+# The data set is of JPEG files, which have no others. Converting from modes with transparency or
+# with 16 bits would change pixels.
+_MODES = ("RGB", "L", "CMYK")
 _NEEDED = ("wnids.txt", "train", "val/val_annotations.txt")
 
 # The files of a split, each with its label.
@@ -40,8 +44,14 @@ def read(folder: pathlib.Path) -> Arrays:
       ValueError: a file is damaged or missing.
     """
     # A label is the place of its class in this file.
-    names = (folder / "wnids.txt").read_text().split()
+    names = _read_text(folder / "wnids.txt").split()
     classes = {name: label for label, name in enumerate(names)}
+    num_classes = spec("tiny_imagenet").num_classes
+    if not len(names) == len(classes) == num_classes:
+        raise ValueError(
+            f"{str(folder / 'wnids.txt')!r} names {len(names)} classes, {len(classes)} of them "
+            f"different, in place of {num_classes}. Unpack the data set again."
+        )
     train_files = _train_files(folder, classes)
     # The labels of the test split were never published: the validation split is used instead.
     test_files = _test_files(folder, classes)
@@ -57,6 +67,8 @@ def _train_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
         of_class = folder / "train" / name
         # Sorted, because the order in a folder depends on the file system.
         paths = sorted(of_class.rglob("*.JPEG"))
+        if not paths:
+            raise ValueError(f"{str(of_class)!r} has no images. Unpack the data set again.")
         found += [(path, label) for path in paths]
     return found
 
@@ -65,7 +77,7 @@ def _test_files(folder: pathlib.Path, classes: dict[str, int]) -> Labelled:
     """Lists the validation images, whose classes are in one file: NAME<tab>CLASS<tab>box."""
     found: Labelled = []
     validation = folder / "val"
-    lines = (validation / "val_annotations.txt").read_text().splitlines()
+    lines = _read_text(validation / "val_annotations.txt").splitlines()
     for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
         class_name, _, _ = rest.partition("\t")
@@ -89,14 +101,36 @@ def _read_split(files: Labelled, folder: pathlib.Path) -> tuple[np.ndarray, np.n
     return stacked, np.array(labels, np.int32)
 
 
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read: {error}. Unpack the data set again."
+        ) from error
+
+
 def _decode(path: pathlib.Path) -> np.ndarray:
-    """Reads one image as uint8 [height, width, 3]."""
+    """Reads one image as uint8 [height, width, 3].
+
+    Raises:
+      ValueError: it is not an image of this data set; names the file.
+    """
     import PIL.Image
 
+    height, width, _ = spec("tiny_imagenet").image_shape or (0, 0, 0)
     try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
         with PIL.Image.open(path) as image:
+            # Before it is decoded: a small file can hold an image of any size.
+            if image.size != (width, height):
+                raise ValueError(f"it has {image.width}x{image.height} pixels")
+            if image.mode not in _MODES:
+                raise ValueError(f"its mode is {image.mode}, in place of RGB or grey")
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    # Each decoder raises errors of its own for a damaged file.
+    except Exception as error:
         raise ValueError(
             f"image {str(path)!r} cannot be read: {error}. Unpack the data set again."
         ) from error

@@ -1,4 +1,6 @@
-"""Checks the values of a config before any work is done.
+"""Checks what the values of a config need of each other, before any work is done.
+
+`schema.checked` comes first, and checks each value by itself.
 
 The tables at the end list small checks. Each check takes a run, and returns None or a message that
 names the argument, its value and the cure. A check may also call a function of another wing that
@@ -7,14 +9,12 @@ raises ValueError with such a message.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Sequence
 
 from synflow_jax import data, models
-from synflow_jax.experiments import identity, rules
+from synflow_jax.experiments import identity
 from synflow_jax.experiments.config import Config
-from synflow_jax.experiments.run import Run, combinations, grid_values, resolve_one
+from synflow_jax.experiments.run import Run, combinations, grid_values, grids_run, resolve_one
 
 Check = Callable[[Run], str | None]
 
@@ -62,16 +62,14 @@ def _check_runs(config: Config, table: Sequence[Check]) -> None:
             continue
         if keys:
             run = Run(single)
-            values = ", ".join(f"{key}={run.value(key)!r}" for key in keys)
-            message = f"{message} This is the grid's run of {values}."
+            message = f"{message} {grids_run({key: run.value(key) for key in keys})}"
         raise ValueError(message)
 
 
 def _first_message(single: Config, table: Sequence[Check]) -> str | None:
     """Returns the message of the first check that fails, if one does."""
     try:
-        # The words come first, because the defaults depend on them.
-        return _apply(WORD_CHECKS, Run(single)) or _apply(table, resolve_one(single))
+        return _apply(table, resolve_one(single))
     except ValueError as error:
         return str(error)
 
@@ -82,68 +80,6 @@ def _apply(table: Sequence[Check], run: Run) -> str | None:
 
 
 # Checks of one value
-
-
-def _one_of(key: str, choices: Sequence[str | None]) -> Check:
-    """Makes a check: the value is one of the choices."""
-    words = ", ".join(str(choice) for choice in choices)
-
-    def check_value(run: Run) -> str | None:
-        value = run.value(key)
-        if value in choices:
-            return None
-        return f"{key}={value!r} is unknown. Choose one of {words}."
-
-    return check_value
-
-
-def _at_least(key: str, low: int) -> Check:
-    """Makes a check: the value is None or a whole number of at least `low`."""
-
-    def check_value(run: Run) -> str | None:
-        value = run.value(key)
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if value is None or (is_whole and value >= low):
-            return None
-        return f"{key}={value!r} must be a whole number of at least {low}."
-
-    return check_value
-
-
-def _from_to(key: str, low: float, high: float = math.inf) -> Check:
-    """Makes a check: low <= value < high."""
-
-    def check_value(run: Run) -> str | None:
-        value = run.value(key)
-        if low <= value < high:
-            return None
-        if high == math.inf:
-            return f"{key}={value} must be finite and at least {low}."
-        return f"{key}={value} must be at least {low} and below {high}."
-
-    return check_value
-
-
-def _positive(key: str) -> Check:
-    """Makes a check: the value is None, or positive and finite."""
-
-    def check_value(run: Run) -> str | None:
-        value = run.value(key)
-        if value is None or 0 < value < math.inf:
-            return None
-        return f"{key}={value} must be positive and finite."
-
-    return check_value
-
-
-def _compression_is_finite(run: Run) -> str | None:
-    compression = run.config.prune.compression
-    if 1 <= compression < math.inf:
-        return None
-    return (
-        f"prune.compression={compression!r} must be a finite number of at least 1: it is total / "
-        "kept, so 1 keeps every weight and 100 keeps one in a hundred."
-    )
 
 
 def _init_is_readable(run: Run) -> str | None:
@@ -202,16 +138,6 @@ def _certified_bound_holds(run: Run) -> str | None:
     return None
 
 
-def _cut_fraction_is_a_fraction(run: Run) -> str | None:
-    fraction = run.config.prune.cut_fraction
-    if not run.is_certified or 0 < fraction < 1:
-        return None
-    return (
-        f"prune.cut_fraction={fraction} must be above 0 and below 1: it is the fraction of a cut "
-        "that one iteration may prune."
-    )
-
-
 def _certified_mask_is_kept(run: Run) -> str | None:
     prune = run.config.prune
     changes_mask = run.ablation.shuffles or run.ablation.inverts
@@ -235,11 +161,10 @@ def _layerwise_is_drawn_at_once(run: Run) -> str | None:
 
 def _only_imp_rewinds(run: Run) -> str | None:
     step = run.config.prune.rewind_step
-    is_allowed = step == 0 or run.pruner.trains
-    if step >= 0 and is_allowed:
+    if step == 0 or run.pruner.trains:
         return None
     return (
-        f"prune.rewind_step={step} must not be negative, and must be 0 for every rule but 'imp': "
+        f"prune.rewind_step={step} must be 0 for every rule but 'imp': "
         "set that, or prune.pruner='imp'."
     )
 
@@ -302,16 +227,6 @@ def _rewound_network_is_masked(run: Run) -> str | None:
     )
 
 
-def _drops_rise(run: Run) -> str | None:
-    drops = list(run.config.train.drops)
-    are_epochs = all(isinstance(epoch, numbers.Integral) and epoch >= 1 for epoch in drops)
-    if are_epochs and drops == sorted(set(drops)):
-        return None
-    return (
-        f"train.drops={run.config.train.drops} must be epoch numbers, from 1, in increasing order."
-    )
-
-
 def _optimizer_is_a_function(run: Run) -> str | None:
     optimizer = run.config.train.make_optimizer
     if optimizer is None or callable(optimizer):
@@ -329,51 +244,21 @@ def _training_data_is_readable(run: Run) -> str | None:
 
 # The tables
 
-WORD_CHECKS: tuple[Check, ...] = (
-    _one_of("prune.pruner", tuple(rules.PRUNERS)),
-    _one_of("prune.schedule", tuple(rules.SCHEDULES)),
-    _one_of("prune.scope", rules.SCOPES),
-    _one_of("prune.mode", rules.MODES),
-    _one_of("prune.ablation", tuple(rules.ABLATIONS)),
-)
-
 PRUNE_CHECKS: tuple[Check, ...] = (
-    _one_of("prune.score_dtype", (None, "float32", "float64")),
     _model_fits_dataset,
     _one_device_prunes,
     _certified_bound_holds,
-    _cut_fraction_is_a_fraction,
     _certified_mask_is_kept,
-    _compression_is_finite,
-    _at_least("prune.num_iterations", 1),
     _layerwise_is_drawn_at_once,
     _only_imp_rewinds,
     _imp_is_nested,
     _redrawn_weights_start_at_0,
-    _at_least("prune.examples_per_class", 1),
-    _at_least("prune.batch_size", 1),
     _init_is_readable,
-    _at_least("seed", 0),
-    _positive("prune.temperature"),
     _scored_data_fits_network,
 )
 
 TRAIN_CHECKS: tuple[Check, ...] = (
     _rewound_network_is_masked,
-    _at_least("train.num_epochs", 1),
-    _at_least("train.batch_size", 1),
-    _at_least("train.keep_checkpoints", 1),
-    _at_least("train.checkpoint_every", 1),
-    _from_to("train.learning_rate", 0),
-    _from_to("train.drop_factor", 0),
-    _from_to("train.weight_decay", 0),
-    _from_to("train.momentum", 0, 1),
-    _from_to("train.label_smoothing", 0, 1),
-    _positive("train.clip_norm"),
-    _drops_rise,
-    _one_of("train.compute_dtype", ("float32", "bfloat16")),
     _optimizer_is_a_function,
-    _at_least("sweep.runs_per_device", 1),
-    _one_of("sweep.batching", ("map", "vmap")),
     _training_data_is_readable,
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks, parsing
+from synflow_jax.experiments import checks, expected, identity, parsing, schema
 from synflow_jax.experiments.config import Config
 from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
@@ -30,6 +32,8 @@ _CPU_DEVICES = flags.DEFINE_integer(
     None,
     "split the processor into this many devices, to try out code for several",
     lower_bound=1,
+    # JAX starts threads for each of them.
+    upper_bound=256,
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, if several processes run one job"
@@ -54,6 +58,8 @@ _INTERRUPTED = 130
 # The library raises these for input that it cannot use. Any other error is a bug of ours, and keeps
 # its traceback.
 _EXPECTED = (ValueError, FloatingPointError, OSError)
+# How XLA says that memory is short.
+_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
 # Running a script
@@ -87,6 +93,8 @@ def _parse(argv: list[str]) -> list[str]:
         if "--traceback" in argv:
             raise
         _fail(str(error))
+    except KeyboardInterrupt:
+        _interrupt()
 
 
 @contextlib.contextmanager
@@ -98,12 +106,20 @@ def _errors_as_messages() -> Iterator[None]:
         if _TRACEBACK.value:
             raise
         _fail(str(error))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        is_memory = isinstance(error, MemoryError) or _MEMORY.search(str(error))
+        if _TRACEBACK.value or not is_memory:
+            raise
+        first_line = str(error).partition("\n")[0]
+        _fail(
+            f"the memory is too small ({first_line}): choose a smaller network or batch, or fewer "
+            "runs at a time (--config.sweep.runs_per_device)."
+        )
     except storage.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(_STOPPED)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        _interrupt()
 
 
 def _configure() -> None:
@@ -113,12 +129,26 @@ def _configure() -> None:
         logging.set_verbosity(logging.WARNING)
     if _CPU_DEVICES.value is not None:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    ignored = identity.fix_generator()
+    if ignored:
+        settings = ", ".join(ignored)
+        print(
+            f"note: {settings} has no effect here. Runs draw with JAX's default generator, so that "
+            "a run_id stands for the same network everywhere.",
+            file=sys.stderr,
+        )
 
 
 def _fail(message: str) -> NoReturn:
     """Prints an error and ends the process."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _interrupt() -> NoReturn:
+    """Ends the process after Ctrl-C."""
+    print("stopped", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
 
 
 def use_compilation_cache() -> None:
@@ -130,6 +160,8 @@ def use_compilation_cache() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # The disk is full. Nothing is lost, and the files of the run say so if they cannot be written.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
 
 
 def join_hosts() -> hosts.Hosts:
@@ -179,6 +211,24 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 # Checking flags
 
 
+def check_path(value: str, flag: str) -> pathlib.Path:
+    """Returns the path of a flag, with the user's home in place of ~.
+
+    Raises:
+      ValueError: it is empty, or no path can have this name.
+    """
+    try:
+        path = pathlib.Path(expected.path("a path").read(value))
+        path.exists()
+    except expected.Refused:
+        raise ValueError(f"--{flag}={value!r} names no file or folder: give its name.") from None
+    except OSError as error:
+        raise ValueError(
+            f"--{flag}={expected.shown(value)} cannot be used: {error.strerror}."
+        ) from error
+    return path
+
+
 def check_workdir(value: str) -> storage.Workdir:
     """Returns the folder that --workdir names.
 
@@ -189,8 +239,9 @@ def check_workdir(value: str) -> storage.Workdir:
         raise ValueError(
             "--workdir='' names no folder: give one, --workdir=DIR, or leave the flag out."
         )
-    storage.check_writable(pathlib.Path(value))
-    return storage.Workdir(pathlib.Path(value))
+    path = check_path(value, "workdir")
+    storage.check_writable(path)
+    return storage.Workdir(path)
 
 
 def check_config(value: Any, *, reads_data: bool = True) -> Config:
@@ -204,15 +255,17 @@ def check_config(value: Any, *, reads_data: bool = True) -> Config:
       ValueError: it is missing, of another type, or has a value out of its range.
     """
     if not isinstance(value, Config):
-        problem = "is missing" if value is None else f"is a {type(value).__name__}"
+        is_given = flags.FLAGS["config"].present
+        problem = "is missing" if not is_given else f"is a {type(value).__name__}"
         raise ValueError(
             f"--config {problem}; it must name a file whose get_config() returns a "
             "synflow_jax.experiments.config.Config, for instance "
             f"--config=configs/vgg16_c100.py. {parsing.config_files()}"
         )
-    checks.check(value, reads_data=reads_data)
-    _check_overrides(value)
-    return value
+    checked = schema.checked(value)
+    checks.check(checked, reads_data=reads_data)
+    _check_overrides(checked)
+    return checked
 
 
 def _check_overrides(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
     checked = cli.check_config(config)
     checks.check_prune(checked)
     folder = cli.check_workdir(workdir)
-    folder.rows()  # a damaged row file is found now, not after the work
+    folder.check_rows()
     runs = resolve(checked)
     output = report.console()
     # A grid of one is shown with its layers, as any single run.
@@ -56,16 +55,20 @@ def prune(config: Any, workdir: str, *, overwrite: bool) -> None:
 
 def _prune_one(run: Run, workdir: Workdir, overwrite: bool, output: Console) -> None:
     """Prunes one network, and prints and draws its layers."""
-    row = None if overwrite else masks.find_row(run, workdir)
-    if row is not None:
-        report.already_done(output, workdir)
-    else:
+
+    def make(run: Run) -> masks.Row:
         cli.use_compilation_cache()
         network = initialization.build(run)
         maximum = initialization.max_compression(network)
         report.network(output, run.config.model, network, maximum)
         with report.progress(output, report.num_iterations(run)) as on_progress:
             _, row = masks.prune(run, network, workdir, maximum=maximum, on_progress=on_progress)
+        return row
+
+    workdir.clean()
+    row, found = masks.find_or_make(run, workdir, make, overwrite=overwrite)
+    if found:
+        report.already_done(output, workdir)
     pictures.save(pictures.layers(row), workdir.layers_picture_path)
     report.row(output, row)
     report.files(output, workdir.path, row)
@@ -78,6 +81,7 @@ def _prune_grid(runs: Sequence[Run], workdir: Workdir, overwrite: bool, output: 
       ValueError: some runs failed. The others are done.
     """
     cli.use_compilation_cache()
+    workdir.clean()
     failed = []
     with report.grid(output, runs) as emit:
         outcomes = masks.prune_all(runs, workdir, overwrite=overwrite, emit=emit)
@@ -104,8 +108,9 @@ def verify(path: str, config: Any) -> None:
     cli.use_compilation_cache()
     init = None if config is None else cli.check_config(config).init
     output = report.console()
+    file = str(cli.check_path(path, "verify"))
     with report.verification(output) as on_progress:
-        verdict = certificates.verify(path, on_progress, init=init)
+        verdict = certificates.verify(file, on_progress, init=init)
     report.verdict(output, verdict)
 
 
@@ -134,7 +139,7 @@ def train(config: Any, workdir: str, *, overwrite: bool) -> None:
     # Before anything uses JAX: processes cannot join once it has started.
     job = cli.join_hosts()
     cli.use_compilation_cache()
-    folder.rows()  # a damaged row file is found now, not after the work
+    folder.check_rows()
     is_grid = len(runs) > 1 or job.count > 1
     # The rows of a grid are compared with each other, so its runs must agree in all the rest.
     if is_grid and not overwrite:
@@ -176,14 +181,14 @@ def _finish_run(outcome: Outcome, workdir: Workdir, output: Console) -> None:
     Raises:
       Exception: the error of a run that failed.
     """
-    from synflow_jax.experiments import results
+    from synflow_jax.experiments import results, row_schema
 
     if isinstance(outcome, Failed):
         raise outcome.error
     row = outcome.row
-    curve = results.read_curve(workdir.curve_path(row["run_id"]))
+    curve = results.finished_curve(row, workdir)
     pictures.save(pictures.curve(row, curve), workdir.curve_picture_path)
-    report.trained(output, row, workdir.timing(row["run_id"]))
+    report.trained(output, row, row_schema.find_timing(row["run_id"], workdir))
     report.train_files(output, workdir.path, row["run_id"])
 
 
@@ -213,17 +218,19 @@ def export(
     from synflow_jax.experiments import exports
 
     formats = exports.check_formats(formats)
-    if workdir is None:
+    if not workdir:
         raise ValueError(
             "--workdir is missing: name the folder that prune.py or train.py has written."
         )
-    storage.check_folder(pathlib.Path(workdir))
+    if out == "":
+        raise ValueError("--out='' names no folder: give one, --out=DIR, or leave the flag out.")
+    source = Workdir(cli.check_path(workdir, "workdir"))
+    storage.check_folder(source.path)
     run = None
     if config is not None:
         run = resolve_one(cli.check_config(config, reads_data=False))
-    source = Workdir(pathlib.Path(workdir))
     row = exports.find_row(source, run, run_id)
-    folder = source.exported_path if not out else pathlib.Path(out)
+    folder = source.exported_path if out is None else cli.check_path(out, "out")
     storage.check_writable(folder, "out")
     cli.use_compilation_cache()
     network = exports.read(row, source, None if run is None else run.config.init)

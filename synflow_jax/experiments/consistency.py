@@ -9,7 +9,7 @@ import jax
 
 from synflow_jax import storage
 from synflow_jax.experiments.run import Run
-from synflow_jax.storage import Workdir
+from synflow_jax.storage import Workdir, schema
 
 
 def check_workdir(runs: Sequence[Run], workdir: Workdir) -> None:
@@ -32,11 +32,9 @@ def check_workdir(runs: Sequence[Run], workdir: Workdir) -> None:
     common = json.loads(json.dumps(runs[0].deciding_values()))
     if path.exists():
         try:
-            earlier = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{str(path)!r} cannot be read: {error}. Delete it if its rows are to be kept."
-            ) from error
+            earlier = schema.read_object(path)
+        except ValueError as error:
+            raise ValueError(f"{error}. Delete it if its rows are to be kept.") from error
         differing = [key for key in common if key in earlier and earlier[key] != common[key]]
         if differing:
             lines = [f"{key} was {earlier[key]!r} and is {common[key]!r}" for key in differing]

@@ -7,6 +7,7 @@ time, and however often it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,6 +25,7 @@ from synflow_jax.experiments import (
     levels,
     loop,
     masks,
+    memory,
     programs,
     results,
     spreading,
@@ -33,11 +35,17 @@ from synflow_jax.experiments.events import Event, EventFn, Failed, Finished, Out
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.loop import StopFn
 from synflow_jax.experiments.programs import Layout, Programs, Recipe
+from synflow_jax.experiments.row_schema import find_trained
 from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints
 from synflow_jax.training.forms import Form
 from synflow_jax.trees import Mask
+
+# How many compact networks a device trains before their programs are dropped: each has its own.
+_COMPACT_AT_ONCE = 16
+# How many runs are locked at a time before their rows are deleted.
+_LOCKS_AT_ONCE = 100
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -67,6 +75,7 @@ class _Shared:
     Attributes:
       workdir, devices, split, overwrite, emit, should_stop: as `run` takes them.
       build: returns the network of a run; from `initialization.builder`.
+      skips_done: whether a run that has a row is left out.
       recipes: the data and the optimizer, by `_recipe_key`. Filled by `_recipe`.
       programs: the compiled programs, by network, recipe, and device or layout. Filled by
         `_compiled`.
@@ -79,6 +88,7 @@ class _Shared:
     emit: EventFn
     should_stop: StopFn
     build: BuildFn
+    skips_done: bool
     recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
     programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
 
@@ -95,12 +105,15 @@ def run(
 ) -> list[Outcome]:
     """Prunes and trains runs, unless the folder already holds their rows.
 
-    1. Find the runs that have a row. They are finished.
-    2. Read the data, so that an error is found before long work.
-    3. Prune the others. Runs of one network follow one another on one device.
-    4. Train them; see `_train`. The row of a run is written last of all.
+    1. Remove what killed processes have left. With `overwrite`, delete the rows of all runs, and
+       then their checkpoints: from here on, the same command without it resumes them.
+    2. Find the runs that have a row. They are finished.
+    3. Read the data, so that an error is found before long work.
+    4. Prune the others. Runs of one network follow one another on one device.
+    5. Train them; see `_train`. The row of a run is written last of all.
 
-    A run that fails is listed in failed.json, and the others continue.
+    A run that fails is listed in failed.json, and the others continue. So does a run on which
+    another process is working: it fails before any of its files is touched.
 
     Args:
       runs: those of this process, from `run.resolve`, checked by `checks.check_train`.
@@ -122,7 +135,7 @@ def run(
     """
     devices = tuple(jax.local_devices() if devices is None else devices)
     build = initialization.builder(emit)
-    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build)
+    shared = _Shared(workdir, devices, split, overwrite, emit, should_stop, build, True)
     outcomes: dict[str, Outcome] = {}
     for outcome in failures.listed(_outcomes(shared, runs), workdir, lambda run: run.train_id):
         outcomes[outcome.run.train_id] = outcome
@@ -159,7 +172,7 @@ def train(
     """
     devices = tuple(jax.local_devices())
     build = initialization.builder(emit)
-    shared = _Shared(workdir, devices, True, False, emit, should_stop, build)
+    shared = _Shared(workdir, devices, True, False, emit, should_stop, build, False)
     form = starts.choose_form(run, network, mask) if form is None else form
     (outcome,) = _train_on_all_devices(shared, _Task(run, mask, form))
     if isinstance(outcome, Failed):
@@ -169,13 +182,21 @@ def train(
 
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
-    rows: dict[str, Any] = {}
-    if not shared.overwrite:
-        rows = {row["run_id"]: row for row in shared.workdir.rows()}
+    shared.workdir.clean()
+    if shared.overwrite:
+        busy = _begin_anew(shared, runs)
+        yield from busy
+        taken = {failed.run.train_id for failed in busy}
+        runs = [run for run in runs if run.train_id not in taken]
     ready = []
     for run in runs:
-        if run.train_id in rows:
-            yield Finished(run, rows[run.train_id], found=True)
+        try:
+            row = None if shared.overwrite else find_trained(run.train_id, shared.workdir)
+        except ValueError as error:
+            yield Failed(run, error)
+            continue
+        if row is not None:
+            yield Finished(run, row, found=True)
             continue
         failed = _prepare(shared, run)
         if failed is None:
@@ -192,11 +213,53 @@ def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     yield from _train(shared, pruned)
 
 
+def _begin_anew(shared: _Shared, runs: Sequence[Run]) -> list[Failed]:
+    """Deletes the rows and then the checkpoints of runs. The masks are overwritten when it is time.
+
+    Returns:
+      The runs that another process has. Nothing of them is deleted.
+    """
+    busy = []
+    # Each lock is an open file, and a process may have about a thousand.
+    for start in range(0, len(runs), _LOCKS_AT_ONCE):
+        with contextlib.ExitStack() as stack:
+            some = runs[start : start + _LOCKS_AT_ONCE]
+            free, taken = _lock(shared, some, stack, prunes=True)
+            busy += taken
+            # The rows of pruning too: a run that is stopped before its mask is made has none.
+            run_ids = [name for run in free for name in (run.train_id, run.prune_id)]
+            shared.workdir.delete_rows(run_ids)
+            for run in free:
+                checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
+    return busy
+
+
+def _lock(
+    shared: _Shared, runs: Iterable[Run], stack: contextlib.ExitStack, *, prunes: bool = False
+) -> tuple[list[Run], list[Failed]]:
+    """Takes the locks of runs, until the stack is closed; with `prunes`, those of their masks too.
+
+    Returns:
+      The runs that this process has now, and those that another process has.
+    """
+    free, busy = [], []
+    for run in runs:
+        names = [run.train_id, run.prune_id] if prunes else [run.train_id]
+        try:
+            with contextlib.ExitStack() as locks:
+                for name in names:
+                    locks.enter_context(shared.workdir.lock(name))
+                # Only now: if one of them is taken, the others are given back.
+                stack.push(locks.pop_all())
+        except storage.Busy as error:
+            busy.append(Failed(run, error))
+        else:
+            free.append(run)
+    return free, busy
+
+
 def _prepare(shared: _Shared, run: Run) -> Failed | None:
     """Reads the data of a run that is to be done. Returns its failure if it cannot be used."""
-    # The mask, and IMP's levels, are overwritten when they are made.
-    if shared.overwrite:
-        checkpoints.delete(shared.workdir.checkpoint_path(run.train_id))
     try:
         if shared.split:
             # The network of a single run is shown first, even if the folder has its mask.
@@ -212,6 +275,12 @@ def _prepare(shared: _Shared, run: Run) -> Failed | None:
 
 def _prune(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
     """Prunes runs. A device prunes all runs of one network, or one run of IMP, at a time."""
+    for some in _by_shapes(shared, runs):
+        yield from _prune_some(shared, some)
+
+
+def _prune_some(shared: _Shared, runs: Sequence[Run]) -> Iterator[events.Pruned | Failed]:
+    """Prunes runs whose programs fit into memory together."""
     at_once = [run for run in runs if not run.pruner.trains]
     by_training = [run for run in runs if run.pruner.trains]
     # Only neighbours share a network: the builder of networks keeps a single one.
@@ -285,7 +354,13 @@ def _pruned(shared: _Shared, run: Run, row: Mapping[str, Any]) -> events.Pruned:
 
 
 def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
-    """Trains runs that are pruned, and yields their outcomes as they come.
+    """Trains runs that are pruned, and yields their outcomes as they come."""
+    for some in _by_shapes(shared, runs):
+        yield from _train_some(shared, some)
+
+
+def _train_some(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Trains runs of a few networks.
 
     - With `split`, or if the data is streamed, a run trains alone on all devices.
     - A compact network shares its shape with no other, so it trains alone on one device.
@@ -302,11 +377,12 @@ def _train(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
             undecided.append(run)
 
     # Those that may be compact come first, since some of them turn out to train masked.
-    for result in _spread(shared, functools.partial(_train_if_compact, shared), undecided):
-        if isinstance(result, Run):
-            masked.append(result)
-        else:
-            yield from result
+    for some in _freeing(shared, _chunks(undecided, _COMPACT_AT_ONCE * len(shared.devices))):
+        for result in _spread(shared, functools.partial(_train_if_compact, shared), some):
+            if isinstance(result, Run):
+                masked.append(result)
+            else:
+                yield from result
     for run in whole:
         task = _task(shared, run)
         if isinstance(task, Failed):
@@ -409,11 +485,39 @@ def _train_tasks(
     devices: tuple[jax.Device, ...],
     per_device: int,
 ) -> list[Outcome]:
-    """Trains runs by one program, and writes their rows when all else is on the disk.
+    """Trains runs by one program, unless another process has them.
 
     Raises:
       OutOfMemory: a device cannot hold its runs, and has more than one.
     """
+    left = []
+    # The locks are held until the rows are written.
+    with contextlib.ExitStack() as stack:
+        free, busy = _lock(shared, [task.run for task in tasks], stack)
+        outcomes: list[Outcome] = [*busy]
+        for task in tasks:
+            if task.run not in free:
+                continue
+            # Another process may have finished it since the rows were read.
+            row = shared.workdir.find_row(task.run.train_id) if shared.skips_done else None
+            if row is None:
+                left.append(task)
+            else:
+                outcomes.append(Finished(task.run, row, found=True))
+        if left:
+            outcomes += _train_locked(shared, left, key, compile_fn, devices, per_device)
+    return outcomes
+
+
+def _train_locked(
+    shared: _Shared,
+    tasks: Sequence[_Task],
+    key: Any,
+    compile_fn: Callable[[], Programs],
+    devices: tuple[jax.Device, ...],
+    per_device: int,
+) -> list[Outcome]:
+    """Trains runs, and writes their rows when all else is on the disk; see `_train_tasks`."""
     run = tasks[0].run
     recipe = _recipe(shared, run)
     jobs = [
@@ -493,6 +597,28 @@ def _spread(
     if shared.split:
         return (function(item, None) for item in items)
     return spreading.over_devices(function, items, shared.devices)
+
+
+def _by_shapes(shared: _Shared, runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Yields the runs of a few shapes at a time, and drops the programs of earlier ones."""
+    groups = _grouped(runs, lambda run: run.shapes_key)
+    # As many as there are devices, since each may be busy with another network.
+    together = _chunks(groups, len(shared.devices))
+    return _freeing(shared, (list(itertools.chain(*some)) for some in together))
+
+
+def _freeing(shared: _Shared, parts: Iterable[_Item]) -> Iterator[_Item]:
+    """Yields parts of the work, and drops all compiled programs between two of them."""
+    for number, part in enumerate(parts):
+        if number:
+            shared.programs.clear()
+            memory.free_programs()
+        yield part
+
+
+def _chunks(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:
+    """Returns the items in parts of this size; the last one may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:

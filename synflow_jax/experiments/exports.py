@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import data, models, storage, trees
-from synflow_jax.experiments import initialization
-from synflow_jax.experiments.run import Run, from_dict
+from synflow_jax.experiments import initialization, recorded
+from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
-from synflow_jax.storage import Workdir, checkpoints, networks
+from synflow_jax.storage import Workdir, networks
 from synflow_jax.storage.networks import flat
 from synflow_jax.trees import Mask, Params
 
@@ -28,6 +28,8 @@ FORMATS = {
     "torch": "torch.safetensors",
 }
 
+_MAX_SHOWN = 20  # more names do not help to find the right one
+
 
 def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str, Any]:
     """Returns the row of a run by its id, or by its config.
@@ -35,10 +37,12 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
     By its config, it is the row of the trained network if there is one, and else of the pruned one.
 
     Raises:
-      ValueError: neither is given, or there is no such run in `workdir`.
+      ValueError: neither is given, `run_id` is not the name of a run, or there is no such run
+        in `workdir`.
     """
     if run_id is not None:
-        wanted = [run_id]
+        # Files are named by it, so it is checked before anything is read or written.
+        wanted = [storage.check_run_id(run_id)]
     elif run is not None:
         wanted = [run.train_id, run.prune_id]
     else:
@@ -46,16 +50,23 @@ def find_row(workdir: Workdir, run: Run | None, run_id: str | None) -> dict[str,
             "--config and --run are missing: give the config of the run, or its run_id, "
             "--run=RUN_ID."
         )
-    # The last row of an id is the one that --overwrite wrote.
-    rows = {row["run_id"]: row for row in workdir.rows()}
     for name in wanted:
-        if name in rows:
-            return rows[name]
-    known = f"its runs are {', '.join(rows)}" if rows else "it has no runs"
+        row = workdir.find_row(name)
+        if row is not None:
+            return row
+    run_ids = workdir.run_ids()
+    known = f"its runs are {_some(run_ids)}" if run_ids else "it has no runs"
     raise ValueError(
         f"workdir={str(workdir)!r} has no run {wanted[-1]!r}; {known}. Name one by --run=RUN_ID, "
         "or make it with prune.py or train.py."
     )
+
+
+def _some(run_ids: Sequence[str]) -> str:
+    """Returns the first names of a list, which may have thousands, and how many more there are."""
+    shown = ", ".join(run_ids[:_MAX_SHOWN])
+    num_more = len(run_ids) - _MAX_SHOWN
+    return f"{shown} and {num_more:,} more" if num_more > 0 else shown
 
 
 def is_trained(row: Mapping[str, Any]) -> bool:
@@ -78,27 +89,29 @@ def read(row: Mapping[str, Any], workdir: Workdir, init: str | None = None) -> N
       ValueError: a file is damaged, or is that of another run.
     """
     if is_trained(row):
-        network = _read_trained(from_dict(row["config"]), workdir.checkpoint_path(row["run_id"]))
+        network = _read_trained(row, workdir)
     else:
-        network = _read_pruned(from_dict(row["config"], init), workdir.mask_path(row["run_id"]))
+        network = _read_pruned(row, workdir, init)
     return network._replace(params=trees.apply_mask(network.params, network.mask))
 
 
-def _read_pruned(run: Run, path: pathlib.Path) -> Network:
+def _read_pruned(row: Mapping[str, Any], workdir: Workdir, init: str | None) -> Network:
     """Draws the network of a pruning run again, and reads its mask."""
+    run = recorded.run_of(row, init)
     # The run has pruned it, so its compression was accepted.
     network = initialization.build(run, bounded=False)
-    mask = storage.load_mask(path, network.params)
+    mask = recorded.read_mask(row, workdir, network.params)
     return initialization.for_training(run, network)._replace(mask=mask)
 
 
-def _read_trained(run: Run, folder: pathlib.Path) -> Network:
+def _read_trained(row: Mapping[str, Any], workdir: Workdir) -> Network:
     """Reads the network of a training run from its last checkpoint."""
-    arrays, _ = checkpoints.read_latest(folder)
-    parameters = _part(arrays, "params")
-    statistics = _part(arrays, "batch_stats")
+    run = recorded.run_of(row)
+    arrays = recorded.read_checkpoint(row, workdir)
+    parameters = recorded.part(arrays, "params")
+    statistics = recorded.part(arrays, "batch_stats")
     params, batch_stats = flat.unflatten({**parameters, **statistics})
-    mask = _unflatten_mask(_part(arrays, "mask"), params)
+    mask = _unflatten_mask(recorded.part(arrays, "mask"), params)
     model: Any
     model, input_shape = initialization.architecture(run)
     arrays_by_name = flat.flatten(params, batch_stats)
@@ -107,12 +120,6 @@ def _read_trained(run: Run, folder: pathlib.Path) -> Network:
         # It was trained in its compact form.
         model = model.resized(params)
     return Network(model, params, batch_stats, mask, input_shape)
-
-
-def _part(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of one field of the training state: the checkpoint's item 0."""
-    prefix = f"0/{name}/"
-    return {key.removeprefix("0/"): a for key, a in arrays.items() if key.startswith(prefix)}
 
 
 def _unflatten_mask(masks: Mapping[str, np.ndarray], params: Params) -> Mask:

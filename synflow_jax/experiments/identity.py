@@ -6,17 +6,34 @@ part of the name (`setting`), and `named_values` collects those that are.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
 import os
+import stat
 from collections.abc import Callable
 from typing import Any
+
+import jax
+
+from synflow_jax.experiments.expected import Expected, shown
 
 # Says whether a setting is part of a run's name: identity(value, default, config).
 Identity = Callable[[Any, Any, Any], bool]
 
 _DIGEST = "sha256:"
+
+# A seed stands for a network only together with the generator that draws it. The names of runs
+# stand for this one, with these settings, which are JAX's defaults. With 64 bits, permutations and
+# random integers are other ones.
+_GENERATOR = "threefry2x32"
+_GENERATOR_SETTINGS = {
+    "jax_default_prng_impl": _GENERATOR,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+}
 
 
 def always(value: Any, default: Any, config: Any) -> bool:
@@ -42,6 +59,7 @@ def when_changed(value: Any, default: Any, config: Any) -> bool:
 
 def setting(
     default: Any,
+    values: Expected | None = None,
     *,
     identity: Identity = always,
     named_by: Callable[[Any], Any] | None = None,
@@ -50,11 +68,12 @@ def setting(
 
     Args:
       default: the default of the field.
+      values: the values that it may have.
       identity: says when the field is part of a run's name.
       named_by: turns the value into the one that stands in the name, e.g. a path into the digest of
         its file.
     """
-    metadata = {"identity": identity, "named_by": named_by}
+    metadata = {"identity": identity, "named_by": named_by, "expected": values}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -120,11 +139,14 @@ def file_digest(path: str | None) -> str | None:
     # A file of weights can be large, and a grid asks for its digest once per run.
     try:
         status = os.stat(path)
+        # A pipe would be waited for without end.
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
         return _file_digest(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise ValueError(
-            f"init={path!r} cannot be read: {error.strerror}. Name a file of weights, or leave it "
-            "out."
+            f"init={shown(path)} cannot be read: {error.strerror}. Name a file of weights, or "
+            "leave it out."
         ) from error
 
 
@@ -145,3 +167,42 @@ def source_digest(function: Any) -> Any:
     except (OSError, TypeError):  # the function was not defined in a file
         source = repr(function)
     return f"{function.__name__} {hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
+# The generator of random numbers
+
+
+def fix_generator() -> list[str]:
+    """Makes this process draw by the generator that the names of runs stand for.
+
+    Call it before anything is drawn. Commands do, so that a run is the same network on every
+    machine: one that was pruned where JAX_DEFAULT_PRNG_IMPL is "rbg" can be trained elsewhere.
+
+    Returns:
+      The settings of JAX that were changed, e.g. "jax_default_prng_impl=rbg".
+    """
+    changed = []
+    for name, value in _GENERATOR_SETTINGS.items():
+        found = getattr(jax.config, name)
+        if found != value:
+            changed.append(f"{name}={found}")
+            jax.config.update(name, value)
+    return changed
+
+
+def key(seed: int) -> jax.Array:
+    """Returns the key of a seed, of the generator that the names of runs stand for.
+
+    Raises:
+      ValueError: a setting of JAX makes keys draw other numbers.
+    """
+    for name, value in _GENERATOR_SETTINGS.items():
+        found = getattr(jax.config, name)
+        # The kind of generator is given below, whatever the default is.
+        if found != value and name != "jax_default_prng_impl":
+            raise ValueError(
+                f"{name}={found} makes keys draw other numbers, and so other networks than the "
+                f"names of runs stand for. Set it to {value}: jax.config.update({name!r}, "
+                f"{value})."
+            )
+    return jax.random.key(seed, impl=_GENERATOR)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import pruning, scores, storage, trees
-from synflow_jax.experiments import events, loop, masks, programs, rules, starts
+from synflow_jax.experiments import events, loop, masks, programs, recorded, rules, starts
 from synflow_jax.experiments.events import Event, EventFn
 from synflow_jax.experiments.loop import Job, StopFn
 from synflow_jax.experiments.programs import Programs, Recipe
@@ -67,14 +66,31 @@ def find_or_make_mask(
       ValueError: the data or a file of an earlier command cannot be used; says why.
       FloatingPointError: a loss or a weight is not finite.
       OSError: something cannot be written.
+      storage.Busy: another process prunes this run. It is a ValueError.
       storage.Stopped: `should_stop` returned True, and the level is saved.
     """
-    if overwrite:
-        _delete(run, workdir)
-    else:
+    if not overwrite:
         found = masks.find_mask(run, network, workdir)
         if found is not None:
             return found
+    if compiled is None:
+        compiled = programs.one(run, network.model, recipe, split=True)
+    form = forms.choose(network, compact=False)
+    levels = _Levels(run, network, form, workdir, recipe, compiled, emit, should_stop)
+    with workdir.lock(run.prune_id):
+        if overwrite:
+            _delete(run, workdir)
+        return _find_or_prune(levels, maximum)
+
+
+def _find_or_prune(levels: _Levels, maximum: float | None) -> tuple[Mask, dict[str, Any]]:
+    """Makes the mask of a run that this process has locked; see `find_or_make_mask`."""
+    run, network, workdir = levels.run, levels.network, levels.workdir
+    # Another process may have made it before the lock was ours.
+    found = masks.find_mask(run, network, workdir)
+    if found is not None:
+        return found
+    recipe = levels.recipe
     options = run.config.prune
     # Checked here, since the number of steps is known only when the data has been read.
     if options.rewind_step >= recipe.num_steps:
@@ -82,29 +98,30 @@ def find_or_make_mask(
             f"prune.rewind_step={options.rewind_step} must be below {recipe.num_steps}, the steps "
             f"of a training: {run.config.train.num_epochs} epochs of {recipe.steps_per_epoch}."
         )
-    if compiled is None:
-        compiled = programs.one(run, network.model, recipe, split=True)
-    form = forms.choose(network, compact=False)
-    levels = _Levels(run, network, form, workdir, recipe, compiled, emit, should_stop)
     start = _start(levels)
     mask: Mask = network.mask
     records: list[dict[str, Any]] = []
     for number, counts in enumerate(_counts(run, mask), 1):
         mask, record = _find_or_make(levels, number, start, mask, counts)
         records.append(record)
-    # The row says that the run is complete, so its checkpoints are deleted after it.
-    _write_run(run, network, mask, records, workdir, maximum)
+    # No level needs its checkpoints once all are recorded. After the row nobody would delete them.
     checkpoints.delete(workdir.checkpoint_path(run.prune_id))
+    _write_run(run, network, mask, records, workdir, maximum)
     made = masks.find_mask(run, network, workdir)
     assert made is not None, "it was written above"
     return made
 
 
 def _delete(run: Run, workdir: Workdir) -> None:
-    """Removes the levels that an earlier command has trained."""
-    shutil.rmtree(workdir.levels_path(run.prune_id), ignore_errors=True)
+    """Deletes the row, and then the levels that an earlier command has trained.
+
+    Raises:
+      OSError: a file cannot be deleted.
+    """
+    masks.delete(run, workdir)
+    storage.remove(workdir.levels_path(run.prune_id))
     checkpoints.delete(workdir.checkpoint_path(run.prune_id))
-    workdir.rewind_path(run.prune_id).unlink(missing_ok=True)
+    storage.remove(workdir.rewind_path(run.prune_id))
 
 
 def _counts(run: Run, mask: Mask) -> np.ndarray:
@@ -250,6 +267,8 @@ def _read(levels: _Levels, number: int) -> tuple[Mask, dict[str, Any]] | None:
             f"{str(path)!r} or its mask {mask_path.name!r} is damaged: {error!r}. --overwrite "
             "runs all levels again."
         ) from error
+    wanted = {"run_id": run_id, "level": number}
+    recorded.check_run(mask_path, "mask file", wanted, "--overwrite runs all levels again.")
     if not is_whole:
         raise ValueError(
             f"{str(path)!r} does not belong to its mask {mask_path.name!r}. --overwrite runs "
@@ -314,6 +333,6 @@ def _info(records: Sequence[Mapping[str, Any]]) -> pruning.PruneInfo:
         kept=column("layers", jnp.int32),
         score_total=column("score_total", jnp.float32),
         pruned_score=column("pruned_score", jnp.float32),
-        cut=jnp.full(num_levels, jnp.nan, jnp.float32),
+        cut=jnp.zeros(num_levels, jnp.float32),
         exponent=jnp.zeros(num_levels, jnp.int32),
     )

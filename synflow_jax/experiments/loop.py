@@ -68,8 +68,9 @@ def train(
 
     A single run is a batch of one. The order is:
 
-    1. Restore: open the folder of each run, and restore its newest checkpoint or make its first
-       state. A run whose files cannot be used fails here; the others continue.
+    1. Restore: open the folder of each run, remove what a killed process has left there, and
+       restore its newest checkpoint or make its first state. A run whose files cannot be used
+       fails here; the others continue.
     2. Place the states on the devices.
 
     Then, until the last step is done or every run has failed:
@@ -90,7 +91,8 @@ def train(
         trained again, so everything else of it must be safe.
 
     Args:
-      jobs: of one recipe and one program, all at the same step, no more than it has places.
+      jobs: of one recipe and one program, all at the same step, no more than it has places. The
+        caller holds the locks of the runs.
       recipe: the optimizer, the data and the number of steps.
       programs: from `programs.one` or `programs.many`.
       emit: gets the events of all runs.
@@ -197,7 +199,9 @@ def _restore(batch: _Batch, stack: contextlib.ExitStack) -> _Batch:
         try:
             folders[number] = stack.enter_context(folder)
             restored[number] = _restore_job(batch, job, folders[number])
+            _check_same_step(job, list(restored.values()))
         except ValueError as error:
+            restored.pop(number, None)
             errors[number] = error
     return dataclasses.replace(batch, errors=errors, folders=folders, restored=restored)
 
@@ -214,6 +218,20 @@ def _restore_job(batch: _Batch, job: Job, folder: Checkpoints) -> Pair:
     step, pair = found
     batch.emit(events.Resumed(job.run, step, batch.recipe.num_steps))
     return pair
+
+
+def _check_same_step(job: Job, restored: Sequence[Pair]) -> None:
+    """Checks that the last of these states is at the step of the first: they train together.
+
+    Raises:
+      ValueError: it is not. The runs were grouped by their steps before they were locked.
+    """
+    (first, _), (last, _) = restored[0], restored[-1]
+    if int(first.step) != int(last.step):
+        raise ValueError(
+            f"another process has written to {str(job.folder)!r} while this command began. Run the "
+            "same command again."
+        )
 
 
 def _place(batch: _Batch) -> _Batch:

@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import jax
 
 from synflow_jax import certified, masking, pruning, scores, storage
-from synflow_jax.experiments import certificates, events, initialization, memory, rows, rules
+from synflow_jax.experiments import (
+    certificates,
+    events,
+    initialization,
+    memory,
+    recorded,
+    row_schema,
+    rows,
+    rules,
+)
 from synflow_jax.experiments.events import Built, EventFn, Failed, Finished
 from synflow_jax.experiments.initialization import BuildFn
 from synflow_jax.experiments.run import Run
@@ -130,14 +139,17 @@ def _make_mask(
     prune_fn: Callable[..., tuple[Mask, PruneInfo]] = pruning.prune
     if options.over_devices:
         prune_fn = functools.partial(sharded.prune, devices=jax.local_devices())
-    return prune_fn(
-        rule,
-        network.params,
-        schedule=rules.schedule(run),
-        key=run.score_key,
-        nested=options.nested,
-        **common,
-    )
+    with warnings.catch_warnings():
+        # The report says so, from the row.
+        warnings.simplefilter("ignore", pruning.Overpruned)
+        return prune_fn(
+            rule,
+            network.params,
+            schedule=rules.schedule(run),
+            key=run.score_key,
+            nested=options.nested,
+            **common,
+        )
 
 
 def _first_scores(run: Run, network: Network, rule: scores.Rule) -> Scores:
@@ -211,9 +223,9 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     """Returns the row of a run from an earlier command, if the files of the run are complete.
 
     Raises:
-      ValueError: the mask is damaged.
+      ValueError: the row or the mask is damaged, or the mask is that of another run.
     """
-    row = workdir.find_row(run.prune_id)
+    row = row_schema.find_pruned(run.prune_id, workdir)
     if row is None:
         return None
     # A row is written last, but someone may have deleted or not copied the files.
@@ -225,10 +237,7 @@ def find_row(run: Run, workdir: Workdir) -> Row | None:
     if not all(path.exists() for path in needed):
         return None
     # Read, since a damaged mask is better found now than after the training of others.
-    try:
-        storage.load_mask(workdir.mask_path(run.prune_id))
-    except ValueError as error:
-        raise ValueError(f"{error} --overwrite runs it again.") from error
+    recorded.read_mask(row, workdir)
     return row
 
 
@@ -236,12 +245,12 @@ def find_mask(run: Run, network: Network, workdir: Workdir) -> tuple[Mask, Row] 
     """Returns the mask and the row of a run from an earlier command, or None.
 
     Raises:
-      ValueError: the mask is damaged, or does not fit the network.
+      ValueError: the mask is damaged, is that of another run, or does not fit the network.
     """
     row = find_row(run, workdir)
     if row is None:
         return None
-    return storage.load_mask(workdir.mask_path(run.prune_id), network.params), row
+    return recorded.read_mask(row, workdir, network.params), row
 
 
 # Many runs
@@ -257,9 +266,9 @@ def prune_all(
 ) -> Iterator[Finished | Failed]:
     """Prunes run after run, and yields the outcome of each.
 
-    Each network is drawn once, and scores that several runs share are computed once. Runs that are
-    in the folder are skipped, so the same command resumes a grid. A run that fails does not stop
-    the others.
+    Each network is drawn once, and scores that several runs share are computed once. Compiled
+    programs are dropped when the networks of their shapes are done. Runs that are in the folder are
+    skipped, so the same command resumes a grid. A run that fails does not stop the others.
 
     Args:
       runs: from `run.resolve`, whose order brings runs that share a network next to each other.
@@ -273,16 +282,66 @@ def prune_all(
     """
     build = initialization.builder(emit) if build is None else build
     find_scoring = memory.keep_last(make_scoring, key=_scoring_key)
-    for run in runs:
+
+    def make(run: Run) -> Row:
+        return _prune_shared(run, build(run), find_scoring, workdir, emit)
+
+    if overwrite:
+        # All at once: if this stops half-way, the same command without `overwrite` does the rest.
+        workdir.delete_rows([run.prune_id for run in runs])
+    for previous, run in zip([None, *runs], runs, strict=False):
+        if previous is not None and previous.shapes_key != run.shapes_key:
+            memory.free_programs()
         try:
-            row = None if overwrite else find_row(run, workdir)
-            found = row is not None
-            if row is None:
-                row = _prune_shared(run, build(run), find_scoring, workdir, emit)
+            row, found = find_or_make(run, workdir, make, overwrite=overwrite)
         except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
             yield Failed(run, error)
         else:
             yield Finished(run, row, found=found)
+
+
+def find_or_make(
+    run: Run, workdir: Workdir, make: Callable[[Run], Row], *, overwrite: bool = False
+) -> tuple[Row, bool]:
+    """Returns the row of a run, and whether it is from an earlier command.
+
+    Args:
+      run: the one to prune.
+      workdir: the folder.
+      make: prunes the run and writes its files. The run is locked meanwhile.
+      overwrite: delete what the folder holds first, so that the same command without it resumes.
+
+    Raises:
+      storage.Busy: another process prunes this run. It is a ValueError.
+    """
+    row = None if overwrite else find_row(run, workdir)
+    if row is not None:
+        return row, True
+    with workdir.lock(run.prune_id):
+        if overwrite:
+            delete(run, workdir)
+        # Another process may have made it before the lock was ours.
+        row = find_row(run, workdir)
+        if row is not None:
+            return row, True
+        return make(run), False
+
+
+def delete(run: Run, workdir: Workdir) -> None:
+    """Deletes the row of a pruning run and then its files. The caller holds its lock.
+
+    Raises:
+      OSError: a file cannot be deleted.
+    """
+    workdir.delete_rows([run.prune_id])
+    certificate = workdir.certificate_path(run.prune_id)
+    for path in (
+        certificate,
+        certificate.with_suffix(".npz"),
+        workdir.units_path(run.prune_id),
+        workdir.mask_path(run.prune_id),
+    ):
+        storage.remove(path)
 
 
 def _scoring_key(run: Run, network: Network) -> tuple[Any, ...]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
+
+import jax
 
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
@@ -18,6 +21,35 @@ def free() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_programs() -> None:
+    """Drops all compiled programs of this process. Those that are used again are compiled again.
+
+    JAX keeps every program, and each takes memory mappings, of which Linux allows a process 65,530.
+    A grid calls this between networks of different shapes, which share no program. No thread may
+    use JAX meanwhile.
+    """
+    jax.clear_caches()
+    free()
+
+
+def check_fits(num_values: int, what: str) -> None:
+    """Checks that an array of float32 is not larger than the memory of this machine.
+
+    Raises:
+      ValueError: it is; names `what`.
+    """
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return
+    num_bytes = 4 * num_values
+    if num_bytes > size:
+        raise ValueError(
+            f"{what} has {num_values} weights: {num_bytes / 1e9:.0f} GB, and this machine has "
+            f"{size / 1e9:.0f} GB of memory. Choose a smaller network."
+        )
 
 
 def keep_last(

@@ -6,18 +6,18 @@ of this file name the key of the config, and suggest the key or the flag that wa
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import logging
 import pathlib
 import re
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
-from synflow_jax.experiments.config import Config
+from synflow_jax.experiments import expected, schema
 
 # The types of the keys in words. The values of a grid have messages in `run.py`.
 _KINDS = {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)"}
@@ -29,7 +29,7 @@ def config_help(*omitted: str) -> str:
     Args:
       *omitted: keys that begin with one of these are left out.
     """
-    keys = [key for key in _settable(_keys(Config)) if not key.startswith(omitted)]
+    keys = [key for key in _settable(schema.keys()) if not key.startswith(omitted)]
     return (
         "a file of configs/; each of its keys is a flag as well, --config.KEY=VALUE. The keys are "
         f"{', '.join(keys)}"
@@ -57,7 +57,10 @@ def parse(argv: list[str]) -> list[str]:
         load.
     """
     app.define_help_flags()
+    argv = [_with_home(arg) for arg in argv]
     files = _named_files(argv)
+    # ml_collections would warn of a config file that returns None. `cli.check_config` refuses it.
+    logging.disable(logging.WARNING)
     try:
         for file in files:
             _check_file(file)
@@ -78,6 +81,8 @@ def parse(argv: list[str]) -> list[str]:
             message = f"--config={''.join(files)} has no function get_config(). {config_files()}"
             raise ValueError(message) from error
         raise ValueError(_does_not_load(files, f"{error!r}.")) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _does_not_load(files: Sequence[str], problem: str) -> str:
@@ -85,6 +90,13 @@ def _does_not_load(files: Sequence[str], problem: str) -> str:
 
 
 # The config file
+
+
+def _with_home(arg: str) -> str:
+    """Returns an argument with the user's home in place of ~, if it names the config file."""
+    name, equals, value = arg.partition("=")
+    is_config = name in ("--config", "-config")
+    return f"{name}={expected.expand_user(value)}" if is_config and equals else arg
 
 
 def _named_files(argv: Sequence[str]) -> list[str]:
@@ -120,19 +132,6 @@ def _check_file(file: str) -> None:
 # The keys of the config
 
 
-def _keys(dataclass: Any) -> dict[str, Any]:
-    """Returns the keys of a config and their types. Keys within its parts have a dot."""
-    keys: dict[str, Any] = {}
-    for field in dataclasses.fields(dataclass):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if dataclasses.is_dataclass(default):
-            inner = _keys(default)
-            keys |= {f"{field.name}.{key}": type_ for key, type_ in inner.items()}
-        else:
-            keys[field.name] = field.type
-    return keys
-
-
 def _settable(keys: dict[str, Any]) -> list[str]:
     """Returns the keys that a flag can set: not functions or grids."""
     return [key for key, type_ in keys.items() if type_ is not Any]
@@ -140,45 +139,18 @@ def _settable(keys: dict[str, Any]) -> list[str]:
 
 def _check_keys(argv: Sequence[str]) -> None:
     """Checks that each --config.KEY is a key that a flag can set."""
-    keys = _keys(Config)
+    keys = schema.keys()
     for arg in argv:
         match = re.match(r"--?config\.([^=]+)", arg)
         if match is None:
             continue
         key = match[1]
         if key not in keys:
-            raise ValueError(f"--config.{key} {_unknown_key(key, _settable(keys))}")
+            raise ValueError(
+                f"--config.{key} {schema.unknown_key(key, _settable(keys), '--config.')}"
+            )
         if keys[key] is Any:
             raise ValueError(f"--config.{key} cannot be set by a flag: set it in the config file.")
-
-
-def _unknown_key(unknown: str, keys: Sequence[str]) -> str:
-    """Returns the predicate of a sentence about a key that does not exist."""
-    inner = [key for key in keys if key.startswith(f"{unknown}.")]
-    if inner:
-        return f"is a group of keys: {', '.join(inner)}."
-    nearest = _nearest_key(unknown, keys)
-    if nearest:
-        return f"is not a key of the config. Did you mean --config.{nearest}?"
-    return f"is not a key of the config. The keys are: {', '.join(keys)}."
-
-
-def _nearest_key(unknown: str, keys: Iterable[str]) -> str | None:
-    """Returns the key that was probably meant, if one is close."""
-    is_grid = unknown.startswith("grid.")
-    candidates = [key for key in keys if key.startswith("grid.") == is_grid]
-    # Keys are compared without their part, which may be missing or wrong: "compression" means
-    # "prune.compression", and "grid.prune.pruner" means "grid.pruner", as a grid's keys have none.
-    by_name: dict[str, str] = {}
-    for key in candidates:
-        by_name.setdefault(key.rpartition(".")[2], key)
-    name = unknown.rpartition(".")[2]
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
-    if not close:
-        return None
-    # Some names are those of two keys, e.g. batch_size in prune and train: the part decides.
-    same_part = unknown.rpartition(".")[0] + "." + close[0]
-    return same_part if same_part in candidates else by_name[close[0]]
 
 
 # Flags
@@ -194,15 +166,15 @@ def _unknown_flag(name: str) -> str:
 def _nearest_flag(unknown: str) -> str | None:
     """Returns the flag that was probably meant: one of the script, or of a key of its config."""
     own = _own_flags()
-    keys = _settable(_keys(Config)) if "config" in own else []
+    keys = _settable(schema.keys()) if "config" in own else []
     names = [key.rpartition(".")[2] for key in keys]
     # First a key without --config., whole or by its last word; then what is spelled alike.
     if unknown in keys or unknown in names:
-        return f"config.{_nearest_key(unknown, keys)}"
+        return f"config.{schema.nearest(unknown, keys)}"
     close = difflib.get_close_matches(unknown, [*own, *names], n=1, cutoff=0.6)
     if not close:
         return None
-    return close[0] if close[0] in own else f"config.{_nearest_key(close[0], keys)}"
+    return close[0] if close[0] in own else f"config.{schema.nearest(close[0], keys)}"
 
 
 def _own_flags() -> list[str]:
@@ -219,7 +191,8 @@ def _bad_value(message: str) -> str | None:
     if match is None:
         return None
     key, value = match.groups()
-    type_ = _keys(Config).get(key)
+    type_ = schema.keys().get(key)
     # Of an optional value, such as int | None, the type that is not None.
     kinds = [kind for kind in (type_, *typing.get_args(type_)) if kind in _KINDS]
-    return f"--config.{key}={value} must be {_KINDS[kinds[0]]}." if kinds else None
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    return f"--config.{key}={shown} must be {_KINDS[kinds[0]]}." if kinds else None

@@ -24,7 +24,7 @@ import optax
 
 from synflow_jax import data, training
 from synflow_jax.data import streaming
-from synflow_jax.experiments import initialization
+from synflow_jax.experiments import expected, initialization
 from synflow_jax.experiments.config import TrainConfig
 from synflow_jax.experiments.run import Run
 from synflow_jax.training import Sums, TrainInfo, TrainState
@@ -130,13 +130,18 @@ def make_recipe(run: Run) -> Recipe:
         raise ValueError(f"train.{error}") from error
     optimizer = _optimizer(config.train, per_epoch)
     num_steps = per_epoch * config.train.num_epochs
+    # Programs count steps in 32 bits.
+    if num_steps > expected.MOST:
+        raise ValueError(
+            f"train.num_epochs={config.train.num_epochs} of {per_epoch} steps each are {num_steps} "
+            f"steps, and at most {expected.MOST} are possible: choose fewer."
+        )
     return Recipe(optimizer, per_epoch, num_steps, input_shape, data_set)
 
 
 def _optimizer(options: TrainConfig, per_epoch: int) -> optax.GradientTransformation:
     if options.make_optimizer is not None:
-        chain: optax.GradientTransformation = options.make_optimizer(per_epoch)
-        return chain
+        return _own_optimizer(options.make_optimizer, per_epoch)
     drops = tuple(options.drops)
     schedule = training.stepwise(options.learning_rate, drops, options.drop_factor, per_epoch)
     return training.sgd(
@@ -146,6 +151,28 @@ def _optimizer(options: TrainConfig, per_epoch: int) -> optax.GradientTransforma
         weight_decay=options.weight_decay,
         clip_norm=options.clip_norm,
     )
+
+
+def _own_optimizer(make: Any, per_epoch: int) -> optax.GradientTransformation:
+    """Builds the user's own optimizer.
+
+    Raises:
+      ValueError: their function fails, or returns anything else.
+    """
+    key = f"train.make_optimizer={getattr(make, '__name__', expected.shown(make))}"
+    try:
+        optimizer = make(per_epoch)
+    except Exception as error:
+        raise ValueError(
+            f"{key} fails for {per_epoch} steps per epoch: {error!r}. Mend the function in the "
+            "config file; --traceback shows where."
+        ) from error
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"{key} returns {expected.shown(optimizer)} in place of an "
+            "optax.GradientTransformation, e.g. optax.adam(1e-3): mend it in the config file."
+        )
+    return optimizer
 
 
 def one(run: Run, model: nn.Module, recipe: Recipe, *, split: bool) -> Programs:

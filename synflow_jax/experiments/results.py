@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -64,12 +65,56 @@ def write_curve(path: pathlib.Path, info: TrainInfo) -> None:
 
 
 def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
-    """Reads the curve of a run: per epoch, its values by the names of `training.CURVE`."""
+    """Reads the curve of a run: per epoch, its values by the names of `training.CURVE`.
+
+    Raises:
+      ValueError: the file is missing or damaged; names the line and the cure.
+    """
+    # Reading a named pipe or a device would never end.
+    if not path.is_file():
+        raise _damaged_curve(path, "it is not a file" if path.exists() else "it is missing")
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise _damaged_curve(path, f"it cannot be read: {error}") from error
+    header, *lines = text.split("\n")
+    names = header.rstrip("\r").split(",")
+    if sorted(names) != sorted(["epoch", *training.CURVE]):
+        raise _damaged_curve(path, f"line 1 is {header[:60]!r}, not the names of its columns")
+    # The text ends in a newline, unless it was cut off.
+    if not lines or lines.pop():
+        raise _damaged_curve(path, "its last line is cut off")
     epochs = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            epochs.append({name: float(value) for name, value in row.items()})
+    for number, line in enumerate(lines, 2):
+        try:
+            values = [float(value) for value in line.split(",")]
+            epochs.append(dict(zip(names, values, strict=True)))
+        except ValueError as error:
+            problem = f"line {number} is {line[:60]!r}, not {len(names)} numbers"
+            raise _damaged_curve(path, problem) from error
     return epochs
+
+
+def finished_curve(row: Mapping[str, Any], workdir: Workdir) -> list[dict[str, float]]:
+    """Reads the curve of a finished run, which must end as its row does.
+
+    Args:
+      row: of the training run.
+      workdir: its folder.
+
+    Raises:
+      ValueError: the curve is missing, damaged, or that of another run.
+    """
+    path = workdir.curve_path(row["run_id"])
+    epochs = read_curve(path)
+    last = row["last"]
+    if not epochs or epochs[-1] != last:
+        raise _damaged_curve(path, f"it does not end with epoch {last['epoch']} of the row")
+    return epochs
+
+
+def _damaged_curve(path: pathlib.Path, problem: str) -> ValueError:
+    return ValueError(f"curve {str(path)!r}: {problem}. --overwrite trains the run again.")
 
 
 def write(run: Run, mask: Mask, form: Form, trained: Trained, workdir: Workdir) -> dict[str, Any]:
@@ -169,8 +214,8 @@ def _mean_square(weights: np.ndarray, kept: np.ndarray) -> float:
 
 
 def _by_name(tree: trees.Tree) -> dict[str, np.ndarray]:
-    leaves = map(np.asarray, jax.tree.leaves(tree))
-    return dict(zip(trees.names(tree), leaves, strict=True))
+    leaves = trees.by_name(tree)
+    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def digest(tree: trees.Tree) -> str:

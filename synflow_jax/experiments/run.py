@@ -12,22 +12,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import numbers
+import math
 import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from synflow_jax.experiments import identity, rules
-from synflow_jax.experiments.config import Config, Grid, PruneConfig, TrainConfig
+from synflow_jax.experiments import expected, identity, rules, schema
+from synflow_jax.experiments.config import Config, Grid
+
+# More runs than anybody trains. A list of them would fill the memory.
+_MOST_RUNS = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +88,18 @@ class Run:
         return rules.trains_batch_norm(self.config.prune.mode)
 
     @property
+    def shapes_key(self) -> tuple[Any, ...]:
+        """Returns a value that is equal for runs whose networks have the same shapes.
+
+        Such runs share compiled programs.
+        """
+        config = self.config
+        return config.model, config.dataset, config.width_multiplier
+
+    @property
     def network_key(self) -> tuple[Any, ...]:
         """Returns a value that is equal for runs that prune the same network."""
-        config = self.config
-        return config.model, config.dataset, config.width_multiplier, config.seed, config.init
+        return *self.shapes_key, self.config.seed, self.config.init
 
     @property
     def scored_dataset(self) -> str | None:
@@ -104,7 +113,7 @@ class Run:
     @property
     def init_key(self) -> jax.Array:
         """Returns the key that draws the network."""
-        return jax.random.key(self.config.seed)
+        return identity.key(self.config.seed)
 
     @property
     def score_key(self) -> jax.Array:
@@ -172,19 +181,17 @@ def resolve(config: Config) -> list[Run]:
     >>> [(run.config.prune.pruner, run.config.prune.schedule) for run in runs]
     [('snip', 'exponential'), ('grasp', 'exponential'), ('synflow', 'linear')]
 
-    Args:
-      config: with values that `checks.check` accepts.
-
     Raises:
-      ValueError: a value of the grid has another type than its field.
+      ValueError: a value has another type than its field, or is out of its range.
     """
-    runs: list[Run] = []
+    runs: dict[tuple[Any, ...], Run] = {}
     for combination in combinations(config):
         run = Run(_filled(combination))
         # Two combinations may be one run, e.g. if they differ in a mode that the rule does not use.
-        if run not in runs:
-            runs.append(run)
-    return runs
+        # They agree in all that no grid varies.
+        varied = tuple(run.value(key) for key in grid_fields())
+        runs.setdefault(varied, run)
+    return list(runs.values())
 
 
 def resolve_one(config: Config) -> Run:
@@ -218,15 +225,13 @@ def from_dict(values: Mapping[str, Any], init: str | None = None) -> Run:
       ValueError: a key is unknown; `init` has another digest than the file of the run.
     """
     try:
-        prune = PruneConfig(**values["prune"])
-        # A pruning row has no recipe.
-        train_values = values.get("train", {})
-        train = TrainConfig(**_with_tuples(train_values))
-        config = Config(**{**values, "prune": prune, "train": train})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"this is no config of prune.py: {error}.") from error
+        config = schema.from_values(values)
+        if "prune" not in values:
+            raise ValueError("it has no key 'prune'")
+    except ValueError as error:
+        raise ValueError(f"this is no config of prune.py: {error}") from error
     if init is not None and config.init is not None:
-        if identity.file_digest(init) != config.init:
+        if identity.file_digest(expected.expand_user(init)) != config.init:
             raise ValueError(
                 f"init={init!r} is not the file that the run began from: its digest is not "
                 f"{config.init}. Name the file of the run."
@@ -235,32 +240,61 @@ def from_dict(values: Mapping[str, Any], init: str | None = None) -> Run:
     return Run(_filled(config))
 
 
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns the lists that JSON has made of tuples back into tuples."""
-    found = {}
-    for name, value in values.items():
-        found[name] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
 def combinations(config: Config) -> Iterator[Config]:
     """Yields one config without a grid per combination of values, defaults not yet filled in.
 
     Raises:
-      ValueError: a value of the grid has another type than its field.
+      ValueError: a value has another type than its field, or is out of its range.
     """
-    for grid in config.grids or (config.grid,):
-        values = _values(config, grid)
+    config = schema.checked(config)
+    products = [_values(config, grid) for grid in config.grids or (config.grid,)]
+    _check_values(products)
+    for values in products:
         for combination in itertools.product(*values.values()):
-            # A deep copy, since the parts of a config can be changed.
-            single = copy.deepcopy(config)
-            single.grid = Grid()
-            single.grids = ()
-            for key, value in zip(values, combination, strict=True):
-                part, _, name = key.rpartition(".")
-                owner = getattr(single, part) if part else single
-                setattr(owner, name, value)
-            yield single
+            yield _with_values(config, dict(zip(values, combination, strict=True)))
+
+
+def _check_values(products: Sequence[Mapping[str, tuple[Any, ...]]]) -> None:
+    """Checks each value of a grid as one of its field in the config, and counts the runs.
+
+    Raises:
+      ValueError: a value is out of its range, or there are too many runs.
+    """
+    fields = schema.fields()
+    for values in products:
+        for key, of_key in values.items():
+            for value in of_key:
+                try:
+                    schema.read(value, fields[key], key)
+                except ValueError as error:
+                    first = {other: found[0] for other, found in values.items()} | {key: value}
+                    raise ValueError(f"{error} {grids_run(first)}") from error
+    num_runs = sum(math.prod(map(len, values.values())) for values in products)
+    if num_runs > _MOST_RUNS:
+        raise ValueError(
+            f"the config's grid names {num_runs} runs, and at most {_MOST_RUNS} are possible: give "
+            "it fewer values."
+        )
+
+
+def grids_run(values: Mapping[str, Any]) -> str:
+    """Returns a sentence that names the run of a grid which has these values."""
+    listed = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return f"This is the grid's run of {listed}."
+
+
+def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the config without its grid, and with other values for some keys."""
+    own: dict[str, Any] = {"grid": Grid(), "grids": ()}
+    of_prune = {}
+    for key, value in values.items():
+        part, _, name = key.rpartition(".")
+        if part:
+            assert part == "prune", "grid_fields() names no other part"
+            of_prune[name] = value
+        else:
+            own[name] = value
+    return dataclasses.replace(config, prune=dataclasses.replace(config.prune, **of_prune), **own)
 
 
 def _filled(config: Config) -> Config:
@@ -302,8 +336,9 @@ def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
     {'seed': (0, 1), 'prune.pruner': ('snip', 'grasp')}
 
     Raises:
-      ValueError: a value has another type than its field.
+      ValueError: a value has another type than its field, or is out of its range.
     """
+    config = schema.checked(config)
     found: dict[str, tuple[Any, ...]] = {}
     grids = [_values(config, grid) for grid in config.grids or (config.grid,)]
     for key in grid_fields():
@@ -322,26 +357,5 @@ def _values(config: Config, grid: Grid) -> dict[str, tuple[Any, ...]]:
     for key, field in grid_fields().items():
         values = getattr(grid, field.name) or getattr(config.grid, field.name)
         if values:
-            kind, _ = typing.get_args(field.type)  # of tuple[kind, ...]
-            found[key] = tuple(_typed(field.name, value, kind) for value in values)
+            found[key] = values
     return found
-
-
-_KINDS = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}
-_EXAMPLES = {int: "0,1", float: "10,100", str: "\"('snip','grasp')\"", bool: "True,False"}
-_PLURALS = {int: "whole numbers", float: "numbers", str: "words", bool: "True or False"}
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    """Returns the value as the config's field would hold it: 10 and 10.0 must be one run."""
-    # A list of words without quotes arrives as a single word.
-    is_joined = isinstance(value, str) and "," in value
-    # To Python, True is a whole number.
-    is_bool = isinstance(value, bool)
-    is_of_kind = isinstance(value, _KINDS[kind]) and is_bool == (kind is bool)
-    if not is_of_kind or is_joined:
-        raise ValueError(
-            f"grid.{name} holds {value!r}. Its values must be {_PLURALS[kind]}, written as "
-            f"--config.grid.{name}={_EXAMPLES[kind]}."
-        )
-    return kind(value)

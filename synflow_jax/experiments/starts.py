@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from synflow_jax import storage, training
-from synflow_jax.experiments import initialization, programs
+from synflow_jax.experiments import initialization, programs, recorded
 from synflow_jax.experiments.loop import Job
 from synflow_jax.experiments.programs import Recipe
 from synflow_jax.experiments.results import digest
@@ -124,6 +124,8 @@ def load_rewind(run: Run, workdir: Workdir, initial: TrainState) -> TrainState:
       FileNotFoundError: there is none.
     """
     path = workdir.rewind_path(run.prune_id)
+    wanted = {"run_id": run.prune_id}
+    recorded.check_run(path, "state file", wanted, "--overwrite begins anew.")
     arrays = storage.load_arrays(path)
     like = _without_key_and_mask(initial)
     expected = checkpoints.flatten(like)
@@ -165,21 +167,30 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
       workdir: the folder of the run.
 
     Raises:
-      ValueError: there is no checkpoint, or it is damaged or belongs to another run.
+      ValueError: there is no checkpoint; or it is damaged, belongs to another run or is older than
+        the row of the run.
     """
     recipe = programs.make_recipe(run)
     full = _trained(run, network, mask)
     masked = forms.choose(full, compact=False)
     # Not the form that the config would choose now: an earlier command may have had another flag.
-    form = forms.choose(full, compact=True) if _was_compact(run, workdir) else masked
+    saved = _saved_description(run, workdir)
+    form = forms.choose(full, compact=True) if saved.get("compact") else masked
     options = run.config.train
     info = training.init_info(options.num_epochs)
     like = first_state(run, recipe, form, workdir), info
-    path, description = workdir.checkpoint_path(run.train_id), describe(run, mask, form)
-    with checkpoints.open_folder(path, description, options.keep_checkpoints) as folder:
+    path = workdir.checkpoint_path(run.train_id)
+    # A form that was chosen by speed knows the size of its compact network, which this one may not.
+    description = describe(run, mask, form) | {"size": saved.get("size")}
+    with checkpoints.open_folder(path, description, None) as folder:
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None, "its description was read above"
     _, (state, _) = restored
+    row = workdir.find_row(run.train_id)
+    # A run that is still in training has no row, and its newest checkpoint is what is asked for.
+    if row is not None:
+        found = {"num_steps": int(state.step), "params_sha256": digest(state.params)}
+        recorded.check_checkpoint(found, row, workdir)
     if form.plan is None:
         return state
     # Weights that the compact network leaves out are as they were before the first step.
@@ -188,8 +199,8 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
     return expanded
 
 
-def _was_compact(run: Run, workdir: Workdir) -> bool:
-    """Returns whether the checkpoints of a run are of the compact network.
+def _saved_description(run: Run, workdir: Workdir) -> dict[str, Any]:
+    """Returns the description of the run in its newest checkpoint.
 
     Raises:
       ValueError: there is no checkpoint, or it is damaged.
@@ -197,10 +208,10 @@ def _was_compact(run: Run, workdir: Workdir) -> bool:
     path = workdir.checkpoint_path(run.train_id)
     found = None
     if path.is_dir():
-        with checkpoints.open_folder(path, {}, run.config.train.keep_checkpoints) as folder:
+        with checkpoints.open_folder(path, {}, None) as folder:
             found = checkpoints.latest_run(folder)
     if found is None:
         raise ValueError(
             f"{str(path)!r} holds no checkpoint of this run: train it first, by train.py."
         )
-    return bool(found.get("compact"))
+    return found

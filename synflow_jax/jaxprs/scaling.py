@@ -30,6 +30,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from synflow_jax.jaxprs import exponents
 from synflow_jax.jaxprs.exponents import PLAIN, Exponent, Plan, is_float
 from synflow_jax.jaxprs.interpreter import CALLS, Cond, Scan, Table, bind, walk
+from synflow_jax.jaxprs.varying import vary_like
 
 _LOW = -(2**16)  # the exponent of an array of zeros, below that of every other array
 _LIMIT = 126  # the largest exponent of one factor: 2^127 has no inverse in float32
@@ -345,7 +346,7 @@ def _cond(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
         inputs = _replaced(cond.operands, arrays)
         with _inner_program(evaluation):
             outputs = walk(_TABLE, evaluation, branch, inputs)
-            return _split(evaluation, outputs)
+            return vary_like(_split(evaluation, outputs), [x.array for x in operands])
 
     branches = [functools.partial(evaluated, branch) for branch in cond.branches]
     arrays = [x.array for x in cond.operands]
@@ -370,14 +371,14 @@ def _scan(evaluation: _Evaluation, eqn: JaxprEqn, operands: _Values) -> _Values:
             inputs = [*scan.consts, *carried, *xs]
             outputs = walk(_TABLE, evaluation, scan.body, inputs)
             arrays, numbers = _split(evaluation, outputs)
-        new_carry = arrays[:num_carry], numbers[:num_carry]
+        new_carry = vary_like((arrays[:num_carry], numbers[:num_carry]), start)
         stacked = arrays[num_carry:], numbers[num_carry:]
         return new_carry, stacked
 
     arrays, numbers = _split(evaluation, scan.carry)
     arrays = [jnp.asarray(array) for array in arrays]
-    start = arrays, numbers
     xs = [x.array for x in scan.xs]
+    start = vary_like((arrays, numbers), [x.array for x in operands])
     last, stacked = scan.run(body, start, xs)
 
     arrays, numbers = last

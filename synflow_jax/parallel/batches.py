@@ -12,15 +12,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
 
 from synflow_jax import scores
-from synflow_jax.scores import Batch, Rule
-from synflow_jax.trees import Params, Scores
+from synflow_jax.scores import Batch, Rule, SumOverBatches
+from synflow_jax.trees import Mask, Params, Scores
 
 
-def deal(rule: Rule, num_devices: int) -> tuple[Rule, jax.Array | None, Any]:
+def deal(rule: Rule, num_devices: int) -> tuple[Rule, np.ndarray | None, Any]:
     """Deals the batches of a rule out to devices, round by round: batch i goes to device i mod D.
 
     Returns:
@@ -37,7 +40,7 @@ def deal(rule: Rule, num_devices: int) -> tuple[Rule, jax.Array | None, Any]:
     for group in rule.batches:
         leaves = jax.tree.leaves(group)
         sizes.append(leaves[0].shape[0])
-    num_batches = jnp.array(sizes, jnp.int32)
+    num_batches = np.array(sizes, np.int32)
     deal_leaf = functools.partial(_deal_leaf, num_devices)
     dealt = jax.tree.map(deal_leaf, rule.batches)
     all_split = jax.tree.map(lambda _: True, dealt)
@@ -65,15 +68,26 @@ def whole_rule(rule: Rule, num_batches: jax.Array | None, axis_name: str) -> Rul
     if rule.batches is None or num_batches is None:
         return rule
     # A score function with batches takes the function that sums over them as its first argument.
-    shared_sum = functools.partial(_sum_over_devices, rule.batches, num_batches, axis_name)
-    score = functools.partial(rule.score, shared_sum)
-    return Rule(score, rule.num_iterations)
+    # Partials, whose batches are arguments of the score function when it is traced again.
+    sum_over_axis = functools.partial(_sum_over_devices, axis_name)
+    shared_sum = Partial(sum_over_axis, rule.batches, num_batches)
+    return Rule(Partial(_scored, rule.score, shared_sum), rule.num_iterations)
+
+
+def _scored(
+    score: Callable[..., Scores],
+    sum_over_batches: SumOverBatches,
+    params: Params,
+    mask: Mask,
+    key: chex.PRNGKey,
+) -> Scores:
+    return score(sum_over_batches, params, mask, key)
 
 
 def _sum_over_devices(
+    axis_name: str,
     groups: list[Batch],
     num_batches: jax.Array,
-    axis_name: str,
     function: Callable[[Batch], Scores],
     params: Params,
 ) -> Scores:
@@ -84,9 +98,9 @@ def _sum_over_devices(
     promise an order of addition.
 
     Args:
+      axis_name: the mesh axis of the devices.
       groups: the groups of batches of this device, [num_rounds, 1, ...].
       num_batches: the number of batches of each group, over all devices.
-      axis_name: the mesh axis of the devices.
       function, params: as in `scores.sum_over`.
     """
     num_devices = jax.lax.axis_size(axis_name)
@@ -99,12 +113,15 @@ def _sum_over_devices(
         flat = leaf.reshape(-1)
         num_missing = -leaf.size % num_devices
         padded = jnp.pad(flat, (0, num_missing))
-        parts = padded.reshape(num_devices, -1)
+        # An empty leaf has parts of no element, which -1 cannot stand for and XLA cannot exchange.
+        parts = padded.reshape(num_devices, padded.size // num_devices)
+        if not parts.size:
+            return parts
         return jax.lax.all_to_all(parts, axis_name, 0, 0)
 
     def whole(part: jax.Array, like: jax.Array) -> jax.Array:
         """Joins the parts of all devices to one leaf."""
-        joined = jax.lax.all_gather(part, axis_name, tiled=True)
+        joined = jax.lax.all_gather(part, axis_name, tiled=True) if part.size else part
         unpadded = joined[: like.size]
         return unpadded.reshape(like.shape)
 

@@ -21,7 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from synflow_jax import pruning, schedules, trees
+from synflow_jax import arguments, pruning, schedules, trees
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.jaxprs.precision import Precision
 from synflow_jax.masking import Exchange
 from synflow_jax.parallel import batches
 from synflow_jax.pruning import ProgressFn, PruneInfo, PruneState
@@ -75,22 +77,22 @@ def prune(
         of this process.
     """
     rule = as_rule(score_fn)
-    mask = trees.prunable(params) if mask is None else mask
-    pruning.check_request(params, mask, compression)
+    mask = trees.default_mask(params) if mask is None else mask
+    arguments.check_flag("shard_params", shard_params)
+    pruning.check_options(nested=nested, on_progress=on_progress)
+    pruning.check_request(rule, params, mask, compression, key)
     if num_iterations is None:
         num_iterations = pruning.usual_iterations(rule, compression)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(mask))
     counts = pruning.schedule_counts(schedule, mask, compression, num_iterations, nested=nested)
     mesh = _mesh(devices)
 
-    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((rule, params))
+    with pruning.scoring_dtype(score_dtype, params, mask) as precision:
         placed_rule, num_batches, split = _place_rule(mesh, rule)
         words, impl = _key_words(key)
 
         # The state: a part of the mask on each device, everything else whole on all of them.
-        dtype = pruning.score_type(params, mask)
-        whole_state = pruning.init_state(mask, len(counts), dtype)
+        whole_state = pruning.init_state(mask, len(counts), precision.dtype)
         mask_parts = _pad_leaves(mask, mesh)
         placed_mask = _place(mesh, mask_parts, P(_AXIS))
         rest = _place(mesh, tuple(whole_state[1:]), P())
@@ -106,14 +108,15 @@ def prune(
 
         # Counts, key and numbers of batches are arguments, not constants of the program, so that
         # it is compiled only once.
-        counts = np.asarray(counts, np.int32)
-        counts, words, num_batches = _place(mesh, (counts, words, num_batches), P())
+        placed = (np.asarray(counts, np.int32), words, num_batches)
+        placed_counts, words, num_batches = _place(mesh, placed, P())
 
-        def run(state: PruneState, start: int, stop: int) -> PruneState:
+        def run(state: PruneState, start: jax.Array, stop: jax.Array) -> PruneState:
+            start, stop = _place(mesh, (start, stop), P())
             return _advance(
                 placed_rule,
                 laid_out,
-                counts,
+                placed_counts,
                 words,
                 num_batches,
                 state,
@@ -125,6 +128,7 @@ def prune(
                 impl=impl,
                 shard_params=shard_params,
                 nested=nested,
+                precision=precision,
             )
 
         def report(num_done: int, info: PruneInfo) -> None:
@@ -138,6 +142,7 @@ def prune(
         joined = _join_mask(state.mask, mesh=mesh, shapes=shapes)
         found = _local(state._replace(mask=joined))
         pruning.raise_unless_finite(found, rule, params)
+    pruning.check_kept(found.info, counts, mask)
     return found.mask, found.info
 
 
@@ -155,17 +160,26 @@ def first_scores(
     Returns:
       The whole scores, on the first device of each process.
     """
-    mask = trees.prunable(params) if mask is None else mask
-    trees.check_mask(mask, params)
+    rule = as_rule(score_fn)
+    mask = trees.default_mask(params) if mask is None else mask
+    pruning.check_network(params, mask, key)
+    pruning.check_batches(rule, params)
     mesh = _mesh(devices)
     words, impl = _key_words(key)
-    with pruning.scoring_dtype(score_dtype, params, mask) as cast:
-        rule, params = cast((as_rule(score_fn), params))
+    with pruning.scoring_dtype(score_dtype, params, mask) as precision:
         rule, num_batches, split = _place_rule(mesh, rule)
         on_host = (params, mask, words, num_batches)
         params, mask, words, num_batches = _place(mesh, on_host, P())
         found = _first_scores(
-            rule, params, mask, words, num_batches, mesh=mesh, split=split, impl=impl
+            rule,
+            params,
+            mask,
+            words,
+            num_batches,
+            mesh=mesh,
+            split=split,
+            impl=impl,
+            precision=precision,
         )
         return _local(found)
 
@@ -173,9 +187,7 @@ def first_scores(
 # On the devices ----------------------------------------------------------------------------------
 
 
-@functools.partial(
-    jax.jit, static_argnames=("mesh", "shapes", "split", "impl", "shard_params", "nested")
-)
+@bounded_jit
 def _advance(
     rule: Rule,
     params: Params,
@@ -192,18 +204,18 @@ def _advance(
     impl: Any,
     shard_params: bool,
     nested: bool,
+    precision: Precision,
 ) -> PruneState:
     """Computes `pruning.advance` on arrays that are spread over the mesh."""
-    dtype = state.info.score_total.dtype
     exchange = Exchange(
         sum=lambda value: jax.lax.psum(value, _AXIS),
-        gather=lambda array: jax.lax.all_gather(array, _AXIS, tiled=True),
+        gather=_gather,
         num_parts=mesh.size,
     )
 
     def on_device(rule: Rule, params: Params, state: PruneState, *rest: Any) -> PruneState:
         counts, words, num_batches, start, stop = rest
-        rule = batches.whole_rule(rule, num_batches, _AXIS)
+        rule = pruning.in_precision(batches.whole_rule(rule, num_batches, _AXIS), precision)
         key = jax.random.wrap_key_data(words, impl=impl)
 
         def part(leaf: jax.Array) -> jax.Array:
@@ -218,7 +230,7 @@ def _advance(
                 joined = _join(trees.select(params, mask), shapes)
                 params = trees.merge(joined, params)
             whole_mask = _join(mask, shapes)
-            flow = pruning.flow_of(rule, params, whole_mask, key, dtype)
+            flow = pruning.flow_of(rule, params, whole_mask, key, precision.dtype)
             score_parts = jax.tree.map(part, flow.scores)
             return flow._replace(scores=score_parts)
 
@@ -252,7 +264,7 @@ def _advance(
     return run(rule, params, state, counts, words, num_batches, start, stop)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "split", "impl"))
+@bounded_jit
 def _first_scores(
     rule: Rule,
     params: Params,
@@ -263,6 +275,7 @@ def _first_scores(
     mesh: Mesh,
     split: _Split,
     impl: Any,
+    precision: Precision,
 ) -> Scores:
     """Computes the scores of the first iteration, whole on every device."""
 
@@ -273,7 +286,7 @@ def _first_scores(
         words: jax.Array,
         num_batches: jax.Array | None,
     ) -> Scores:
-        rule = batches.whole_rule(rule, num_batches, _AXIS)
+        rule = pruning.in_precision(batches.whole_rule(rule, num_batches, _AXIS), precision)
         key = jax.random.wrap_key_data(words, impl=impl)
         # The key and the precision of the first iteration of the loop.
         first_key = jax.random.fold_in(key, 0)
@@ -285,7 +298,7 @@ def _first_scores(
     return run(rule, params, mask, words, num_batches)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "shapes"))
+@bounded_jit
 def _join_mask(mask: Mask, *, mesh: Mesh, shapes: _Shapes) -> Mask:
     """Joins the parts of a mask, whole on every device."""
     join = functools.partial(_join, shapes=shapes)
@@ -300,11 +313,16 @@ def _join(parts: Tree, shapes: _Shapes) -> Tree:
     """Joins the parts of every device to whole leaves."""
 
     def whole(part: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-        joined = jax.lax.all_gather(part, _AXIS, tiled=True)
-        unpadded = joined[: like.size]
+        unpadded = _gather(part)[: like.size]
         return unpadded.reshape(like.shape)
 
     return jax.tree.map(whole, parts, _like(parts, shapes))
+
+
+def _gather(part: jax.Array) -> jax.Array:
+    """Joins the parts of every device along the first axis. A leaf may be empty."""
+    # Of nothing XLA gathers nothing.
+    return jax.lax.all_gather(part, _AXIS, tiled=True) if part.size else part
 
 
 def _like(tree: Tree, shapes: _Shapes) -> Tree:
@@ -363,6 +381,11 @@ def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
     """Places arrays on the devices of the mesh. Every process must pass equal arrays."""
 
     def place(spec: P, leaf: Any) -> jax.Array:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            # A key among the parameters, as of dropout in NNX. NumPy knows only its words.
+            words = place(spec, jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         sharding = NamedSharding(mesh, spec)
         # Each process fills only its own devices. `jax.device_put` would compare the arrays of all
@@ -372,7 +395,9 @@ def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
     if isinstance(specs, P):
         one_spec = specs
         specs = jax.tree.map(lambda _: one_spec, tree)
-    return jax.tree.map(place, specs, tree)
+    # These transfers are meant, also under jax_transfer_guard="disallow".
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(place, specs, tree)
 
 
 def _local(tree: Tree) -> Tree:
@@ -382,7 +407,7 @@ def _local(tree: Tree) -> Tree:
 
 def _key_words(key: chex.PRNGKey | None) -> tuple[Any, Any]:
     """Splits a key into an array of words, which any sharding takes, and its implementation."""
-    key = jax.random.key(0) if key is None else key
+    key = pruning.default_key() if key is None else key
     # Old-style keys are words already.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from synflow_jax import trees
@@ -23,6 +22,17 @@ from synflow_jax.storage import arrays, files
 from synflow_jax.storage.files import AnyPath
 
 _FORMAT = "synflow_jax certificate 1"
+# What the readers raise for damaged files; the last three for JSON or arrays beyond all bounds.
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RecursionError,
+    MemoryError,
+)
 
 
 def save_certificate(
@@ -33,13 +43,14 @@ def save_certificate(
     Args:
       path: the JSON file; the other one has the ending .npz.
       certificate: the contents of the JSON file.
-      removed_in: tree of uint16 arrays: the iteration, from 1, that pruned each weight; 0 if kept.
+      removed_in: tree of arrays, uint16 up to 65,535 iterations and uint32 beyond: the iteration,
+        from 1, that pruned each weight; 0 if kept.
     """
-    names = trees.names(removed_in)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(removed_in)]
-    iterations = dict(zip(names, leaves, strict=True))
+    leaves = trees.by_name(removed_in)
+    iterations = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **iterations)
+    # Without allow_pickle=False, which NumPy 2.0 takes for one more array. Integers need no pickle.
+    np.savez_compressed(buffer, **iterations)  # type: ignore[arg-type]
     contents = {
         "format": _FORMAT,
         **certificate,
@@ -54,11 +65,12 @@ def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
     """Reads both files of a certificate.
 
     Returns:
-      The contents of the JSON file, and {name: uint16 array} as `save_certificate` takes them.
+      The contents of the JSON file, and {name: array} as `save_certificate` takes them.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is truncated, damaged or of another kind.
+      ValueError: a file is truncated, damaged or of another kind, or its arrays hold anything but
+        unsigned integers.
     """
     path = pathlib.Path(path)
     arrays_path = path.with_suffix(".npz")
@@ -76,6 +88,12 @@ def load_certificate(path: AnyPath) -> tuple[dict[str, Any], arrays.Arrays]:
             f"certificate {str(path)!r} does not belong to {arrays_path.name!r} in the same "
             f"folder. {arrays.DAMAGED}"
         )
+    for name, leaf in iterations.items():
+        if not np.issubdtype(leaf.dtype, np.unsignedinteger):
+            raise ValueError(
+                f"certificate file {str(arrays_path)!r} holds {leaf.dtype} for {name!r}. The "
+                f"numbers of iterations are unsigned integers. {arrays.DAMAGED}"
+            )
     return certificate, iterations
 
 
@@ -93,7 +111,7 @@ def _read(path: pathlib.Path, reader: Callable[[pathlib.Path], Any]) -> Any:
         )
     try:
         return reader(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"certificate file {str(path)!r} cannot be read: {error}. {arrays.DAMAGED}"
         ) from error

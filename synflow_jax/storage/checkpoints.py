@@ -2,7 +2,8 @@
 
 Checkpoints are written in the background and appear whole or not at all; the last few are kept. A
 tree is stored flat, one array per leaf, under the leaf's name. A JSON file describes the run, so
-that a checkpoint of another network or config can be told from a damaged one.
+that a checkpoint of another network or config can be told from a damaged one. It also holds a
+digest of everything, because orbax would not notice most bits that flip on the disk.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import os
 import pathlib
-import shutil
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from synflow_jax.trees import Tree, path_name
+from synflow_jax.storage import files
+from synflow_jax.trees import Tree, by_name, path_name
+
+# Beside the description of the run, in each checkpoint: the digest of the description and of all
+# arrays. Checkpoints of earlier versions have none.
+_DIGEST = "arrays_sha256"
+# The ending of what orbax has not finished.
+_UNFINISHED = "orbax-checkpoint-tmp"
 
 # The shape and dtype of each leaf, by name.
 _Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -41,18 +52,70 @@ class Checkpoints(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iterator[Checkpoints]:
+def open_folder(
+    folder: pathlib.Path, run: Mapping[str, Any], keep: int | None
+) -> Iterator[Checkpoints]:
     """Opens a folder of checkpoints. Leaving it waits until all of them are on the disk.
 
     Args:
       folder: for the checkpoints of this run only; created if it is missing.
       run: a description of the run, as plain values.
-      keep: how many checkpoints to keep.
+      keep: how many checkpoints to keep. What a killed process has left unfinished is removed, so
+        the caller holds the lock of the run. None: only to read.
 
     Raises:
-      OSError: on leaving, a checkpoint could not be written.
+      OSError: the folder cannot be made; or, on leaving, a checkpoint could not be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.unwritable(folder, error) from error
+    if keep is not None:
+        _clean(folder, keep)
+    manager = _manager(folder, keep)
+    # Tuples become lists, as in the stored description that this one will be compared with.
+    encoded = json.dumps(run)
+    opened = Checkpoints(folder, manager, json.loads(encoded))
+    with _quiet():
+        try:
+            yield opened
+            _wait(folder, manager)
+            if keep is not None:
+                _sync(folder)
+        finally:
+            # Closing repeats an error of writing, which was raised above.
+            with contextlib.suppress(Exception):
+                manager.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from printing errors, which reach the caller as one exception.
+
+    Orbax logs an error in each of its threads. It reads and writes many arrays at a time and closes
+    its event loop at the first error, so each array that was under way prints a traceback.
+    """
+    usual, logger = sys.unraisablehook, logging.getLogger("absl")
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    def is_not_of_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    sys.unraisablehook = hook
+    logger.addFilter(is_not_of_orbax)
+    try:
+        yield
+        # It stays after an error, since nobody knows when the last array ends.
+        sys.unraisablehook = usual
+    finally:
+        logger.removeFilter(is_not_of_orbax)
+
+
+def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
+    """Returns orbax's manager of a folder."""
     this_process = _this_process(folder)
     # Orbax would create folders in the background and announce them to its writing threads by keys
     # that all processes of a job share. Here each process writes separate checkpoints: it would
@@ -68,17 +131,31 @@ def open_folder(folder: pathlib.Path, run: Mapping[str, Any], keep: int) -> Iter
         "tree": ocp.PyTreeCheckpointHandler(multiprocessing_options=this_process, **_arrays()),
         "run": ocp.JsonCheckpointHandler(multiprocessing_options=this_process),
     }
-    manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
-    # Tuples become lists, as in the stored description that this one will be compared with.
-    encoded = json.dumps(run)
-    opened = Checkpoints(folder, manager, json.loads(encoded))
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+
+
+def _clean(folder: pathlib.Path, keep: int) -> None:
+    """Removes what a killed process has left: unfinished checkpoints, and more than `keep`."""
+    files.remove_stale(folder)
+    for path in list(folder.glob(f"*.{_UNFINISHED}*")):
+        files.remove(path)
+    # Orbax removes old checkpoints file by file, so that the oldest may be a part of one.
+    steps = sorted(ocp.utils.checkpoint_steps(folder))
+    for step in steps[:-keep]:
+        files.remove(folder / str(step))
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Waits until the newest checkpoint is on the disk. Orbax leaves that to the system."""
+    step = latest_step(folder)
+    if step is None:
+        return
+    newest = folder / str(step)
     try:
-        yield opened
-        _wait(folder, manager)
-    finally:
-        # Closing repeats an error of writing, which was raised above.
-        with contextlib.suppress(Exception):
-            manager.close()
+        for path in [*newest.rglob("*"), newest, folder]:
+            files.sync(path)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
 
 
 def _this_process(folder: pathlib.Path) -> ocp.options.MultiprocessingOptions:
@@ -154,9 +231,10 @@ def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False)
     _wait(folder, manager)
     if step in manager.all_steps():
         return
+    described = {**run, _DIGEST: _digest(run, flat)}
     items = ocp.args.Composite(
         tree=ocp.args.PyTreeSave(flat),
-        run=ocp.args.JsonSave(dict(run)),
+        run=ocp.args.JsonSave(described),
     )
     try:
         manager.save(step, args=items)
@@ -164,6 +242,19 @@ def save(checkpoints: Checkpoints, step: int, tree: Tree, *, wait: bool = False)
         raise _unwritten(folder, error) from error
     if wait:
         _wait(folder, manager)
+
+
+def _digest(run: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
+    """Computes the sha256, in hex, of a description and of arrays: names, types, shapes, bytes."""
+    hashed = hashlib.sha256()
+    layout = {name: [str(array.dtype), array.shape] for name, array in flat.items()}
+    header = json.dumps([run, layout], sort_keys=True)
+    hashed.update(header.encode())
+    for name in sorted(flat):
+        # The array itself, since `tobytes` would copy it.
+        contiguous = np.ascontiguousarray(flat[name])
+        hashed.update(contiguous.reshape(-1).view(np.uint8).data)
+    return hashed.hexdigest()
 
 
 def _wait(folder: pathlib.Path, manager: Any) -> None:
@@ -176,9 +267,15 @@ def _wait(folder: pathlib.Path, manager: Any) -> None:
 
 def _unwritten(folder: pathlib.Path, error: Exception) -> OSError:
     """Returns the error for a checkpoint that could not be written."""
+    # TensorStore's own errors are long, and have the system's number at their end.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        number = int(found.group(1))
+        error = OSError(number, os.strerror(number))
+    reason, cure = files.reason_and_cure(error)
     return OSError(
-        f"a checkpoint could not be written to {str(folder)!r}: {error}. Earlier checkpoints are "
-        "intact. Free some disk space (make room), then run the same command again to resume."
+        f"a checkpoint could not be written to {str(folder)!r}: {reason}. Earlier checkpoints are "
+        f"intact. {cure or 'Run the same command again to resume.'}"
     )
 
 
@@ -201,7 +298,8 @@ def latest_run(checkpoints: Checkpoints) -> dict[str, Any] | None:
     if step is None:
         return None
     items = ocp.args.Composite(run=ocp.args.JsonRestore())
-    return _restore(checkpoints, step, items)["run"]
+    described, _ = _split(checkpoints, step, _restore(checkpoints, step, items)["run"])
+    return described
 
 
 def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | None:
@@ -226,8 +324,7 @@ def restore_latest(checkpoints: Checkpoints, like: Tree) -> tuple[int, Tree] | N
     # The description is checked before the arrays are read. Another config explains a difference
     # of the arrays better than their shapes do.
     _check_run(path, found_run, checkpoints.run)
-    items = ocp.args.Composite(tree=ocp.args.PyTreeRestore())
-    flat = _restore(checkpoints, step, items)["tree"]
+    flat, _ = _read(checkpoints, step)
     _check_layout(path, _layout(flat), _layout(flatten(like)))
     return step, unflatten(flat, like)
 
@@ -281,17 +378,38 @@ def read_latest(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
     # Opening would create the folder.
     if not folder.is_dir():
         raise missing
-    with open_folder(folder, {}, 1) as opened:
+    with open_folder(folder, {}, None) as opened:
         step = opened.manager.latest_step()
         if step is None:
             raise missing
-        items = ocp.args.Composite(
-            tree=ocp.args.PyTreeRestore(),
-            run=ocp.args.JsonRestore(),
-        )
-        restored = _restore(opened, step, items)
+        return _read(opened, step)
+
+
+def _read(checkpoints: Checkpoints, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the arrays of a checkpoint and the description of its run, and compares the digest.
+
+    Raises:
+      ValueError: the checkpoint is damaged.
+    """
+    items = ocp.args.Composite(
+        tree=ocp.args.PyTreeRestore(),
+        run=ocp.args.JsonRestore(),
+    )
+    restored = _restore(checkpoints, step, items)
     arrays = {name: np.asarray(leaf) for name, leaf in restored["tree"].items()}
-    return arrays, restored["run"]
+    run, digest = _split(checkpoints, step, restored["run"])
+    if digest is not None and digest != _digest(run, arrays):
+        raise _damaged(checkpoints, step, "its arrays do not have the digest that was saved")
+    return arrays, run
+
+
+def _split(checkpoints: Checkpoints, step: int, found: Any) -> tuple[dict[str, Any], Any]:
+    """Splits what a checkpoint says into the description of the run and the digest, or None."""
+    if not isinstance(found, dict):
+        raise _damaged(checkpoints, step, "the description of its run is no JSON object")
+    run = dict(found)
+    digest = run.pop(_DIGEST, None)
+    return run, digest
 
 
 def _restore(checkpoints: Checkpoints, step: int, items: ocp.args.Composite) -> Any:
@@ -300,27 +418,34 @@ def _restore(checkpoints: Checkpoints, step: int, items: ocp.args.Composite) -> 
         return checkpoints.manager.restore(step, args=items)
     # Orbax and TensorStore raise many types of errors for damaged files.
     except Exception as error:
-        path = checkpoints.folder / str(step)
         lines = str(error).splitlines() or [repr(error)]
-        first_line = lines[0]
-        raise ValueError(
-            f"checkpoint {str(path)!r} is damaged: {first_line[:200]} Delete that folder; the run "
-            "then resumes from the checkpoint before it, if there is one."
-        ) from error
+        raise _damaged(checkpoints, step, lines[0][:200]) from error
+
+
+def _damaged(checkpoints: Checkpoints, step: int, reason: str) -> ValueError:
+    """Returns the error for a checkpoint that cannot be used."""
+    path = checkpoints.folder / str(step)
+    return ValueError(
+        f"checkpoint {str(path)!r} is damaged: {reason.rstrip('.')}. Delete that folder; the run "
+        "then resumes from the checkpoint before it, if there is one."
+    )
 
 
 def delete(folder: pathlib.Path) -> None:
-    """Removes the checkpoints of a run."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes the checkpoints of a run, if there are any.
+
+    Raises:
+      OSError: the folder cannot be removed, or is a symbolic link.
+    """
+    files.remove(folder)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
     """Returns the leaves by name. Random keys are returned as their bits."""
     flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in by_name(tree).items():
         # NumPy, and so the disk, has no type for keys.
-        stored = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        flat[path_name(path)] = stored
+        flat[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     return flat
 
 

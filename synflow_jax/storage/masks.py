@@ -6,11 +6,10 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from synflow_jax import trees
 from synflow_jax.storage import arrays, files
@@ -19,6 +18,9 @@ from synflow_jax.trees import Mask, Params
 
 # Written into every file. Another format would make existing masks unreadable.
 _FORMAT = "synflow_jax mask 1"
+
+Leaves = Mapping[str, np.ndarray]  # by name
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = None) -> str:
@@ -30,8 +32,14 @@ def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = No
 
     Returns:
       The sha256 in hex.
+
+    Raises:
+      ValueError: two leaves have the same name, or there is none. Nothing is written.
+      OSError: the file cannot be written.
     """
     packed = _packed(mask)
+    if not packed:
+        raise ValueError("mask has no prunable leaf, only holes. Make one with prunable(params).")
     digest = arrays.digest(packed)
     layers = describe(_by_name(mask))
     header = {
@@ -40,8 +48,7 @@ def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = No
         "sha256": digest,
         "run": arrays.run_json(metadata),
     }
-    content = safetensors.numpy.save(packed, header)
-    files.write_bytes(pathlib.Path(path), content)
+    files.write_bytes(pathlib.Path(path), arrays.encode(packed, header))
     return digest
 
 
@@ -69,15 +76,70 @@ def load_mask(path: AnyPath, params: Params | None = None) -> Mask:
         raise ValueError(f"{where} has format {found_format!r}, not {_FORMAT!r}. {arrays.DAMAGED}")
     if arrays.digest(packed) != header.get("sha256"):
         raise ValueError(f"{where} has bits that do not match its sha256. {arrays.DAMAGED}")
-    # The bytes do not tell a shape: their last bits may be padding.
-    layers = json.loads(header["layers"])
-    masks = {}
-    for name, layer in layers.items():
-        shape = tuple(layer["shape"])
-        masks[name] = unpack(packed[name], shape)
+    shapes = parse_shapes(header, "layers", where)
+    described, held = sorted(shapes), sorted(packed)
+    if described != held:
+        raise ValueError(
+            f"{where} describes the layers {described}, but holds the masks of {held}. "
+            f"{arrays.DAMAGED}"
+        )
+    masks = unpack_all(packed, shapes, where)
     if params is None:
         return Mask(masks)
     return _like(params, masks, where)
+
+
+def parse_shapes(header: arrays.Header, key: str, where: str) -> Shapes:
+    """Parses the shapes that a file records for its masks; see `describe`.
+
+    The bytes of a mask do not tell its shape, since their last bits may be padding.
+
+    Args:
+      header: the metadata of the file.
+      key: of the entry that describes the masks.
+      where: the file, for the message.
+
+    Raises:
+      ValueError: the entry is missing or holds something else.
+    """
+    layers = arrays.parse_json(header, key, where)
+    if not isinstance(layers, dict):
+        raise ValueError(f"{where} has {layers!r} as its {key!r}. {arrays.DAMAGED}")
+    shapes = {}
+    for name, layer in layers.items():
+        shape = layer.get("shape") if isinstance(layer, dict) else None
+        if not is_shape(shape):
+            raise ValueError(f"{where} has {shape!r} as the shape of {name!r}. {arrays.DAMAGED}")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def is_shape(value: Any) -> TypeGuard[list[int]]:
+    """Returns whether a value of JSON is a shape: a list of whole numbers of at least 0."""
+    if not isinstance(value, list):
+        return False
+    # Not isinstance: to Python, True is a whole number.
+    return all(type(side) is int and side >= 0 for side in value)
+
+
+def unpack_all(packed: Leaves, shapes: Shapes, where: str) -> arrays.Arrays:
+    """Unpacks masks by name.
+
+    Args:
+      packed: the bytes of each mask; see `unpack`.
+      shapes: of the same names.
+      where: the file, for the message.
+
+    Raises:
+      ValueError: the bytes of a mask do not fit its shape.
+    """
+    masks = {}
+    for name, shape in shapes.items():
+        try:
+            masks[name] = unpack(packed[name], shape)
+        except ValueError as error:
+            raise ValueError(f"{where} at {name!r}: {error} {arrays.DAMAGED}") from error
+    return masks
 
 
 def mask_digest(mask: Mask) -> str:
@@ -85,7 +147,7 @@ def mask_digest(mask: Mask) -> str:
     return arrays.digest(_packed(mask))
 
 
-def describe(masks: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def describe(masks: Leaves) -> dict[str, dict[str, Any]]:
     """Returns the shape and the number of kept weights of each leaf, as files record them.
 
     >>> describe({"fc/kernel": np.array([[True, False], [True, True]])})
@@ -120,41 +182,37 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     array([ True, False,  True])
 
     Raises:
-      ValueError: the number of bytes does not fit the shape.
+      ValueError: the type or the number of bytes does not fit the shape.
     """
     size = math.prod(shape)
-    num_bytes = math.ceil(size / 8)
-    if packed.shape != (num_bytes,):
+    num_bytes = -(-size // 8)
+    if packed.shape != (num_bytes,) or packed.dtype != np.uint8:
         found = packed.shape
         raise ValueError(
-            f"packed has shape {found}, but a mask of shape {shape} takes ({num_bytes},)."
+            f"packed has shape {found} and dtype {packed.dtype}, but a mask of shape {shape} takes "
+            f"({num_bytes},) of uint8."
         )
     # `count` drops the padding bits of the last byte.
     bits = np.unpackbits(packed, count=size)
     return bits.astype(bool).reshape(shape)
 
 
-def _by_name(mask: Mask) -> dict[str, np.ndarray]:
+def _by_name(mask: Mask) -> arrays.Arrays:
     """Returns the leaves of a mask by name, on the host."""
-    names = trees.names(mask)
-    leaves = jax.tree.leaves(mask)
-    found = {}
-    for name, leaf in zip(names, leaves, strict=True):
-        found[name] = np.asarray(leaf)
-    return found
+    leaves = trees.by_name(mask)
+    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
-def _packed(mask: Mask) -> dict[str, np.ndarray]:
+def _packed(mask: Mask) -> arrays.Arrays:
     """Returns the packed leaves of a mask by name."""
     leaves = _by_name(mask)
     return {name: pack(leaf) for name, leaf in leaves.items()}
 
 
-def _like(params: Params, masks: Mapping[str, np.ndarray], where: str) -> Mask:
+def _like(params: Params, masks: Leaves, where: str) -> Mask:
     """Builds a mask with the structure of `params` from leaves by name."""
-    names = trees.names(params)
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
-    found = dict(zip(names, shapes, strict=True))
+    leaves = trees.by_name(params)
+    found = {name: np.shape(leaf) for name, leaf in leaves.items()}
     # Only the leaves of the file are compared: parameters that cannot be pruned are not in it.
     for name, mask in masks.items():
         shape = found.get(name, "no such leaf")

@@ -178,7 +178,7 @@ def _size(network: Network, small: models.Compact | None, *, compact: bool) -> d
 def _kept(kernels: Tree, mask: Tree) -> Tree:
     """Returns what is kept of each kernel. Kernels that may not be pruned are kept whole."""
     # By name, since the mask has holes where the kernels may not be pruned.
-    by_name = dict(zip(trees.names(mask), jax.tree.leaves(mask), strict=True))
+    by_name = trees.by_name(mask)
 
     def kept(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return by_name.get(trees.path_name(path), leaf)

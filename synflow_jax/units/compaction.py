@@ -197,9 +197,8 @@ def plan_of(groups: Sequence[Group], variables: Tree, kept: Mapping[str, np.ndar
     if set(kept) != {group.name for group in groups}:
         names = sorted(group.name for group in groups)
         raise ValueError(f"kept has the groups {sorted(kept)}. They must be {names}.")
-    names = trees.names(variables)
-    leaf_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(variables)]
-    shapes = dict(zip(names, leaf_shapes, strict=True))
+    leaves = trees.by_name(variables)
+    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
     return Plan(
         kept={name: np.asarray(units) for name, units in kept.items()},
         sizes={group.name: group.size for group in groups},

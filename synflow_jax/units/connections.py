@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from synflow_jax import trees
@@ -72,8 +71,8 @@ class MaskedLeaves(NamedTuple):
 
 def _by_name(tree: Tree) -> dict[str, np.ndarray]:
     """Returns the leaves of a tree by name, as NumPy arrays."""
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return dict(zip(trees.names(tree), arrays, strict=True))
+    leaves = trees.by_name(tree)
+    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 class Kernel(NamedTuple):

@@ -123,7 +123,7 @@ def groups(
     head 2 [('head/kernel', 1)]
     """
     records = tracing.trace(apply_fn, params, input_shape, dtype)
-    return _assemble(records, trees.names(params))
+    return _assemble(records, list(trees.by_name(params)))
 
 
 def unit_scores(groups: Sequence[Group], scores: Scores) -> dict[str, UnitScores]:
@@ -137,8 +137,7 @@ def unit_scores(groups: Sequence[Group], scores: Scores) -> dict[str, UnitScores
       scores: floats for the parameters that are scored and holes elsewhere, in a tree of the same
         structure as the parameters that the groups were made from.
     """
-    names = trees.names(scores)
-    leaves = dict(zip(names, jax.tree.leaves(scores), strict=True))
+    leaves = trees.by_name(scores)
 
     def total(axes: Sequence[Axis], size: int) -> np.ndarray:
         sums = np.zeros(size)

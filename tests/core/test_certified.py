@@ -43,7 +43,10 @@ class Case(NamedTuple):
             "score_dtype": "float32",
             **options,
         }
-        return *prune(rule, params, **options), params
+        with warnings.catch_warnings():
+            # A schedule that loses the network warns of it.
+            warnings.simplefilter("ignore", pruning.Overpruned)
+            return *prune(rule, params, **options), params
 
     def collapsed(self, params: trees.Params, mask: trees.Mask) -> bool:
         return analysis.collapsed(self.apply_fn, params, mask, self.input_shape)
@@ -271,6 +274,142 @@ def test_only_synflow_can_be_certified() -> None:
     without_flow = dataclasses.replace(scores.synflow(_case("mlp").apply_fn, (16,)), flow=None)
     with pytest.raises(ValueError, match="score_fn has no flow"):
         certified.prune(without_flow, params, compression=2)
+
+
+# Networks that Theorem 3 does not hold for --------------------------------------------------------
+
+_SHAPES = {"fc": (6, 8), "mid": (8, 8), "head": (8, 3)}
+
+
+def _drawn() -> trees.Params:
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {name: {"kernel": draw(shape)} for name, shape in _SHAPES.items()}
+
+
+def _network(step: Any, kernel: Any = lambda w: w) -> scores.ApplyFn:
+    """A network whose first layer has this activation, and changes its kernel first."""
+
+    def apply_fn(params: trees.Params, x: jax.Array) -> jax.Array:
+        hidden = step(x @ kernel(params["fc"]["kernel"]))
+        return jax.nn.relu(hidden @ params["mid"]["kernel"]) @ params["head"]["kernel"]
+
+    return apply_fn
+
+
+def _certify(apply_fn: scores.ApplyFn, params: Any = None, **options: Any) -> Any:
+    params = _drawn() if params is None else params
+    options = {"compression": 8, **options}
+    return certified.prune(scores.synflow(apply_fn, (6,)), params, **options)
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "steps"),
+    [
+        (_network(lambda y: jax.nn.relu(y) ** 2), "integer_pow"),
+        (_network(lambda y: y**3), "integer_pow"),
+        (_network(jax.nn.gelu), "tanh"),
+        (_network(jax.nn.silu), "logistic"),
+        (_network(jax.nn.mish), "tanh"),
+        (_network(jax.nn.relu6), "min of the data and a constant"),
+        (_network(lambda y: y, lambda w: w / jnp.linalg.norm(w)), "div on the way of 'fc/kernel'"),
+        (_network(lambda y: jnp.minimum(y, 2 * y[:, ::-1])), "min"),
+    ],
+)
+def test_networks_that_do_not_conserve_flow_are_refused(
+    apply_fn: scores.ApplyFn, steps: str
+) -> None:
+    with pytest.raises(ValueError, match=r"not all of its steps are homogeneous") as caught:
+        _certify(apply_fn)
+    assert steps in str(caught.value) and "Use pruning.prune" in str(caught.value)
+
+
+@jax.custom_vjp
+def _clipped(y: jax.Array) -> jax.Array:
+    """The identity, with a derivative that is not its own."""
+    return y
+
+
+_clipped.defvjp(lambda y: (y, None), lambda _, gradient: (jnp.clip(3 * gradient, -10, 10),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (_clipped, "in iteration 1 R is not the flow from the input"),
+        (lambda y: y - jnp.mean(y, 1, keepdims=True), "in iteration 1 scores are negative"),
+        # The smallest of eight units: without any one of them it is 0.
+        (lambda y: jnp.repeat(jnp.sort(y)[:, :1], 8, 1), "is disconnected after pruning"),
+    ],
+)
+def test_what_the_steps_do_not_show_is_found_in_the_loop(step: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _certify(_network(step))
+
+
+def test_what_is_added_counts_as_zero() -> None:
+    """Certifies the paths of a network with a position embedding, as those without it."""
+    params = {**_drawn(), "position": jnp.ones((1, 6))}
+
+    def apply_fn(params: trees.Params, x: jax.Array) -> jax.Array:
+        return _network(jax.nn.relu)(params, x + params["position"])
+
+    rule = scores.synflow(apply_fn, (6,))
+    mask = trees.prunable(params)
+    checked = certified.check(rule, params, mask)
+    assert not checked["position"].any()
+    for layer in _SHAPES:
+        np.testing.assert_array_equal(checked[layer]["kernel"], params[layer]["kernel"])
+    prunable = {**mask, "position": jnp.ones((1, 6), bool)}
+    with pytest.raises(ValueError, match="add of the data and 'position'"):
+        certified.check(rule, params, prunable)
+
+
+def test_a_rule_with_a_flow_needs_its_objective() -> None:
+    rule = scores.synflow(_network(jax.nn.relu), (6,))
+    with pytest.raises(ValueError, match="has a flow, but no objective"):
+        certified.prune(dataclasses.replace(rule, objective=None), _drawn(), compression=2)
+
+
+# Many iterations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_chapters_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the same mask and records, whatever the loop holds at once."""
+    run = functools.partial(_certify, _network(jax.nn.relu), compression=3, cut_fraction=0.1)
+    mask, info = run()
+    assert int(info.num_done) > 6
+    reports: list[tuple[int, int]] = []
+
+    def report(num_done: int, info: pruning.PruneInfo) -> None:
+        reports.append((num_done, len(info.kept)))
+
+    monkeypatch.setattr(certified, "_CHAPTER", 3)
+    same_mask, same_info = run(on_progress=report)
+    for left, right in _pairs((mask, info), (same_mask, same_info)):
+        np.testing.assert_array_equal(left, right)
+        assert left.dtype == right.dtype
+    # The first chapter reports all its rows, as any run does; those after it report rows so far.
+    assert [num_done for num_done, _ in reports] == sorted({num for num, _ in reports})
+    assert reports[-1] == (int(info.num_done), int(info.num_done))
+
+
+def test_iterations_beyond_uint16() -> None:
+    """Counts on to 65,536 in a wider type, where 0 would say that a weight was never pruned."""
+
+    def chapter(num_done: int, removed_in: list[int]) -> pruning.PruneInfo:
+        state = pruning.init_state({"w": jnp.ones(3, bool)}, num_done, records_removal=True)
+        numbers = {"w": jnp.asarray(removed_in, jnp.uint16)}
+        return state.info._replace(num_done=jnp.int32(num_done), removed_in=numbers)
+
+    first = chapter(65_535, [65_535, 0, 0])
+    assert certified._appended(None, first).removed_in["w"].dtype == jnp.uint16
+    both = certified._appended(first, chapter(2, [0, 1, 0]))
+    assert both.removed_in["w"].dtype == jnp.uint32
+    assert both.removed_in["w"].tolist() == [65_535, 65_536, 0]
+    assert int(both.num_done) == len(both.kept) == 65_537
 
 
 SCORES = st.lists(

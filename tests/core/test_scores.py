@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -371,7 +372,7 @@ def test_cross_entropy() -> None:
 
 def test_cross_entropy_of_labels_of_another_rank() -> None:
     one_hot = (jnp.zeros((5, 2)), jnp.zeros((5, 2), jnp.int32))
-    with pytest.raises(AssertionError, match="rank"):
+    with pytest.raises(ValueError, match=r"labels of batches are int32\[5,2\].*jnp.argmax"):
         scores.cross_entropy(lambda p, x: x * p)(jnp.float32(1), one_hot)
 
 
@@ -422,3 +423,81 @@ def test_every_rule_scores_what_is_prunable_and_only_random_uses_the_key() -> No
             assert bool(jnp.isfinite(score).all()), name
         same = [bool((a == b).all()) for a, b in _pairs(one, two)]
         assert same == [name != "random"] * 2
+
+
+# Leaves that are no floats, have no axes or elements, or are NaN and used by nobody.
+_ODD_LEAVES: dict[str, Any] = {
+    "a_count": jnp.uint32(3),
+    "a_empty": jnp.zeros((0, 3)),
+    "a_flag": jnp.bool_(True),
+    "a_key": jax.random.key(3),
+    "a_nan": jnp.full(3, jnp.nan),
+    "a_none": None,
+    "a_number": 5.0,
+    "a_lowest": jnp.finfo(jnp.float32).min,
+}
+
+
+def test_leaves_that_no_layer_uses_change_no_score() -> None:
+    """The leaves come first in the tree, where `isolated` looks."""
+    params, mask, batches = _problem([2, 2])
+    odd_params = {**_ODD_LEAVES, "a_weights": jnp.zeros((0, 4)), **params}
+    odd_mask = {**dict.fromkeys(_ODD_LEAVES), "a_weights": jnp.zeros((0, 4), bool), **mask}
+    loss_fn = scores.cross_entropy(_with_bias)
+    rules = {
+        "synflow": scores.synflow(_with_bias, (4,)),
+        "unscaled": scores.synflow(_with_bias, (4,), scaled=False),
+        "snip": scores.snip(loss_fn, batches),
+        "grasp": scores.grasp(loss_fn, batches),
+        "inverted": scores.inverted(scores.magnitude()),
+    }
+    for name, rule in rules.items():
+        expected = _call(rule, params, mask)
+        found = _call(rule, odd_params, odd_mask)
+        assert found["a_weights"].shape == (0, 4)
+        for layer in ("w0", "w1"):
+            np.testing.assert_array_equal(found[layer], expected[layer], err_msg=name)
+
+
+def test_a_scalar_weight_scores_like_any_other() -> None:
+    """13 weights: the gate is on every path, and its score is the sum of each cut."""
+    params = {"gate": jnp.float32(-2), "v": _weights((4, 3))["w0"]}
+    rule = scores.synflow(lambda p, x: p["gate"] * x @ p["v"], (4,), scaled=False)
+    found = _call(rule, params, _full(params))
+    np.testing.assert_allclose(found["v"], 2 * np.abs(params["v"]), rtol=1e-6)
+    np.testing.assert_allclose(found["gate"], np.sum(found["v"]), rtol=1e-6)
+
+
+def test_a_mean_that_is_subtracted_makes_no_negative_flow() -> None:
+    """A trained batch norm among the parameters, as in a whole state of NNX."""
+    weights = _weights((2, 6, 3))
+    norm = {"mean": jnp.linspace(-200, 200, 6), "var": jnp.full(6, 4.0), "count": jnp.int32(7)}
+
+    def apply(params: trees.Params, x: jax.Array) -> jax.Array:
+        hidden = x @ params["w0"] - params["norm"]["mean"][None]
+        return jax.nn.relu(hidden / jnp.sqrt(params["norm"]["var"])[None]) @ params["w1"]
+
+    params = {**weights, "norm": norm}
+    mask = {**_full(weights), "norm": dict.fromkeys(norm)}
+    found = _call(scores.synflow(apply, (2,), scaled=False), params, mask)
+    # Without the mean, a variance of 4 halves the flow.
+    expected = _paths(weights, _full(weights))
+    np.testing.assert_allclose(found["w0"], expected[0] / 2, rtol=1e-5)
+    np.testing.assert_allclose(found["w1"], expected[1] / 2, rtol=1e-5)
+
+
+def test_rules_can_be_pickled() -> None:
+    params, mask, batches = _problem([6])
+    loss_fn = scores.cross_entropy(_with_bias, 200)
+    for rule in (
+        scores.synflow(_with_bias, (4,)),
+        scores.synflow(_with_bias, (4,), scaled=False),
+        scores.inverted(scores.snip(loss_fn, batches)),
+        scores.grasp(loss_fn, batches),
+        scores.random(),
+    ):
+        copy = pickle.loads(pickle.dumps(rule))
+        # The same program serves both.
+        assert jax.tree.structure(copy) == jax.tree.structure(rule)
+        for one, two in _pairs(_call(rule, params, mask), _call(copy, params, mask)):
+            np.testing.assert_array_equal(one, two)

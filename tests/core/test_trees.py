@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from synflow_jax import trees
+from synflow_jax import models, trees
 
 
 class _LinenNet(nn.Module):
@@ -168,13 +170,20 @@ def test_unknown_names_are_never_prunable() -> None:
         ("head", ["conv/kernel"]),
         ("^conv/", ["head/kernel"]),
         ("nv/ker", ["head/kernel"]),  # anywhere in the name
-        ("^kernel", ["conv/kernel", "head/kernel"]),  # of the whole name, not of its last part
-        ("nothing", ["conv/kernel", "head/kernel"]),
+        ("^head/kernel$", ["conv/kernel"]),
         (None, ["conv/kernel", "head/kernel"]),
     ],
 )
 def test_exclude_matches_anywhere_in_the_name(exclude: str | None, left: list[str]) -> None:
     assert trees.names(trees.prunable(_linen(), exclude=exclude)) == left
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("pattern", ["^kernel", "nothing"])  # of the whole name, not its last part
+def test_a_pattern_of_nothing_is_a_mistake(argument: str, pattern: str) -> None:
+    message = f"{argument}={pattern!r} matches none of the leaves ['conv/bias', "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trees.prunable(_linen(), **{argument: pattern})
 
 
 def test_exclude_works_on_all_kinds() -> None:
@@ -207,6 +216,117 @@ def test_nothing_prunable(kinds: dict[str, Any]) -> None:
         ValueError, match=r"no parameter is prunable with .*'conv/kernel'.*Choose other kinds"
     ):
         trees.prunable(_linen(), **kinds)
+
+
+# Leaves that libraries name in their own ways; each with its kind.
+_NAMES = {
+    "gru/w_i": ((4, 24), "kernel"),  # Haiku
+    "gru/w_h": ((8, 24), "kernel"),
+    "cell/weight_ih": ((24, 4), "kernel"),  # Equinox
+    "cell/weight_hh": ((24, 8), "kernel"),
+    "cell/bias": ((24,), "bias"),
+    "cell/bias_n": ((8,), "bias"),
+    "lstm/weight_ih_l0": ((32, 4), "kernel"),  # PyTorch
+    "lstm/weight_hh_l0_reverse": ((32, 8), "kernel"),
+    "lstm/bias_hh_l0": ((32,), "bias"),
+    "attention/in_proj_weight": ((24, 8), "kernel"),
+    "attention/in_proj_bias": ((24,), "bias"),
+    "adapter/lora_a": ((8, 2), "kernel"),  # NNX
+    "adapter/lora_b": ((2, 8), "kernel"),
+    "norm/weight": ((2, 3, 4), "norm scale"),  # Equinox, over several axes
+    "norm/bias": ((2, 3, 4), "norm bias"),
+    "conv/weight": ((4, 1, 1, 1), "kernel"),
+    "conv/bias": ((4, 1, 1), "bias"),
+    "bn/mean": ((3,), "running mean"),
+    "bn/var": ((3,), "running variance"),
+    "torch/running_mean": ((3,), "running mean"),
+    "torch/running_var": ((3,), "running variance"),
+    "hk/~/mean_ema/average": ((1, 3), "running mean"),
+    "hk/~/var_ema/average": ((1, 3), "running variance"),
+    "prior/mean": ((3,), "other"),  # alone
+    "vae/mean/kernel": ((8, 2), "kernel"),  # a layer that is called so, and one beside it
+    "vae/var/kernel": ((8, 2), "kernel"),
+    "block_bias": ((3,), "bias"),
+}
+
+
+def test_kinds_of_names() -> None:
+    params = {name: jnp.ones(shape) for name, (shape, _) in _NAMES.items()}
+    assert trees.leaf_kinds(params) == {name: kind for name, (_, kind) in sorted(_NAMES.items())}
+    means = [name for name, (_, kind) in _NAMES.items() if kind == "running mean"]
+    zeroed = trees.without_means(params)
+    assert sorted(means) == [name for name in sorted(_NAMES) if not zeroed[name].any()]
+
+
+@pytest.mark.parametrize(
+    "include, kernels, names",
+    [
+        ("^fc/m", True, ["fc/kernel", "fc/mystery"]),
+        ("^fc/m", False, ["fc/mystery"]),
+        ("bias", True, ["fc/bias", "fc/kernel"]),
+        ("fc", False, ["fc/bias", "fc/kernel", "fc/mystery"]),
+    ],
+)
+def test_include_adds_leaves_of_any_kind(include: str, kernels: bool, names: list[str]) -> None:
+    params = {"fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "mystery": jnp.ones((2, 2))}}
+    mask = trees.prunable(params, include=include, kernels=kernels)
+    assert trees.names(mask) == names
+    # What is excluded is excluded.
+    left = trees.prunable(params, include=include, exclude="mystery|bias")
+    assert trees.names(left) == ["fc/kernel"]
+
+
+@pytest.mark.parametrize(
+    "name, leaf, warns",
+    [
+        ("W_rec", jnp.ones((4, 4)), True),
+        ("attention/query_matrix", jnp.ones((2, 4, 4)), True),
+        ("token_embedding", jnp.ones((10, 4)), False),
+        ("embed/table", jnp.ones((10, 4)), False),
+        ("pos_encoding", jnp.ones((10, 4)), False),
+        ("block/position", jnp.ones((10, 4)), False),
+        ("cls", jnp.ones((2, 4)), False),
+        ("layer_scale", jnp.ones(4), False),
+        ("temperature", jnp.ones((1, 1, 4)), False),  # a single axis, in effect
+        ("norm/scale", jnp.ones((2, 3, 4)), False),
+        ("norm/bias", jnp.ones((2, 3, 4)), False),
+        ("indices", jnp.ones((3, 3), int), False),
+        ("keys", jax.random.split(jax.random.key(0), (2, 2)), False),
+    ],
+)
+def test_unknown_weights_are_said_to_stay(name: str, leaf: jax.Array, warns: bool) -> None:
+    params = {"fc": {"kernel": jnp.ones((4, 2))}, name: leaf}
+    if not warns:
+        assert trees.names(trees.default_mask(params)) == ["fc/kernel"]
+        return
+    with pytest.warns(trees.UnprunedLeaves, match=f"{name}.*include=.{name}") as said:
+        trees.default_mask(params)
+    assert len(said) == 1
+    # The cure.
+    mask = trees.prunable(params, include=name)
+    assert sorted(trees.names(mask)) == sorted(["fc/kernel", name])
+
+
+def test_models_of_this_package_have_no_unknown_weights() -> None:
+    for name in ("cifar_vgg11_bn", "cifar_resnet20", "fc"):
+        model = models.create(name, num_classes=10)
+        init = functools.partial(models.init, model, (32, 32, 3))
+        params, batch_stats = jax.eval_shape(init, jax.random.key(0))
+        assert "other" not in trees.leaf_kinds(params).values()
+        # All of its batch statistics are known, too.
+        kinds = set(trees.leaf_kinds(batch_stats).values())
+        assert kinds <= {"running mean", "running variance"}
+        trees.default_mask(params)
+
+
+def test_float_type_and_absolute_ignore_what_is_not_a_float() -> None:
+    key = jax.random.key(0)
+    params = {"w": -jnp.ones(2, jnp.bfloat16), "i": jnp.int32(-3), "k": key, "p": -2.0, "n": None}
+    assert trees.float_type(params) == jnp.bfloat16
+    assert trees.float_type({"i": jnp.int32(3), "k": key}) == jnp.float32
+    positive = trees.absolute(params)
+    assert positive["w"].tolist() == [1, 1] and float(positive["p"]) == 2
+    assert positive["i"] is params["i"] and positive["k"] is key
 
 
 def _params() -> trees.Params:

@@ -7,6 +7,7 @@ import io
 import itertools
 import pathlib
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import PIL.Image
 import pytest
 
 from synflow_jax import data
-from synflow_jax.data import prepared, streaming
+from synflow_jax.data import prepared, streaming, tiny_imagenet
 
 IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -83,6 +84,33 @@ def _damage_text(folder: pathlib.Path) -> None:
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"<html>not found</html>")
 
 
+def _unpack_much(folder: pathlib.Path) -> None:
+    content = _idx_bytes(np.zeros((60, 28, 28))) + bytes(2**26)
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content, 1))
+
+
+def _promise_much(folder: pathlib.Path) -> None:
+    header = struct.pack(">BBBB3I", 0, 0, 8, 3, 2**16, 2**12, 2**12)
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + bytes(9)))
+
+
+def _promise_in_vain(folder: pathlib.Path) -> None:
+    header = struct.pack(">BBBBI", 0, 0, 8, 1, 2**32 - 1)
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + bytes(9)))
+
+
+def _add_axes(folder: pathlib.Path) -> None:
+    header = struct.pack(">BBBB255I", 0, 0, 8, 255, *[0] * 255)
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header))
+
+
+def _flip_checksum(folder: pathlib.Path) -> None:
+    path = folder / "train-images-idx3-ubyte.gz"
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+
+
 def _drop_labels(folder: pathlib.Path) -> None:
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(_idx_bytes(np.zeros(19))))
 
@@ -93,6 +121,11 @@ def _drop_labels(folder: pathlib.Path) -> None:
         (_damage_gzip, "train-images-idx3-ubyte.gz' is damaged"),
         (_damage_header, "train-labels-idx1-ubyte.gz' is damaged .it has no IDX header"),
         (_damage_length, "promises 47040 bytes, it has 47039"),
+        (_unpack_much, "promises 47040 bytes, it has more"),
+        (_promise_much, "its header promises 1099511627776 bytes"),
+        (_promise_in_vain, "promises 4294967295 bytes, it has 9"),
+        (_add_axes, "its header names 255 axes in place of 3"),
+        (_flip_checksum, "train-images-idx3-ubyte.gz' is damaged .CRC check failed"),
         (_damage_text, "t10k-labels-idx1-ubyte.gz' is damaged"),
         (_drop_labels, "the test split of 'mnist' has 20 images and 19 labels"),
         (
@@ -114,6 +147,25 @@ def test_damaged_idx_files(tmp_path: pathlib.Path, change: Any, message: str) ->
     change(tmp_path)
     with pytest.raises(ValueError, match=message):
         data.load("mnist", (28, 28, 1), str(tmp_path))
+
+
+def test_no_more_is_read_than_a_header_promises(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _idx_folder(tmp_path)
+    _unpack_much(tmp_path)
+    num_read = []
+
+    class Counting(gzip.GzipFile):
+        def read(self, size: int | None = -1) -> bytes:
+            content = super().read(size)
+            num_read.append(len(content))
+            return content
+
+    monkeypatch.setattr(gzip, "open", Counting)
+    with pytest.raises(ValueError, match="it has more"):
+        data.load("mnist", (28, 28, 1), str(tmp_path))
+    assert sum(num_read) == 16 + 60 * 28 * 28 + 1
 
 
 def _tiny_folder(folder: pathlib.Path) -> None:
@@ -150,6 +202,119 @@ def test_tiny_imagenet_from_its_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "val" / "images" / "val_1.JPEG").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"val_1.JPEG' cannot be read.*Unpack"):
         data.load("tiny_imagenet", (64, 64, 3), str(tmp_path))
+
+
+def _image(image: PIL.Image.Image, kind: str) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind)
+    return content.getvalue()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """Returns the beginning of a grey PNG: enough to learn its size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, content in chunks:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        parts += [struct.pack(">I", len(content)), name, content, checksum]
+    return b"".join(parts)
+
+
+_SQUARE = (64, 64)
+_JPEG = _image(PIL.Image.new("RGB", _SQUARE), "JPEG")
+BAD_IMAGES = {
+    "a bomb": (_png_header(2**20, 2**20), "decompression bomb"),
+    "a large image": (_png_header(9000, 9000), "it has 9000x9000 pixels"),
+    "another size": (_image(PIL.Image.new("RGB", (65, 64)), "JPEG"), "it has 65x64 pixels"),
+    "transparency": (_image(PIL.Image.new("RGBA", _SQUARE), "PNG"), "its mode is RGBA"),
+    "16 bits": (_image(PIL.Image.new("I;16", _SQUARE), "PNG"), "its mode is I;16"),
+    "zero bytes": (b"", "cannot identify image file"),
+    "half a file": (_JPEG[: len(_JPEG) // 2], "[Tt]runcated"),
+    "no pixels": (_png_header(64, 64), "truncated"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    _tiny_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_images_that_are_not_of_tiny_imagenet_are_named(tiny: pathlib.Path, case: str) -> None:
+    content, message = BAD_IMAGES[case]
+    path = tiny / "train" / "n00000007" / "images" / "n00000007_0.JPEG"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"n00000007_0.JPEG' cannot be read.*{message}") as error:
+        tiny_imagenet._decode(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_parts_of_tiny_imagenet_are_named(tmp_path: pathlib.Path) -> None:
+    _tiny_folder(tmp_path)
+    image = tmp_path / "train" / "n00000007" / "images" / "n00000007_0.JPEG"
+    cmyk = _image(PIL.Image.new("CMYK", _SQUARE), "JPEG")
+    image.write_bytes(cmyk)
+    assert (data.load("tiny_imagenet", (64, 64, 3), str(tmp_path)).train_images[7] == 255).all()
+    image.unlink()
+    names = (tmp_path / "wnids.txt").read_text().split()
+    for change, message in (
+        (lambda: None, "train/n00000007' has no images"),
+        (lambda: (tmp_path / "val/val_annotations.txt").write_bytes(b"\xff"), "cannot be read"),
+        (lambda: (tmp_path / "wnids.txt").write_text(" ".join(names[:-1])), "names 199 classes"),
+        (lambda: (tmp_path / "wnids.txt").write_text(" ".join([*names[:-1], names[0]])), "199 of"),
+    ):
+        change()
+        with pytest.raises(ValueError, match=message):
+            data.load("tiny_imagenet", (64, 64, 3), str(tmp_path))
+        if "images" in message:
+            image.write_bytes(_JPEG)
+
+
+def _prepared(monkeypatch: pytest.MonkeyPatch, image: Any, label: Any) -> None:
+    record = {"image": image, "label": label}
+    monkeypatch.setattr(prepared, "find", lambda dataset, directory: None)
+    monkeypatch.setattr(prepared, "source", lambda dataset, split, directory: [record] * 3)
+
+
+@pytest.mark.parametrize(
+    "image, label, message",
+    [
+        (np.full((32, 32, 3), 300), 1, "images of int64 and labels of int64"),
+        (np.full((32, 32, 3), np.nan), 1, "images of float64"),
+        (np.zeros((32, 32, 3), np.uint8), 1.5, "labels of float64"),
+        (np.zeros((32, 32, 3), np.uint8), "cat", "labels of <U3"),
+        (np.zeros((32, 32, 3), np.uint8), 2**32 + 1, "label 4294967297 at image 0"),
+        (np.zeros((32, 30, 3), np.uint8), 1, "images uint8.32, 30, 3.; the network takes"),
+        (np.zeros((32, 32), np.uint8), 1, "images uint8.32, 32.; the network takes"),
+    ],
+)
+def test_what_was_prepared_is_not_cast(
+    monkeypatch: pytest.MonkeyPatch, image: Any, label: Any, message: str
+) -> None:
+    _prepared(monkeypatch, image, label)
+    with pytest.raises(ValueError, match=message):
+        data.load("cifar10", (32, 32, 3))
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"image": _png_header(2**20, 2**20), "label": 3}, "an image of 'imagenet' cannot be read"),
+        ({"image": b"", "label": 3, "file_name": b"n1.JPEG"}, "image 'n1.JPEG' of 'imagenet'"),
+        ({"image": _JPEG, "label": -1}, "label -1; labels go from 0 to 999"),
+        ({"image": _JPEG, "label": 1000}, "label 1000; labels go from 0 to 999"),
+    ],
+)
+def test_records_of_a_stream_are_checked(record: dict[str, Any], message: str) -> None:
+    def read() -> None:
+        streaming._label(record, "imagenet")
+        streaming._open(record, "imagenet")
+
+    with pytest.raises(ValueError, match=message):
+        read()
 
 
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets warns

@@ -26,14 +26,16 @@ from synflow_jax.experiments import (
     certificates,
     checks,
     engine,
+    events,
     exports,
     initialization,
     masks,
     results,
+    starts,
 )
 from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
 from synflow_jax.experiments.identity import file_digest
-from synflow_jax.experiments.run import Run, resolve_one
+from synflow_jax.experiments.run import Run, from_dict, resolve_one
 from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints, networks
 from synflow_jax.storage.networks import native
@@ -144,7 +146,7 @@ def test_files_that_no_network_can_begin_from(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_trained_network_is_read_from_its_checkpoint(tmp_path: pathlib.Path) -> None:
-    train = TrainConfig(num_epochs=1, drops=(), batch_size=512)
+    train = TrainConfig(num_epochs=2, drops=(), batch_size=512)
     run, workdir = _run(train=train), Workdir(tmp_path)
     network = initialization.build(run)
     mask, _ = masks.prune(run, network, workdir)
@@ -157,19 +159,59 @@ def test_a_trained_network_is_read_from_its_checkpoint(tmp_path: pathlib.Path) -
     _assert_same(read.mask, mask)
     assert read.model == network.model
 
+    _check_that_other_checkpoints_are_refused(row, workdir)
+
     # A network that was trained in its compact form is known by the shapes of its checkpoint.
     small = exports.compact(read._replace(mask=_third_gone(read.mask)), trained=False)
     folder = workdir.checkpoint_path(row["run_id"])
     checkpoints.delete(folder)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         exports.read(row, workdir)
-    with checkpoints.open_folder(folder, {}, 1) as opened:
+    with checkpoints.open_folder(folder, {"run_id": row["run_id"]}, 1) as opened:
         state = {"params": small.params, "batch_stats": small.batch_stats, "mask": small.mask}
+        state["step"] = jnp.int32(row["num_steps"])
         checkpoints.save(opened, 1, (state, {"step": jnp.zeros(3)}))
-    again = exports.read(row, workdir)
+    of_small = {"compact": True, "params_sha256": results.digest(small.params)}
+    again = exports.read(row | of_small, workdir)
     assert again.model == small.model
     _assert_same(again.params, trees.apply_mask(small.params, small.mask))
     _assert_same((again.batch_stats, again.mask), (small.batch_stats, small.mask))
+
+
+def _check_that_other_checkpoints_are_refused(row: dict[str, Any], workdir: Workdir) -> None:
+    """Puts checkpoints that are not the last one of the run in its place."""
+    folder = workdir.checkpoint_path(row["run_id"])
+    arrays, description = checkpoints.read_latest(folder)
+    last = checkpoints.latest_step(folder)
+    assert last == row["num_steps"]
+    # The last one is missing, so that the one before is the newest.
+    shutil.rmtree(folder / str(last))
+    message = rf"its num_steps is {last // 2}, and the run's is {last}.*--overwrite runs it again"
+    with pytest.raises(ValueError, match=message):
+        exports.read(row, workdir)
+    run = from_dict(row["config"])
+    network = initialization.build(run)
+    found = masks.find_mask(run, network, workdir)
+    assert found is not None
+    with pytest.raises(ValueError, match=message):
+        starts.restore_full(run, network, found[0], workdir)
+
+    weights = {"0/params/head/bias": arrays["0/params/head/bias"] + 1}
+    mask = {"0/mask/fc1/kernel": ~arrays["0/mask/fc1/kernel"]}
+    for other_arrays, other_run, message in (
+        ({}, {"run_id": "another"}, f"its run_id is 'another', and the run's is '{row['run_id']}'"),
+        (weights, {}, "its params_sha256 is"),
+        (mask, {}, f"the mask in .* is not that of run '{row['prune_run_id']}'"),
+    ):
+        checkpoints.delete(folder)
+        with checkpoints.open_folder(folder, description | other_run, 1) as opened:
+            checkpoints.save(opened, last, arrays | other_arrays)
+        with pytest.raises(ValueError, match=message):
+            exports.read(row, workdir)
+    checkpoints.delete(folder)
+    with checkpoints.open_folder(folder, description, 1) as opened:
+        checkpoints.save(opened, last, arrays)
+    assert results.digest(exports.read(row, workdir).params) == row["params_sha256"]
 
 
 def _third_gone(mask: Any) -> Any:
@@ -239,6 +281,60 @@ def test_runs_of_all_processes_are_found(tmp_path: pathlib.Path) -> None:
     _assert_same(written.params, exports.read(row, workdir).params)
 
 
+def test_files_of_another_run(tmp_path: pathlib.Path) -> None:
+    """Every reader of a mask compares it with the row, which holds its digest."""
+    workdir = Workdir(tmp_path)
+    first, second = _run(), _run(seed=1)
+    for run in (first, second):
+        masks.prune(run, initialization.build(run), workdir)
+    row = exports.find_row(workdir, first, None)
+    path = workdir.mask_path(first.prune_id)
+    own = path.read_bytes()
+    shutil.copy(workdir.mask_path(second.prune_id), path)
+    message = f"{path.name}' is not that of run '{first.prune_id}': its mask_sha256 is"
+    for read in (
+        lambda: masks.find_row(first, workdir),
+        lambda: masks.find_mask(first, initialization.build(first), workdir),
+        lambda: exports.read(row, workdir),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*prune.py.* --overwrite runs it again"):
+            read()
+    # The other runs of a grid go on.
+    failed, done = masks.prune_all([first, second], workdir)
+    assert isinstance(failed, events.Failed) and isinstance(done, events.Finished)
+
+    path.write_bytes(own[:-1])
+    with pytest.raises(ValueError, match=r"cannot be read.*prune.py.* --overwrite runs it again"):
+        exports.read(row, workdir)
+    path.write_bytes(own)
+    other = exports.find_row(workdir, second, None)
+    message = f"the config in the row of run '{first.prune_id}' is not that of run"
+    with pytest.raises(ValueError, match=message):
+        exports.read(row | {"config": other["config"]}, workdir)
+    with pytest.raises(
+        ValueError, match=r"the row of run .* lacks dataset, config, mask_sha256\. `python"
+    ):
+        exports.read({"run_id": row["run_id"]}, workdir)
+
+
+def test_a_network_exported_twice_is_one_file(tmp_path: pathlib.Path) -> None:
+    """A run that begins from a network file is named by its bytes, in every process."""
+    workdir, run = Workdir(tmp_path), _run()
+    masks.prune(run, initialization.build(run), workdir)
+    row = exports.find_row(workdir, run, None)
+    network = exports.read(row, workdir)
+    written = [
+        exports.write(network, row, tmp_path / folder, "net", ["safetensors", "torch"])
+        for folder in ("a", "b")
+    ]
+    for name in written[0]:
+        content = (tmp_path / "a" / name).read_bytes()
+        assert (tmp_path / "b" / name).read_bytes() == content
+        # The library orders metadata at random.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
 def test_bad_arguments(tmp_path: pathlib.Path) -> None:
     workdir = Workdir(tmp_path)
     with pytest.raises(ValueError, match="--config and --run are missing"):
@@ -249,4 +345,7 @@ def test_bad_arguments(tmp_path: pathlib.Path) -> None:
         ValueError, match=r"format='onnx,jax' must be some of safetensors,jax,torch"
     ):
         exports.check_formats(["onnx", "jax"])
+    for run_id in ("../../evil/x", "/etc/x", "a\0", "a\n", "a\\b", "", ".", "..", "x" * 300):
+        with pytest.raises(ValueError, match="is not the name of a run"):
+            exports.find_row(workdir, None, run_id)
     assert exports.check_formats(["jax", "torch", "jax"]) == ["jax", "torch"]

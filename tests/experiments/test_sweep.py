@@ -1,25 +1,21 @@
 """Tests sweeps, in which many runs train together.
 
-- The rows are the same on any layout of devices and processes, and after any number of kills.
-- A run that fails does not stop the others. The same command repeats it.
-- A row is written only after the last checkpoint of its run is on disk.
+- The rows are the same on any layout of devices and processes.
+- A run that fails, or that another process has, does not stop the others. The same command repeats
+  it.
 - A device that runs out of memory gets fewer runs at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import pathlib
-import random
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -131,24 +127,6 @@ def test_layouts_of_devices_and_processes(
         arrays = checkpoints.read_latest(folder)[0]
         others = checkpoints.read_latest(tmp_path / "2x4" / "checkpoints" / folder.name)[0]
         jax.tree.map(np.testing.assert_array_equal, arrays, others)
-
-
-@pytest.mark.slow
-def test_killed_sweeps_go_on(
-    cache: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """Kills a sweep at three random moments: no row is lost, doubled or changed."""
-    begun = tmp_path / "checkpoints"
-    for _ in range(3):
-        process = _start(cache, tmp_path)
-        deadline = time.monotonic() + 120
-        while not begun.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(random.uniform(0, 3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    _finish(_start(cache, tmp_path))
-    assert _rows(tmp_path) == _rows(undisturbed)
 
 
 @pytest.mark.slow
@@ -274,27 +252,25 @@ def test_a_device_without_memory_gets_fewer_runs(
     assert (halved.num_runs, halved.num_left) == (3, 1)
 
 
-def test_rows_come_after_the_last_checkpoints(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Checks that checkpoints are written first, since a run with a row never trains again."""
-    order = []
-    open_folder, write_row = checkpoints.open_folder, Workdir.write_row
-
-    @contextlib.contextmanager
-    def noted_folder(*args: Any) -> Iterator[Any]:
-        with open_folder(*args) as folder:
-            yield folder
-        order.append("durable")
-
-    def noted_row(workdir: Workdir, row: Any) -> None:
-        order.append("row" if "curve" in row else "pruned")
-        write_row(workdir, row)
-
-    monkeypatch.setattr(checkpoints, "open_folder", noted_folder)
-    monkeypatch.setattr(Workdir, "write_row", noted_row)
-    _sweep(resolve(_grid(seed=(0, 1))), tmp_path, runs_per_device=2)
-    assert [what for what in order if what != "pruned"] == ["durable", "durable", "row", "row"]
+def test_two_sweeps_side_by_side_share_the_runs(tmp_path: pathlib.Path) -> None:
+    """Holds one run as another process would: the sweep leaves it alone, and does the others."""
+    runs, workdir = resolve(_grid(seed=(0, 1))), Workdir(tmp_path)
+    list(masks.prune_all(runs, workdir))
+    kept = workdir.checkpoint_path(runs[0].train_id) / "of-another"
+    kept.mkdir(parents=True)
+    with workdir.lock(runs[0].train_id):
+        for overwrite in (False, True):
+            busy, done = engine.run(runs, workdir, overwrite=overwrite)
+            assert isinstance(busy, Failed) and isinstance(busy.error, storage.Busy)
+            assert isinstance(done, Finished) and not done.found
+            assert kept.is_dir() and workdir.find_row(runs[0].train_id) is None
+    with workdir.lock(runs[0].prune_id):
+        busy, _ = engine.run(runs, workdir, overwrite=True)
+        assert isinstance(busy, Failed) and isinstance(busy.error, storage.Busy)
+        assert kept.is_dir()
+        busy, done = masks.prune_all(runs, workdir, overwrite=True)
+        assert isinstance(busy, Failed) and isinstance(busy.error, storage.Busy)
+        assert isinstance(done, Finished)
 
 
 @pytest.mark.slow

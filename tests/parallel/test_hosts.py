@@ -14,6 +14,7 @@ import re
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -33,23 +34,28 @@ if __name__ == "__main__":
     cli.run(main)
 """
 
-# A process of a job that saves checkpoints of its share of the runs, as a sweep does.
+# A command that also saves checkpoints of its share of the runs, as a sweep does.
 _SAVING = """
-import contextlib, pathlib, sys
+import contextlib, os, pathlib
 import jax, numpy as np
-from synflow_jax.parallel import hosts
+from synflow_jax.experiments import cli
 from synflow_jax.storage import checkpoints
 
-index, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
-hosts.join(sys.argv[1], 2, index)
-with contextlib.ExitStack() as stack:
-    runs = [checkpoints.open_folder(folder / f"{index}-{i}", {"run": i}, keep=2) for i in range(4)]
-    runs = [stack.enter_context(run) for run in runs]
-    for step in range(20):
-        for run in runs:
-            checkpoints.save(run, step, {"x": np.full(3, 100 * index + step)})
-for i in range(4):
-    print(*checkpoints.read_latest(folder / f"{index}-{i}")[0]["x"])
+def main(argv):
+    job, folder = cli.join_hosts(), pathlib.Path(os.environ["FOLDER"])
+    print(job, jax.local_device_count(), jax.device_count())
+    with contextlib.ExitStack() as stack:
+        folders = [folder / f"{job.index}-{i}" for i in range(4)]
+        runs = [checkpoints.open_folder(path, {"run": i}, keep=2) for i, path in enumerate(folders)]
+        runs = [stack.enter_context(run) for run in runs]
+        for step in range(20):
+            for run in runs:
+                checkpoints.save(run, step, {"x": np.full(3, 100 * job.index + step)})
+    for path in folders:
+        print(*checkpoints.read_latest(path)[0]["x"])
+
+if __name__ == "__main__":
+    cli.run(main)
 """
 
 
@@ -77,10 +83,12 @@ def _start(
     )
 
 
-def _joining(port: int, index: int, count: int, timeout: float = 60) -> subprocess.Popen[str]:
+def _joining(
+    port: int, index: int, count: int, timeout: float = 60, **more: Any
+) -> subprocess.Popen[str]:
     return _start(
         f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}",
-        f"--join_timeout={timeout}", "--cpu_devices=2",
+        f"--join_timeout={timeout}", "--cpu_devices=2", **more,
     )  # fmt: skip
 
 
@@ -89,21 +97,19 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_two_processes_join_with_all_their_devices() -> None:
+def test_two_processes_join_and_save_checkpoints_without_meddling(tmp_path: pathlib.Path) -> None:
+    """Checks that each sees all devices, and that none waits for another or fails as it saves.
+
+    Within a job, orbax would share keys between the processes.
+    """
     port = _free_port()
-    started = [_joining(port, i, 2) for i in range(2)]
+    more: dict[str, Any] = {"env": {"FOLDER": str(tmp_path)}, "command": _SAVING}
+    started = [_joining(port, i, 2, **more) for i in range(2)]
     for i, (status, out, err) in enumerate(map(_end, started)):
         assert status == 0, err
-        assert out.strip() == f"Hosts(index={i}, count=2) 2 4"
-
-
-def test_processes_save_checkpoints_without_meddling(tmp_path: pathlib.Path) -> None:
-    """Checks that no process waits for another or fails, though orbax shares keys within a job."""
-    address = f"127.0.0.1:{_free_port()}"
-    started = [_start(address, str(i), str(tmp_path), command=_SAVING) for i in range(2)]
-    for i, (status, out, err) in enumerate(map(_end, started)):
-        assert status == 0, err
-        assert out.splitlines() == [" ".join([str(100 * i + 19)] * 3)] * 4
+        joined, *saved = out.splitlines()
+        assert joined == f"Hosts(index={i}, count=2) 2 4"
+        assert saved == [" ".join([str(100 * i + 19)] * 3)] * 4
         # This process is not part of the job, and can read the checkpoint all the same.
         arrays, run = checkpoints.read_latest(tmp_path / f"{i}-0")
         assert arrays["x"].tolist() == [100 * i + 19] * 3 and run == {"run": 0}
@@ -138,10 +144,10 @@ def _meet(*who: tuple[int, int], timeout_s: float = 10) -> list[Exception]:
 
 
 def test_all_that_came_name_the_one_that_did_not() -> None:
-    for error in _meet((0, 3), (2, 3), timeout_s=1):
+    for error in _meet((0, 3), (2, 3), timeout_s=0.4):
         assert isinstance(error, TimeoutError)
         assert re.match(
-            "process 1 of 3 did not join within 1 s. Those that did: process 0 on .*, process 2 on",
+            "process 1 of 3 did not join within 0.4 s. Those that did: process 0 on .*, process 2",
             str(error),
         )
 
@@ -193,7 +199,14 @@ def test_a_slurm_job_is_joined_by_its_variables() -> None:
         (("a:1", 2, 2), {}, "process_id=2 and num_processes=2"),
         (("a", 2, 0), {}, "coordinator='a' must be HOST:PORT"),
         (("a:99999", 2, 0), {}, "coordinator='a:99999' must be HOST:PORT"),
+        (("a:" + "9" * 5000, 2, 0), {}, "must be HOST:PORT"),
+        ((7, 2, 0), {}, "coordinator='?7'? must be HOST:PORT"),
+        (("a:1", 2**40, 0), {}, "num_processes=1099511627776: .* at most 65536"),
+        (("a:1", 2.0, True), {}, "process_id=True and num_processes=2.0"),
         (("a:1", 2, 0), {"timeout_s": 0}, "timeout_s=0 must be positive"),
+        (("a:1", 2, 0), {"timeout_s": float("nan")}, "timeout_s=nan must be positive"),
+        (("a:1", 2, 0), {"timeout_s": 1e300}, "timeout_s=1e.300 must be positive and at most"),
+        (("a:1", 2, 0), {"timeout_s": "9"}, "timeout_s='9' must be positive"),
         ((None, None, None), {"cluster": True}, "there is none: .*SLURM"),
     ],
 )

@@ -193,6 +193,42 @@ def test_damaged_and_foreign_files(tmp_path: pathlib.Path) -> None:
             networks.load(path)
 
 
+def test_forged_files(tmp_path: pathlib.Path) -> None:
+    """Checks that each is refused by one message, which names the file."""
+    network, path = _network("fc"), tmp_path / "net.safetensors"
+    networks.save(path, network)
+    tensors, header = native.read_safetensors(path)
+    masks = json.loads(header["mask"])
+    name = "mask/fc1/kernel"
+    other_shape = {**masks, name: {"shape": [10, 90]}}
+    unknown = {**{key: masks[key] for key in masks if key != name}, "mask/x": masks[name]}
+    renamed = {key.replace(name, "mask/x"): array for key, array in tensors.items()}
+    integers = {"params/head/bias": np.zeros(5, np.int32)}
+    described = json.loads(header["model"])
+    resnet = native._describe(_shapes("cifar_resnet20")[0])
+    blocks = resnet | {"num_blocks": [10**9, 3]}
+    for change, arrays, message in (
+        ({"model": "[]"}, {}, "has metadata that cannot be read"),
+        ({"model": "{"}, {}, "has no readable 'model'"),
+        ({"model": json.dumps(described | {"widths": "x"})}, {}, "describes a network that cannot"),
+        ({"model": json.dumps(described | {"depth": 3})}, {}, "has metadata that cannot be read"),
+        ({"model": json.dumps(blocks)}, {}, "describes a network of 1000000003 blocks, but holds"),
+        ({"input_shape": '"x"'}, {}, "has the input_shape 'x'"),
+        ({"input_shape": "[6, 5, 0]"}, {}, r"has the input_shape \[6, 5, 0\]"),
+        ({"input_shape": "[6, 5]"}, {}, "do not fit the model"),
+        ({"mask": "{}"}, {}, r"describes the masks \[\], but holds"),
+        ({"mask": json.dumps(other_shape)}, {}, r"has 'mask/fc1/kernel' of shape \[10, 90\]"),
+        ({"mask": json.dumps(unknown)}, renamed, "but 'params/x' has the shape None"),
+        ({}, tensors | integers, "has 'params/head/bias' of dtype int32"),
+    ):
+        forged = arrays or tensors
+        whole = header | change | {"sha256": native._digest(forged)}
+        path.write_bytes(safetensors.numpy.save(forged, whole))
+        with pytest.raises(ValueError, match=message) as error:
+            networks.load(path)
+        assert str(path) in str(error.value)
+
+
 def test_variables_that_do_not_fit_are_not_written(tmp_path: pathlib.Path) -> None:
     network = _network("cifar_vgg13_bn")
     for wrong, message in (
@@ -373,6 +409,82 @@ def test_files_of_weights(tmp_path: pathlib.Path) -> None:
         read.params["head"]["kernel"],
         wanted[0]["head"]["kernel"].astype(jnp.float16).astype(jnp.float32),
     )
+
+
+def test_state_dicts_as_people_have_them() -> None:
+    """Checks wrapped names, averaged models, checkpoints, and weights that PyTorch has pruned."""
+    network = _network("cifar_vgg13_bn", density=1.0)
+    state = networks.to_torch(network)
+    wanted = network.params, network.batch_stats
+    averaged: dict[str, Any] = {"n_averaged": np.int64(3)}
+    for found in (
+        {f"module.{name}": array for name, array in state.items()} | averaged,
+        {f"_orig_mod.{name}": array for name, array in state.items()},
+        {f"module._orig_mod.{name}": array for name, array in state.items()},
+        {f"model.net.module.{name}": array for name, array in state.items()},
+        # A part of the network is wrapped.
+        {name.replace("layers.", "layers.module."): array for name, array in state.items()},
+        {"state_dict": {f"model.{name}": array for name, array in state.items()}, "epoch": 3},
+        {"model": state, "optimizer": {"state": {}, "param_groups": []}},
+    ):
+        _assert_same(networks.from_torch(found, "cifar_vgg13_bn")[1:3], wanted)
+
+    kept = np.random.default_rng(0).random(state["fc.weight"].shape) < 0.5
+    rest = {name: array for name, array in state.items() if name != "fc.weight"}
+    pruned = state | {"fc.weight": np.where(kept, state["fc.weight"], np.float32(0))}
+    wanted = networks.from_torch(pruned, "cifar_vgg13_bn")[1:3]
+    for weight, mask in (
+        ("fc.weight_orig", "fc.weight_mask"),
+        ("fc.parametrizations.weight.original", "fc.parametrizations.weight.0.mask"),
+    ):
+        for values in (kept, kept.astype(np.float32)):
+            found = rest | {weight: state["fc.weight"], mask: values}
+            _assert_same(networks.from_torch(found, "cifar_vgg13_bn")[1:3], wanted)
+
+
+def test_state_dicts_that_need_a_decision(tmp_path: pathlib.Path) -> None:
+    state = networks.to_torch(_network("cifar_vgg13_bn"))
+    weight = state["fc.weight"]
+    rest = {name: array for name, array in state.items() if name != "fc.weight"}
+    of_model = {f"model.{name}": array for name, array in state.items()}
+    wrapped = {f"module.{name}": array for name, array in state.items()}
+    for found, message in (
+        (rest | {"fc.weight_g": weight[:, :1], "fc.weight_v": weight}, "from fc.weight_g, fc.weig"),
+        (
+            rest | {"fc.parametrizations.weight.original0": weight},
+            "computes a weight from fc.parametrizations.weight.original0: weight_norm",
+        ),
+        (rest | {"fc.weight_orig": weight, "fc.weight_mask": weight}, "is not a mask of zeros"),
+        (rest | {"fc.weight_orig": weight}, "computes a weight from fc.weight_orig"),
+        (state | wrapped, "which are both 'layers.0.conv.bias' without"),
+        (of_model | {"loss.weight": weight}, "names have the prefix 'model.': pass those entries"),
+        ({"model": state, "model_ema": state}, r"holds the state dicts \['model', 'model_ema'\]"),
+        ({"optimizer": {"state": {}}}, r"holds no state dict, but \['optimizer'\]. Pass"),
+        (state | {"fc.bias": np.full(5, 1e300)}, "NaN or infinite: fc.bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            networks.from_torch(found, "cifar_vgg13_bn")
+    np.savez(tmp_path / "net.npz", **(rest | {"fc.weight_orig": weight}))
+    with pytest.raises(ValueError, match=r"file .*net\.npz' cannot be used: the state dict comp"):
+        networks.from_torch(tmp_path / "net.npz", "cifar_vgg13_bn")
+
+
+def test_tensors_of_pytorch() -> None:
+    """Checks parameters with gradients, and the types of tensors that weights come in."""
+    torch = pytest.importorskip("torch")
+    network = _network("fc", density=1.0)
+    state = networks.to_torch(network)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    double = {name: tensor.double() for name, tensor in tensors.items()}
+    for found in (parameters, double):
+        read = networks.from_torch(found, "fc", network.input_shape)
+        _assert_same(read.params, network.params)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        half = {name: tensor.to(getattr(torch, dtype.__name__)) for name, tensor in tensors.items()}
+        rounded = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d).astype("f4"), network.params)
+        read = networks.from_torch(half, "fc", network.input_shape)
+        _assert_same(read.params, rounded)
 
 
 def test_all_that_does_not_fit_is_said_at_once(tmp_path: pathlib.Path) -> None:

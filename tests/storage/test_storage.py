@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -156,14 +158,95 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
     storage.write_json(path, {"a": 1})
 
     def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        OSError, match=r"file\.json' could not be written: No space left.*make room"
+    ):
         storage.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_files_have_the_permissions_that_the_umask_leaves(
+    tmp_path: pathlib.Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        storage.write_json(tmp_path / "file.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == 0o666 & ~umask
+
+
+def test_what_cannot_be_written_is_named_with_the_cure(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path, cure in (
+        (tmp_path / "file" / "a.json", "Move that file away"),
+        (tmp_path / "folder", "A folder has the name of the file"),
+        (tmp_path / ("a" * 300), "a shorter name"),
+    ):
+        with pytest.raises(OSError, match=f"{path.name}' could not be written.*{cure}"):
+            storage.write_json(path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_only_what_killed_processes_have_left_is_removed(tmp_path: pathlib.Path) -> None:
+    """Checks temporary files, half-removed folders and locks, beside those of a living process."""
+    keep = ("rows.jsonl", ".rows.jsonl.lock", ".rows.jsonl.swp", ".notes.12345678", ".env.20261127")
+    stale = (".rows.jsonl.uvf2rcf3", ".a.safetensors.0123abcd", ".a.run.lock")
+    for name in (*keep, *stale):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".venv.20261127").mkdir()
+    (tmp_path / "checkpoints" / ".a.0123abcd.removed" / "3").mkdir(parents=True)
+    workdir = storage.Workdir(tmp_path)
+    with open(tmp_path / ".b.json.0123abcd", "w") as living, workdir.lock("b"):
+        fcntl.flock(living, fcntl.LOCK_EX)
+        workdir.clean()
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {*keep, ".venv.20261127", "checkpoints", ".b.json.0123abcd", ".b.run.lock"}
+        assert not list((tmp_path / "checkpoints").iterdir())
+    workdir.clean()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*keep, ".venv.20261127", "checkpoints"}
+
+
+def test_removing_leaves_all_or_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    (folder / "sub").mkdir(parents=True)
+    link.symlink_to(folder)
+    with pytest.raises(OSError, match=r"link' is a symbolic link.*Remove the link"):
+        storage.remove(link)
+    assert (folder / "sub").is_dir()
+
+    def forbidden(path: pathlib.Path, target: pathlib.Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "rename", forbidden)
+    with pytest.raises(OSError, match=r"folder' cannot be removed: Permission denied.*permissions"):
+        storage.remove(folder)
+    monkeypatch.undo()
+    storage.remove(folder)
+    storage.remove(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_run_belongs_to_one_process(tmp_path: pathlib.Path) -> None:
+    workdir = storage.Workdir(tmp_path)
+    with workdir.lock("a"), workdir.lock("b"):
+        owner = rf"pid {os.getpid()} on .*working on the run 'a'.*Nothing was changed"
+        with pytest.raises(storage.Busy, match=owner), workdir.lock("a"):
+            pass
+    # A lock of a process that was killed is free.
+    (tmp_path / ".a.run.lock").write_text("pid 1 on nowhere")
+    with workdir.lock("a"):
+        assert str(os.getpid()) in (tmp_path / ".a.run.lock").read_text()
+    assert not list(tmp_path.iterdir())
 
 
 def test_unwritable_folder_is_named(tmp_path: pathlib.Path) -> None:
@@ -177,6 +260,35 @@ def _certificate(path: pathlib.Path) -> None:
     storage.save_certificate(
         path, {"run_id": "x", "iterations": [{"kept": 3}, {"kept": 1}]}, removed_in
     )
+
+
+def test_certificates_take_no_keyword_of_a_later_numpy(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes the arrays alone. NumPy 2.0 takes every keyword for an array."""
+    written: dict[str, object] = {}
+    save = np.savez_compressed
+
+    def savez_of_numpy_2_0(file: object, *args: object, **arrays: object) -> None:
+        written.update(arrays)
+        save(file, *args, **arrays)
+
+    monkeypatch.setattr(np, "savez_compressed", savez_of_numpy_2_0)
+    _certificate(tmp_path / "c.json")
+    assert list(written) == ["fc/kernel"]
+
+
+def test_iterations_are_unsigned_integers(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.json"
+    for dtype in (np.uint16, np.uint32):
+        removed_in = {"fc": {"kernel": np.array([[0, 1]], dtype)}}
+        storage.save_certificate(path, {}, removed_in)
+        _, found = storage.load_certificate(path)
+        assert found["fc/kernel"].dtype == dtype
+    for signed in (np.int32, np.float32, bool):
+        storage.save_certificate(path, {}, {"fc": {"kernel": np.array([[0, 1]], signed)}})
+        with pytest.raises(ValueError, match="numbers of iterations are unsigned integers"):
+            storage.load_certificate(path)
 
 
 def test_a_certificate_comes_back(tmp_path: pathlib.Path) -> None:

@@ -70,3 +70,29 @@ def test_writing_replaces_the_row_of_the_same_run(tmp_path: pathlib.Path) -> Non
         workdir.write_row({"run_id": run_id, "kept": kept})
     assert [(row["run_id"], row["kept"]) for row in workdir.rows()] == [("b", 2), ("a", 3)]
     assert storage.read_rows(tmp_path / "rows.jsonl") == workdir.rows()
+
+
+PATHS = [name for name in vars(Workdir) if name.endswith("_path") and callable(vars(Workdir)[name])]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_no_run_id_leads_out_of_the_folder(name: str, tmp_path: pathlib.Path) -> None:
+    path_of = getattr(Workdir(tmp_path), name)
+    level = (1,) if name.startswith("level_") else ()
+    assert tmp_path in path_of("a-c1e+06-s0", *level).parents
+    for run_id in (
+        "../../x",
+        "/x",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "a\n",
+        "",
+        ".",
+        "..",
+        ".a",
+        "x" * 201,
+        1,
+    ):
+        with pytest.raises(ValueError, match=r"run_id=.* is not the name of a run"):
+            path_of(run_id, *level)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -228,6 +229,13 @@ def test_the_state_comes_back_from_its_file_bit_for_bit(tmp_path: pathlib.Path) 
     with pytest.raises(ValueError, match=r"the state of another network\. --overwrite"):
         starts.load_rewind(RUN, Workdir(tmp_path), other)
     path = Workdir(tmp_path).rewind_path(RUN.prune_id)
+    another = resolve_one(dataclasses.replace(SETTINGS, seed=1))
+    shutil.copy(path, Workdir(tmp_path).rewind_path(another.prune_id))
+    message = (
+        rf"its run_id is '{RUN.prune_id}', and the run's is '{another.prune_id}'\. --overwrite"
+    )
+    with pytest.raises(ValueError, match=message):
+        starts.load_rewind(another, Workdir(tmp_path), blank)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="sha256"):
         starts.load_rewind(RUN, Workdir(tmp_path), blank)
@@ -273,6 +281,21 @@ def test_damaged_levels_are_found(made: Made, network: models.Network, recipe: R
     path.write_bytes(whole[:-3])
     mask_file.unlink()
     with pytest.raises(ValueError, match=r"is damaged: .*--overwrite"):
+        levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
+    # The files of another level, and a mask of another run, fit as well.
+    record = Workdir(workdir).level_path(row["run_id"], 2)
+    own = record.read_bytes()
+    shutil.copy(Workdir(workdir).level_path(row["run_id"], 1), record)
+    shutil.copy(Workdir(workdir).level_mask_path(row["run_id"], 1), path)
+    with pytest.raises(ValueError, match=r"its level is 1, and the run's is 2\. --overwrite"):
+        levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
+    record.write_bytes(own)
+    path.write_bytes(whole)
+    mask = storage.load_mask(path)
+    storage.save_mask(path, mask, {"run_id": "another", "level": 2})
+    with pytest.raises(
+        ValueError, match=r"its run_id is 'another', and the run's is .*--overwrite"
+    ):
         levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
     # If all levels are intact, the mask is made from them without training.
     path.write_bytes(whole)

@@ -36,7 +36,10 @@ def row(output: Console, found: Mapping[str, Any]) -> None:
             "output[/bold red]"
         )
     else:
-        output.print(f"not collapsed: log10 of the path norm is {found['log10_objective']:.4f}")
+        # A row has null where the number was not finite.
+        objective = found["log10_objective"]
+        shown = "not finite" if objective is None else f"{objective:.4f}"
+        output.print(f"not collapsed: log10 of the path norm is {shown}")
     _largest_cut(output, found)
     _shortfall(output, found)
 
@@ -69,12 +72,14 @@ def _layers(output: Console, found: Mapping[str, Any]) -> None:
     output.print(shown)
 
 
-def score_in_words(score: float, log2_unit: int) -> str:
-    """Returns score * 2^log2_unit, which may be larger than every float.
+def score_in_words(score: float | None, log2_unit: int) -> str:
+    """Returns score * 2^log2_unit, which may be larger than every float. None: not finite.
 
     >>> score_in_words(3.0, 2), score_in_words(1.0, 10_000)
     ('12', '1.995e+3010')
     """
+    if score is None:
+        return "-"
     if score <= 0 or abs(log2_unit) < 900:
         return f"{score * 2.0**log2_unit:.4g}"
     log10 = math.log10(score) + log2_unit * math.log10(2)

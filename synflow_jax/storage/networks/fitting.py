@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import flax.linen as nn
 import numpy as np
 
 from synflow_jax.storage.arrays import Arrays
-from synflow_jax.storage.networks import flat, pytorch_layout, pytorch_names
+from synflow_jax.storage.networks import flat, pytorch_layout
 
-# PyTorch counts the batches that each batch norm has seen. Our networks do not need the counter.
+# PyTorch counts the batches that each batch norm has seen, and the models that were averaged. Our
+# networks do not need the counters.
 COUNTER = "num_batches_tracked"
+_COUNTERS = (COUNTER, "n_averaged")
 
 
 class Match(NamedTuple):
@@ -33,15 +34,13 @@ class Match(NamedTuple):
     found: Arrays
 
 
-def match_state(model: nn.Module, expected: flat.Shapes, state: Arrays) -> Match:
+def match_state(names: dict[str, str], state: Arrays) -> Match:
     """Assigns the arrays of a state dict to the variables of a model by their names.
 
     Args:
-      model: a network of this package.
-      expected: the shapes of its variables; see `flat.shapes_of`.
+      names: PyTorch's name of each variable of the model; see `pytorch_names.leaf_names`.
       state: arrays by PyTorch's names.
     """
-    names = pytorch_names.leaf_names(model, expected)
     found = {}
     for ours, theirs in names.items():
         if theirs in state:
@@ -55,12 +54,24 @@ def wrong_names(match: Match) -> list[str]:
     missing = [name for name in wanted if name not in match.state]
     unknown = []
     for name in match.state:
-        if name not in wanted and not name.endswith(COUNTER):
+        if name not in wanted and not name.endswith(_COUNTERS):
             unknown.append(name)
     return [
         *_listed("missing", missing),
         *_listed("unknown", unknown),
+        *_prefixed(missing, unknown),
     ]
+
+
+def _prefixed(missing: Sequence[str], unknown: Sequence[str]) -> list[str]:
+    """Says that missing names are there with a prefix, as those of a module in another one are."""
+    # The first one tells: a prefix is before all names of a module.
+    for name in missing[:1]:
+        for other in unknown:
+            prefix = other.removesuffix(f".{name}")
+            if prefix != other:
+                return [f"names have the prefix '{prefix}.': pass those entries alone, without it"]
+    return []
 
 
 def not_float(match: Match) -> list[str]:
@@ -101,8 +112,11 @@ def not_finite(match: Match) -> list[str]:
     """Finds arrays with NaN or infinities."""
     wrong = []
     for ours, array in match.found.items():
+        # As they will be used: larger numbers of float64 are infinite in float32.
+        with np.errstate(over="ignore"):
+            single = np.asarray(array, np.float32)
         # Loaded weights are trusted from here on: a NaN would show up only as a bad score later.
-        if not np.isfinite(array).all():
+        if not np.isfinite(single).all():
             wrong.append(match.names[ours])
     return _listed("NaN or infinite", wrong)
 

@@ -74,10 +74,9 @@ def check_shapes(found: Mapping[str, np.ndarray], expected: Shapes, what: str) -
 
 def widths(params: Params) -> dict[str, int]:
     """Returns the number of outputs of each layer, by the layer's name."""
-    names = trees.names(params)
-    leaves = jax.tree.leaves(params)
+    leaves = trees.by_name(params)
     found = {}
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in leaves.items():
         layer, _, kind = name.rpartition("/")
         # The last axis of a kernel counts the outputs, of a convolution and of a dense layer.
         if kind == "kernel":
@@ -87,12 +86,7 @@ def widths(params: Params) -> dict[str, int]:
 
 def _by_name(params: Params, batch_stats: Tree) -> dict[str, Any]:
     """Returns the leaves of both collections by name."""
-    collections = {"params": params, "batch_stats": batch_stats}
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(collections):
-        name = trees.path_name(path)
-        found[name] = leaf
-    return found
+    return trees.by_name({"params": params, "batch_stats": batch_stats})
 
 
 def _said(shape: tuple[int, ...] | None) -> str:

@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from synflow_jax import storage, trees
 from synflow_jax.models import Network
@@ -26,6 +25,7 @@ from synflow_jax.storage.networks import flat
 
 # Written into every file. Another format would make existing files unreadable.
 FORMAT = "synflow_jax network 1"
+_MASK = "mask/"
 # These names are in the files as well, so the classes cannot be renamed.
 _FAMILIES: dict[str, type[nn.Module]] = {
     "VGG": VGG,
@@ -71,8 +71,7 @@ def save(path: AnyPath, network: Network, run: Mapping[str, Any] | None = None) 
         "run": json.dumps(dict(run or {})),
         "sha256": _digest(tensors),
     }
-    content = safetensors.numpy.save(tensors, header)
-    storage.write_bytes(pathlib.Path(path), content)
+    storage.write_bytes(pathlib.Path(path), arrays.encode(tensors, header))
 
 
 def load(path: AnyPath) -> Network:
@@ -95,37 +94,107 @@ def load(path: AnyPath) -> Network:
         )
     if _digest(tensors) != header.get("sha256"):
         raise ValueError(f"{where} has tensors that do not match its sha256. {arrays.DAMAGED}")
-    try:
-        described = json.loads(header["model"])
-        model = _build(described)
-        input_shape = tuple(json.loads(header["input_shape"]))
-        layers = json.loads(header["mask"])
-        kept = {}
-        for name, layer in layers.items():
-            shape = tuple(layer["shape"])
-            # Popped, so that only the variables are left.
-            packed = tensors.pop(name)
-            kept[name] = masks.unpack(packed, shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where} has metadata that cannot be read: {error!r}. {arrays.DAMAGED}"
-        ) from error
-    expected = flat.shapes_of(model, input_shape)
-    flat.check_shapes(tensors, expected, where)
-    params, batch_stats = flat.unflatten(tensors)
+    model, input_shape = _read_model(header, len(tensors), where)
+    expected = _shapes_of(model, input_shape, where)
+    packed: arrays.Arrays = {}
+    variables: arrays.Arrays = {}
+    for name, tensor in tensors.items():
+        kind = packed if name.startswith(_MASK) else variables
+        kind[name] = tensor
+    flat.check_shapes(variables, expected, where)
+    _check_float(variables, where)
+    kept = _read_masks(header, packed, expected, where)
+    params, batch_stats = flat.unflatten(variables)
 
     def mask_of(keys: tuple, leaf: jax.Array) -> jax.Array | None:
         del leaf
         name = trees.path_name(keys)
-        mask = kept.get(f"mask/{name}")
+        mask = kept.get(f"{_MASK}{name}")
         return None if mask is None else jnp.asarray(mask)
 
     mask = jax.tree_util.tree_map_with_path(mask_of, params)
-    trees.check_mask(mask, params)
     return Network(model, params, batch_stats, mask, input_shape)
 
 
-def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, dict[str, str]]:
+def _read_model(
+    header: arrays.Header, num_tensors: int, where: str
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """Reads the model and the shape of its input from the metadata of a file."""
+    described = arrays.parse_json(header, "model", where)
+    input_shape = arrays.parse_json(header, "input_shape", where)
+    if not masks.is_shape(input_shape) or not all(input_shape):
+        raise ValueError(f"{where} has the input_shape {input_shape!r}. {arrays.DAMAGED}")
+    try:
+        model = _build(described)
+        num_blocks = sum(getattr(model, "num_blocks", ()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} has metadata that cannot be read: {error!r}. {arrays.DAMAGED}"
+        ) from error
+    # Every block has tensors. To trace billions of blocks would take for ever.
+    if num_blocks > num_tensors:
+        raise ValueError(
+            f"{where} describes a network of {num_blocks} blocks, but holds {num_tensors} tensors. "
+            f"{arrays.DAMAGED}"
+        )
+    return model, tuple(input_shape)
+
+
+def _shapes_of(model: nn.Module, input_shape: tuple[int, ...], where: str) -> flat.Shapes:
+    """Returns the shapes of a model's variables, or says that a file describes no model."""
+    try:
+        return flat.shapes_of(model, input_shape)
+    # The attributes come from the file, and Flax raises any type of error for wrong ones.
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), repr(error))
+        raise ValueError(
+            f"{where} describes a network that cannot be built: {first_line[:200]}. "
+            f"{arrays.DAMAGED}"
+        ) from error
+
+
+def _check_float(variables: masks.Leaves, where: str) -> None:
+    """Checks that all variables are floating point numbers."""
+    for name, array in variables.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{where} has {name!r} of dtype {array.dtype}, which is not a floating point "
+                f"type. {arrays.DAMAGED}"
+            )
+
+
+def _read_masks(
+    header: arrays.Header,
+    packed: masks.Leaves,
+    expected: flat.Shapes,
+    where: str,
+) -> arrays.Arrays:
+    """Unpacks the masks of a file, and checks that they are those of its parameters.
+
+    Args:
+      header: the metadata of the file.
+      packed: the bytes of the masks by name; names begin with "mask/".
+      expected: the shapes of the model's variables.
+      where: the file, for messages.
+    """
+    shapes = masks.parse_shapes(header, "mask", where)
+    described, held = sorted(shapes), sorted(packed)
+    if described != held or not held:
+        raise ValueError(
+            f"{where} describes the masks {described}, but holds {held}. {arrays.DAMAGED}"
+        )
+    for name, shape in shapes.items():
+        variable = f"params/{name.removeprefix(_MASK)}"
+        wanted = expected.get(variable)
+        if shape != wanted:
+            raise ValueError(
+                f"{where} has {name!r} of shape {list(shape)}, but {variable!r} has the shape "
+                f"{wanted}. {arrays.DAMAGED}"
+            )
+    return masks.unpack_all(packed, shapes, where)
+
+
+def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, arrays.Header]:
     """Reads the tensors and the metadata of a network file, ours or PyTorch's.
 
     Raises:
@@ -135,14 +204,10 @@ def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, dict[str, str]]:
     return arrays.read_safetensors(path, "network file")
 
 
-def _masks_by_name(network: Network) -> dict[str, np.ndarray]:
+def _masks_by_name(network: Network) -> arrays.Arrays:
     """Returns the leaves of the mask under the names that they have in a file."""
-    names = trees.names(network.mask)
-    leaves = jax.tree.leaves(network.mask)
-    found = {}
-    for name, leaf in zip(names, leaves, strict=True):
-        found[f"mask/{name}"] = np.asarray(leaf)
-    return found
+    leaves = trees.by_name(network.mask)
+    return {f"{_MASK}{name}": np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -165,9 +230,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 def _build(described: dict[str, Any]) -> nn.Module:
     """Builds the model that `_describe` described."""
-    name = described.pop("family")
     attributes = _with_tuples(described)
-    return _FAMILIES[name](**attributes)
+    family = attributes.pop("family")
+    return _FAMILIES[family](**attributes)
 
 
 def _with_tuples(value: Any) -> Any:
@@ -180,7 +245,7 @@ def _with_tuples(value: Any) -> Any:
     return value
 
 
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+def _digest(tensors: masks.Leaves) -> str:
     """Computes the sha256 of tensors and their names, in hex."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -5,28 +5,26 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
-import safetensors.numpy
 
 from synflow_jax import models, storage, trees
 from synflow_jax.models import Network
-from synflow_jax.storage.arrays import Arrays, read_npz
+from synflow_jax.storage.arrays import encode
 from synflow_jax.storage.files import AnyPath
-from synflow_jax.storage.networks import fitting, flat, native, pytorch_layout, pytorch_names
-from synflow_jax.trees import Params, Tree
-
-State = Mapping[str, Any]  # names and arrays, as NumPy reads them
-
-# Turns a file of PyTorch into one that can be read here.
-_CONVERT = (
-    "python -c \"import numpy, torch; s = torch.load('net.pt', map_location='cpu', "
-    "weights_only=True); numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})\""
+from synflow_jax.storage.networks import (
+    fitting,
+    flat,
+    native,
+    pytorch_layout,
+    pytorch_names,
+    pytorch_state,
 )
+from synflow_jax.storage.networks.pytorch_state import State
+from synflow_jax.trees import Params, Tree
 
 
 def to_torch(network: Network) -> dict[str, np.ndarray]:
@@ -117,8 +115,7 @@ def save_torch(path: AnyPath, network: Network, run: Mapping[str, Any] | None = 
         "input_shape": json.dumps([channels, *image]),
         "run": json.dumps(dict(run or {})),
     }
-    content = safetensors.numpy.save(state, header)
-    storage.write_bytes(pathlib.Path(path), content)
+    storage.write_bytes(pathlib.Path(path), encode(state, header))
 
 
 def from_torch(
@@ -126,12 +123,16 @@ def from_torch(
 ) -> Network:
     """Builds a network from PyTorch's weights, such as a published checkpoint. Nothing is pruned.
 
-    Values become float32. Names may begin with "module.", as `nn.DataParallel` writes them.
+    Values become float32. Wrappers such as `nn.DataParallel` and `torch.compile` may have changed
+    the names, and `torch.nn.utils.prune` may have split the weights; see `pytorch_state`. Weights
+    that PyTorch has pruned are 0. The mask of the network still has all weights.
 
     Args:
-      state: a .safetensors or .npz file, or a dict of arrays. This turns PyTorch's own files into
-        an .npz file: `python -c "import numpy, torch; s = torch.load('net.pt', map_location='cpu',
-        weights_only=True); numpy.savez('net.npz', **{k: v.numpy() for k, v in s.items()})"`.
+      state: a .safetensors or .npz file; or a dict of arrays or tensors, or a checkpoint that holds
+        one. This turns PyTorch's own files into an .npz file: `python -c "import numpy, torch;
+        s = torch.load('net.pt', map_location='cpu', weights_only=True); numpy.savez('net.npz',
+        **{k: (v.float() if v.is_floating_point() else v).numpy() for k, v in s.items()})"`.
+        It runs no code of the file.
       model: a name of `models.NAMES`, or a network. A name takes its widths and its number of
         classes from the weights, so that narrower and compact networks of that form can be read.
         A network must fit the weights exactly.
@@ -153,10 +154,15 @@ def from_torch(
     """
     built, shape = _model_and_shape(model, input_shape)
     expected = flat.shapes_of(built, shape)
-    arrays = _read_state(state)
-    match = fitting.match_state(built, expected, arrays)
-
+    names = pytorch_names.leaf_names(built, expected)
     what = "the state dict" if isinstance(state, Mapping) else f"file {str(state)!r}"
+    arrays = pytorch_state.read(state)
+    try:
+        arrays = pytorch_state.plain(arrays, names.values())
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be used: {error}") from error
+    match = fitting.match_state(names, arrays)
+
     wanted = model if isinstance(model, str) else type(model).__name__
     # One message reports as many problems as possible. Shapes can be compared only once the names
     # and the numbers of axes fit.
@@ -223,37 +229,6 @@ def _model_and_shape(
             "example."
         )
     return model, input_shape
-
-
-def _read_state(state: AnyPath | State) -> Arrays:
-    """Returns the arrays of a state dict, without the prefix of `nn.DataParallel`."""
-    if isinstance(state, Mapping):
-        arrays = {name: np.asarray(array) for name, array in state.items()}
-    else:
-        arrays = _read_file(pathlib.Path(state))
-    prefix = "module."
-    # All names or none: a published network may itself have a layer of the name "module".
-    if not all(name.startswith(prefix) for name in arrays):
-        return arrays
-    return {name.removeprefix(prefix): array for name, array in arrays.items()}
-
-
-def _read_file(path: pathlib.Path) -> Arrays:
-    """Reads the arrays of a .safetensors or .npz file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"file {str(path)!r} does not exist.")
-    if path.suffix == ".safetensors":
-        arrays, _ = native.read_safetensors(path)
-        return arrays
-    if path.suffix != ".npz":
-        raise ValueError(
-            f"file {str(path)!r} is neither .safetensors nor .npz. Convert it where PyTorch is "
-            f"installed: {_CONVERT}"
-        )
-    try:
-        return read_npz(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"file {str(path)!r} cannot be read: {error}. Make it again.") from error
 
 
 def _with_widths_of(model: Any, found: Mapping[str, np.ndarray]) -> nn.Module:

@@ -107,7 +107,8 @@ def constant(array: Any) -> Value:
     """Returns the value of an array or a number that the program holds."""
     shape = np.shape(array)
     dtype = jnp.result_type(array)
-    is_number = not shape and jnp.issubdtype(dtype, jnp.number)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    is_number = not shape and jnp.issubdtype(dtype, jnp.number) and not is_complex
     number = float(array) if is_number else None
     uniform = single_axes(shape)
     return Value((), Kind.CONSTANT, shape, uniform, number, array=array)
