@@ -154,7 +154,7 @@ def effective_mask(
     Arguments as `log10_path_norm`.
 
     Raises:
-      ValueError: as `collapsed`; or `apply_fn` has a loop whose number of rounds is not known before
+      ValueError: as `collapsed`; or `apply_fn` has a loop whose number of rounds is known only when
         it runs, through which JAX cannot differentiate.
     """
     return compiled(_on_paths, apply_fn, input_shape)(params, mask)
