@@ -360,7 +360,7 @@ def _evaluate(objective: Objective, params: Params, input_scale: jax.Array) -> j
 def _faults(objective: Objective, params: Params, mask: Mask) -> tuple[homogeneity.Fault, ...]:
     """Returns the steps of R that are not homogeneous of degree one."""
     prunable = set(trees.names(mask))
-    dtype = jnp.result_type(*jax.tree.leaves(params))
+    dtype = trees.float_type(params)
     program = _evaluate.trace(objective, params, jnp.ones((), dtype)).jaxpr
     # Arrays that the objective holds, such as batch statistics, come first.
     values = list(map(homogeneity.constant, jax.tree.leaves(objective)))
