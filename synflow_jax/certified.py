@@ -183,6 +183,7 @@ def check(rule: Rule, params: Params, mask: Mask) -> Params:
             "see whether its scores are conserved. Give the rule R(params, input_scale) as its "
             "objective, or use pruning.prune."
         )
+    # Biases are told by their names, even those that happen to be 0.
     prunable = trees.names(mask)
     kinds = trees.leaf_kinds(params)
     biases = [name for name in prunable if kinds[name].endswith("bias")]
@@ -195,11 +196,12 @@ def check(rule: Rule, params: Params, mask: Mask) -> Params:
     params = trees.without_biases(params)
     faults = _faults(rule.objective, params, mask)
     # Position embeddings, class tokens and biases of other names make output without input, too.
-    sources = {name for fault in faults if fault.is_source for name in fault.leaves}
-    sources -= set(prunable)
-    if sources:
-        params = _without(params, sources)
+    added = {name for fault in faults if fault.is_sum for name in fault.leaves}
+    added -= set(prunable)
+    if added:
+        params = _without(params, added)
         faults = _faults(rule.objective, params, mask)
+    # Whatever is left would not be homogeneous at any mask.
     if faults:
         steps = homogeneity.in_words(faults)
         raise ValueError(
@@ -345,7 +347,7 @@ def _check_cut_fraction(cut_fraction: float) -> None:
 
 @bounded_jit
 def _evaluate(objective: Objective, params: Params, input_scale: jax.Array) -> jax.Array:
-    """Computes R. It is compiled by no one: its trace is what `_faults` reads, and JAX keeps it."""
+    """Computes R. It is never compiled: `_faults` reads its trace, which JAX keeps."""
     return objective(params, input_scale)
 
 

@@ -23,6 +23,11 @@ from jax.extend.core import JaxprEqn
 
 from synflow_jax.jaxprs.interpreter import Cond, Program, Scan, Table, fixed_point, walk
 
+# Steps that add values, or that put one next to the other.
+_SUMS = (
+    "add", "sub", "add_any", "concatenate", "stack", "pad", "dynamic_update_slice", "scatter",
+    "scatter-add", "scan",
+)  # fmt: skip
 _NUM_SHOWN = 3  # names of parameters in a message
 
 Names = tuple[str, ...]
@@ -34,12 +39,20 @@ class Fault(NamedTuple):
     Attributes:
       step: the name of the primitive.
       leaves: the parameters that it happens to, if it is not the data.
-      is_source: whether the step adds these parameters, or a constant, to the data.
+      is_source: whether the data meet these parameters, or a constant, in the step.
     """
 
     step: str
     leaves: Names = ()
     is_source: bool = False
+
+    @property
+    def is_sum(self) -> bool:
+        """Returns whether the step adds to the data, or joins them with something else.
+
+        If what it adds were 0, the step would be homogeneous. A maximum would be another function.
+        """
+        return self.is_source and self.step in _SUMS
 
     def __str__(self) -> str:
         """Returns the step in words."""

@@ -365,6 +365,11 @@ def test_what_is_added_counts_as_zero() -> None:
     with pytest.raises(ValueError, match="add of the data and 'position'"):
         certified.check(rule, params, prunable)
 
+    # A threshold is another function where it is 0.
+    limited = lambda p, x: _network(jax.nn.relu)(p, jnp.maximum(x, p["position"]))
+    with pytest.raises(ValueError, match="max of the data and 'position'"):
+        certified.check(scores.synflow(limited, (6,)), params, mask)
+
 
 def test_a_rule_with_a_flow_needs_its_objective() -> None:
     rule = scores.synflow(_network(jax.nn.relu), (6,))
