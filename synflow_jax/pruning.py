@@ -737,7 +737,7 @@ def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
     # Later on scores may become 0, since a network may collapse. At first they are of the network.
     first = int(np.argmax(kept < num_start.sum()))
     is_zero = not np.asarray(info.score_total)[first].any()
-    if is_zero and info.pruned_score[first] == 0:
+    if is_zero and np.asarray(info.pruned_score)[first] == 0:
         raise ValueError(
             f"score_fn gives every weight the score 0 in iteration {first + 1}, so that none can "
             "be ranked. The usual causes are a head, a gate or a branch that is 0 at the start, "
