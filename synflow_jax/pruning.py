@@ -419,7 +419,7 @@ def prune(
         key = default_key() if key is None else key
         state = init_state(mask, len(counts), precision.dtype)
         # A Python loop is not compiled: it is there to be stepped through.
-        run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
+        run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_eagerly
         # Counts and stretches are arguments of the program, not constants: one trace serves all.
         counts_on_device = jax.device_put(counts.astype(np.int32))
         run = functools.partial(
@@ -457,6 +457,13 @@ def _advance_by_counts(
 
 
 _compiled_advance = bounded_jit(_advance_by_counts)
+
+
+def _advance_eagerly(*args: Any, **options: Any) -> PruneState:
+    """Computes `_advance_by_counts` one operation at a time."""
+    # Each of them moves its constants to the device.
+    with jax.transfer_guard_host_to_device("allow"):
+        return _advance_by_counts(*args, **options)
 
 
 def run_in_stretches(
