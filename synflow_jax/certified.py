@@ -412,16 +412,16 @@ def _raise_unless_conserved(info: PruneInfo) -> None:
 
 def _raise_unless_connected(run: _RunFn, state: PruneState, info: PruneInfo) -> None:
     """Raises ValueError if no flow is left, although there was some before the first iteration."""
-    if not float(info.cut[0]) > 0:
+    if not np.asarray(info.cut)[0] > 0:
         return
     # An iteration with nothing to prune computes the flow that is left, in the program at hand.
     # Masks are nested, so flow at the end means flow after every iteration.
-    num_left = np.asarray(info.kept[-1]).sum(dtype=np.int32)
+    num_left = np.asarray(info.kept)[-1].sum(dtype=np.int32)
     goal, start, stop, done = jax.device_put(
         (num_left, np.int32(0), np.int32(1), np.zeros((), bool))
     )
     after = run(goal, state._replace(done=done), start, stop)
-    if float(after.info.cut[0]) > 0:
+    if np.asarray(after.info.cut)[0] > 0:
         return
     raise ValueError(
         "score_fn's network is disconnected after pruning, although no iteration pruned as much as "
@@ -440,11 +440,11 @@ def _rows_done(info: PruneInfo) -> PruneInfo:
 
 
 def _warn_of_shortfall(info: PruneInfo, goal: int, done: bool) -> None:
-    num_left = int(np.asarray(info.kept[-1]).sum())
+    num_left = int(np.asarray(info.kept)[-1].sum())
     if num_left <= goal:
         return
     cause = "every weight that is left carries all of the flow, so that none of them can go"
-    if not float(info.cut[-1]) > 0:
+    if not np.asarray(info.cut)[-1] > 0:
         cause = "no path leads from the input to the output, so that there is no flow to bound"
     elif not done:
         cause = (

@@ -419,7 +419,7 @@ def prune(
         key = default_key() if key is None else key
         state = init_state(mask, len(counts), precision.dtype)
         # A Python loop is not compiled: it is there to be stepped through.
-        run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
+        run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_eagerly
         # Counts and stretches are arguments of the program, not constants: one trace serves all.
         counts_on_device = jax.device_put(counts.astype(np.int32))
         run = functools.partial(
@@ -457,6 +457,13 @@ def _advance_by_counts(
 
 
 _compiled_advance = bounded_jit(_advance_by_counts)
+
+
+def _advance_eagerly(*args: Any, **options: Any) -> PruneState:
+    """Computes `_advance_by_counts` one operation at a time."""
+    # Each of them moves its constants to the device.
+    with jax.transfer_guard_host_to_device("allow"):
+        return _advance_by_counts(*args, **options)
 
 
 def run_in_stretches(
@@ -737,7 +744,7 @@ def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
     # Later on scores may become 0, since a network may collapse. At first they are of the network.
     first = int(np.argmax(kept < num_start.sum()))
     is_zero = not np.asarray(info.score_total)[first].any()
-    if is_zero and info.pruned_score[first] == 0:
+    if is_zero and np.asarray(info.pruned_score)[first] == 0:
         raise ValueError(
             f"score_fn gives every weight the score 0 in iteration {first + 1}, so that none can "
             "be ranked. The usual causes are a head, a gate or a branch that is 0 at the start, "

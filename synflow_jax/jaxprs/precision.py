@@ -67,27 +67,35 @@ def widen(function: Callable[..., Any], precision: Precision) -> Callable[..., A
     """
 
     def widened(*args: Any) -> Any:
+        least, x64 = precision
         leaves, structure = jax.tree.flatten(args)
-        is_narrow = any(_is_narrower(jnp.result_type(leaf), precision.dtype) for leaf in leaves)
+        dtypes = map(jnp.result_type, leaves)
+        is_narrow = any(_is_narrower(dtype, least) for dtype in dtypes)
         # A debugger needs numbers, which a trace does not have.
-        if jax.config.jax_disable_jit and not is_narrow:  # type: ignore[attr-defined]
+        is_debugged = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if is_debugged and not is_narrow:
             return function(*args)
 
         # JAX remembers the structures of arguments for long, and so the functions inside of them.
         def of_leaves(*leaves: Any) -> Any:
-            return function(*jax.tree.unflatten(structure, leaves))
+            args = jax.tree.unflatten(structure, leaves)
+            return function(*args)
 
-        with _as_the_caller(precision.x64):
+        with _as_the_caller(x64):
             seen = map(_as_seen, leaves)
-            program, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(*seen)
-        if _has_narrower(program, precision.dtype, set()):
-            outputs = _evaluate(precision.dtype, program, leaves)
-        elif any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            outputs = jaxpr_as_fun(program)(*leaves)
+            trace = jax.make_jaxpr(of_leaves, return_shape=True)
+            program, shapes = trace(*seen)
+        is_compiled = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        if _has_narrower(program, least, set()):
+            outputs = _evaluate(least, program, leaves)
+        elif is_compiled:
+            as_traced = jaxpr_as_fun(program)
+            outputs = as_traced(*leaves)
         else:
             # Without a compiler around it the function is run as Python.
             return function(*args)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        output_structure = jax.tree.structure(shapes)
+        return jax.tree.unflatten(output_structure, outputs)
 
     return widened
 
@@ -98,11 +106,13 @@ def wider(dtype: Any, least: np.dtype) -> Any:
     >>> wider(jnp.dtype("bfloat16"), np.dtype("float32")), wider(jnp.dtype("int8"), np.dtype("f4"))
     (dtype('float32'), dtype('int8'))
     """
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < least.itemsize:
-        return least
-    # A complex number holds two floats.
-    if jnp.issubdtype(dtype, jnp.complexfloating) and dtype.itemsize < 2 * least.itemsize:
-        return np.dtype("complex128")
+    if jnp.issubdtype(dtype, jnp.floating):
+        is_narrower = dtype.itemsize < least.itemsize
+        return least if is_narrower else dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        # A complex number holds two floats.
+        is_narrower = dtype.itemsize < 2 * least.itemsize
+        return np.dtype("complex128") if is_narrower else dtype
     return dtype
 
 
@@ -192,18 +202,26 @@ def _is_narrower(dtype: Any, least: np.dtype) -> bool:
 
 def _has_narrower(program: Program, least: np.dtype, seen: set[int]) -> bool:
     """Returns whether a program, or one inside of it, holds a float narrower than `least`."""
-    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    jaxpr = _opened(program)
     # Layers of one shape share their programs.
     if id(jaxpr) in seen:
         return False
     seen.add(id(jaxpr))
     variables = [*jaxpr.constvars, *jaxpr.invars]
+    inner: list[Program] = []
     for eqn in jaxpr.eqns:
         variables += eqn.outvars
-        inner = [p for p in jax.tree.leaves(list(eqn.params.values())) if _is_program(p)]
-        if any(_has_narrower(p, least, seen) for p in inner):
-            return True
-    return any(_is_narrower(_dtype(variable), least) for variable in variables)
+        params = list(eqn.params.values())
+        inner += filter(_is_program, jax.tree.leaves(params))
+    dtypes = map(_dtype, variables)
+    if any(_is_narrower(dtype, least) for dtype in dtypes):
+        return True
+    return any(_has_narrower(program, least, seen) for program in inner)
+
+
+def _opened(program: Program) -> Jaxpr:
+    """Returns a program without its constants."""
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
 def _is_program(param: Any) -> bool:
@@ -235,7 +253,7 @@ def _as_seen(leaf: Any) -> Any:
 
 def _evaluate(least: np.dtype, program: Program, arrays: Sequence[Any]) -> list[Any]:
     """Computes the outputs of a program, each in the dtype in which it is computed."""
-    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    jaxpr = _opened(program)
     inputs = _widened(least, map(_input, arrays), jaxpr.invars)
     outputs = walk(_TABLE, least, program, [_input(array) for array in inputs])
     return _widened(least, outputs, jaxpr.outvars)
@@ -246,25 +264,28 @@ def _widened(least: np.dtype, values: Iterable[_Value], variables: Sequence[Any]
     arrays = []
     for x, variable in zip(values, variables, strict=True):
         array = x.own if x.wide is None else x.wide
-        arrays.append(_cast(array, wider(_dtype(variable), least)))
+        dtype = wider(_dtype(variable), least)
+        arrays.append(_cast(array, dtype))
     return arrays
 
 
 def _default(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
     """Computes an equation as far as its operands are known: wide, as it is, or both."""
-    is_known = all(x.own is not None for x in operands)
-    is_drawn = any(x.wide is None for x in operands)
-    nothing = [None] * len(eqn.outvars)
-    own = _as_it_is(eqn, operands) if is_known else nothing
-    wide = nothing if is_known and is_drawn else _in_wider(least, eqn, operands)
-    values = []
-    for wide_array, own_array, variable in zip(wide, own, eqn.outvars, strict=True):
-        value = _Value(wide_array, own_array)
-        # A key stands for chance, whatever number it was made of.
-        if jnp.issubdtype(_dtype(variable), jax.dtypes.prng_key):
-            value = _drawn(own_array if wide_array is None else wide_array)
-        values.append(value)
-    return values
+    has_input = any(x.own is None for x in operands)
+    has_chance = any(x.wide is None for x in operands)
+    wide = own = [None] * len(eqn.outvars)
+    if not has_input:
+        own = _as_it_is(eqn, operands)
+    if has_input or not has_chance:
+        wide = _in_wider(least, eqn, operands)
+    values = map(_Value, wide, own)
+    return [_of_chance(value) for value in values]
+
+
+def _of_chance(value: _Value) -> _Value:
+    """Holds a key as chance, whatever number it was made of. Other values stay as they are."""
+    array = value.own if value.wide is None else value.wide
+    return _drawn(array) if _is_key(array) else value
 
 
 def _as_it_is(eqn: JaxprEqn, operands: list[_Value]) -> list[Any]:
@@ -285,7 +306,8 @@ def _in_wider(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[An
     except TypeError as error:
         raise _refusal(least, eqn) from error
     for array, variable in zip(outputs, eqn.outvars, strict=True):
-        if array.dtype != wider(_dtype(variable), least):
+        expected = wider(_dtype(variable), least)
+        if array.dtype != expected:
             raise _refusal(least, eqn)
     return outputs
 
@@ -308,7 +330,7 @@ def _widened_param(least: np.dtype, param: Any) -> Any:
 
 def _widened_program(least: np.dtype, program: Program) -> Program:
     """Returns a program in which every float is widened: the body of a loop, a branch."""
-    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    jaxpr = _opened(program)
     if not _has_narrower(program, least, set()):
         return program
 
@@ -318,14 +340,17 @@ def _widened_program(least: np.dtype, program: Program) -> Program:
     avals = []
     for variable in jaxpr.invars:
         dtype = wider(_dtype(variable), least)
-        avals.append(variable.aval.update(dtype=dtype, weak_type=False))
-    widened = jax.make_jaxpr(evaluated)(*avals)
+        aval = variable.aval.update(dtype=dtype, weak_type=False)
+        avals.append(aval)
+    trace = jax.make_jaxpr(evaluated)
+    widened = trace(*avals)
     return widened if isinstance(program, ClosedJaxpr) else widened.jaxpr
 
 
 def _refusal(least: np.dtype, eqn: JaxprEqn) -> ValueError:
-    dtypes = [_dtype(variable) for variable in [*eqn.invars, *eqn.outvars]]
-    narrow = next((dtype for dtype in dtypes if _is_narrower(dtype, least)), "a narrower dtype")
+    dtypes = map(_dtype, [*eqn.invars, *eqn.outvars])
+    narrower = [dtype for dtype in dtypes if _is_narrower(dtype, least)]
+    narrow = narrower[0] if narrower else "a narrower dtype"
     return ValueError(
         f"the step {eqn.primitive.name!r} computes in {narrow} and cannot be computed in {least}, "
         f"the dtype of the scores. Replace the step by operations of JAX, pass {least} parameters "
@@ -368,8 +393,8 @@ def _bitcast(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Va
 @_TABLE.rule("pallas_call ffi_call pure_callback io_callback")
 def _foreign(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
     """Refuses code that JAX cannot read, if it computes with narrower floats."""
-    variables = [*eqn.invars, *eqn.outvars]
-    if any(_is_narrower(_dtype(variable), least) for variable in variables):
+    dtypes = map(_dtype, [*eqn.invars, *eqn.outvars])
+    if any(_is_narrower(dtype, least) for dtype in dtypes):
         raise _refusal(least, eqn)
     return _default(least, eqn, operands)
 

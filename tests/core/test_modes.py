@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_except
 from jax.sharding import Mesh, PartitionSpec
 
 from synflow_jax import analysis, certified, pruning, schedules, scores, trees
@@ -72,7 +73,7 @@ def _num_kept(mask: trees.Mask) -> int:
 
 
 @pytest.mark.usefixtures("_modes")
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", slow_except(["synflow", "magnitude"], list(RULES)))
 def test_every_rule_bears_every_mode(rule: str) -> None:
     _, info = pruning.prune(RULES[rule], PARAMS, compression=4, num_iterations=2)
     assert int(jax.device_get(info.kept)[-1].sum()) == SIZE // 4
@@ -107,12 +108,13 @@ CALLS: dict[str, Callable[[], tuple[trees.Mask, pruning.PruneInfo]]] = {
 
 
 @pytest.mark.usefixtures("_modes")
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", slow_except(["float64", "prune_loop"], list(CALLS)))
 def test_every_way_to_prune_bears_every_mode(call: str) -> None:
     mask, _ = CALLS[call]()
     assert _num_kept(mask) == SIZE // 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_modes")
 def test_the_analysis_bears_every_mode() -> None:
     assert not analysis.collapsed(_mlp, PARAMS, ONES, (6,))
@@ -126,6 +128,7 @@ def test_with_64_bits_the_masks_are_the_same() -> None:
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(prune()), expected)
 
 
+@pytest.mark.slow
 def test_without_compilation_the_masks_are_the_same_and_a_debugger_sees_numbers() -> None:
     seen = []
 
@@ -140,7 +143,7 @@ def test_without_compilation_the_masks_are_the_same_and_a_debugger_sees_numbers(
     assert not isinstance(seen[-1], jax.core.Tracer)
 
 
-@pytest.mark.parametrize("rule", ["synflow", "snip"])
+@pytest.mark.parametrize("rule", slow_except(["synflow"], ["synflow", "snip"]))
 def test_a_mesh_that_checks_types_prunes_as_without_it(rule: str) -> None:
     mesh = Mesh(np.array(jax.devices()), ("networks",))
     spec = PartitionSpec("networks")
