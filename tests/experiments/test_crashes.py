@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(
     _run(case, tmp_path / "whole")
     expected = _left(tmp_path / "whole")
     failed = set()
-    for limit in (100, 1_000, 4_000, 16_000):
+    for limit in (100, 1_000, 2_000, 8_000):
         folder = tmp_path / str(limit)
         try:
             with _full_disk(limit):
