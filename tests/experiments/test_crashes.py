@@ -209,8 +209,9 @@ def test_a_full_disk_is_one_message_and_loses_nothing(
     case = CASES["run"]
     _run(case, tmp_path / "whole")
     expected = _left(tmp_path / "whole")
-    failed = set()
-    for limit in (100, 1_000, 4_000, 16_000):
+    failed = {}
+    files = {100: "config.json", 1_000: "masks", 2_000: "rows.jsonl", 8_000: "checkpoints"}
+    for limit in files:
         folder = tmp_path / str(limit)
         try:
             with _full_disk(limit):
@@ -219,11 +220,11 @@ def test_a_full_disk_is_one_message_and_loses_nothing(
             message = str(error)
             assert str(folder) in message and "could not be written" in message
             assert message.endswith("then run the same command again to resume.")
-            failed.add(message.partition(f"{folder}/")[2].split("/")[0].split("'")[0])
+            failed[limit] = message.partition(f"{folder}/")[2].split("/")[0].split("'")[0]
         assert capfd.readouterr().err == ""
         _run(case, folder)
         assert _left(folder) == expected, limit
-    assert failed == {"config.json", "masks", "rows.jsonl", "checkpoints"}
+    assert failed == files
 
 
 @contextlib.contextmanager
