@@ -38,10 +38,10 @@ def build(run: Run, *, bounded: bool = True) -> Network:
     model, input_shape = architecture(run)
     # Shapes are enough to find a bad choice of what can be pruned, and take no time.
     shapes = _shapes(run, model, input_shape)
-    _prunable(run, shapes)
-    _check_exclude(run, shapes)
     name = f"model={run.config.model!r} with width_multiplier={run.config.width_multiplier:g}"
     memory.check_fits(sum(trees.sizes(shapes)), name)
+    _prunable(run, shapes)
+    _check_exclude(run, shapes)
     if run.config.init is None:
         params, batch_stats = models.init(model, input_shape, run.init_key)
     else:

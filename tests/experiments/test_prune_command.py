@@ -16,6 +16,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import commands
@@ -25,25 +26,25 @@ import pytest
 from cases import slow_except
 
 from synflow_jax import storage
-from synflow_jax.experiments import initialization, masks
+from synflow_jax.experiments import cli, initialization, masks
 from synflow_jax.experiments.config import Config, PruneConfig
 from synflow_jax.experiments.run import resolve_one
 from synflow_jax.storage import Workdir
 
-ROOT = pathlib.Path(__file__).parents[2]
+Prune = Callable[..., commands.Result]
 
 
-def _prune(cache: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def prune(cache: pathlib.Path) -> Iterator[Prune]:
+    """Returns a function that runs `python prune.py FLAGS`."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    command = [sys.executable, "prune.py", *flags]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    with commands.serve("prune", environment) as run:
+        yield run
 
 
-def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_a_run_and_a_second_one(tmp_path: pathlib.Path, prune: Prune) -> None:
     flags = ("--config=configs/digits.py", f"--workdir={tmp_path}", "--config.model=fc")
-    first = _prune(cache, *flags)
+    first = prune(*flags)
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
 
@@ -93,13 +94,13 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
         assert text in first.stdout
 
     written = (tmp_path / "rows.jsonl").read_bytes()
-    second = _prune(cache, *flags)
+    second = prune(*flags)
     assert second.returncode == 0
     assert "already in" in second.stdout
     assert "fc1/kernel" in second.stdout
     assert (tmp_path / "rows.jsonl").read_bytes() == written
 
-    again = _prune(cache, *flags, "--overwrite")
+    again = prune(*flags, "--overwrite")
     assert again.returncode == 0 and "already in" not in again.stdout
     (new,) = storage.read_rows(tmp_path / "rows.jsonl")
     assert new["mask_sha256"] == row["mask_sha256"] and new["seconds"] != row["seconds"]
@@ -107,26 +108,24 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     # A damaged mask is found before the old run is reported. --overwrite replaces it.
     path = tmp_path / "masks" / f"{row['run_id']}.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    damaged = _prune(cache, *flags)
+    damaged = prune(*flags)
     assert damaged.returncode != 0
     assert "cannot be read" in damaged.stderr
     assert "--overwrite" in damaged.stderr
-    (tmp_path / "rows.jsonl").write_text('{"run_id": "half')
-    damaged = _prune(cache, *flags, "--overwrite")
+    (tmp_path / "rows.jsonl").write_text('{"run_id": "half\n')
+    damaged = prune(*flags, "--overwrite")
     assert damaged.returncode != 0 and "line 1" in damaged.stderr
 
 
 @pytest.mark.slow
-def test_a_certificate_is_written_and_can_be_verified(
-    tmp_path: pathlib.Path, cache: pathlib.Path
-) -> None:
+def test_a_certificate_is_written_and_can_be_verified(tmp_path: pathlib.Path, prune: Prune) -> None:
     """Certifies the maximal compression, one weight per layer, and refuses a forged certificate."""
     flags = (
         "--config=configs/digits.py",
         f"--workdir={tmp_path}",
         "--config.prune.schedule=certified",
     )
-    first = _prune(cache, *flags, f"--config.prune.compression={260_384 / 3!r}")
+    first = prune(*flags, f"--config.prune.compression={260_384 / 3!r}")
     assert first.returncode == 0 and first.stderr == "", first.stderr
     assert "no iteration of" in first.stdout and "certificates/" in first.stdout
     (row,) = storage.read_rows(tmp_path / "rows.jsonl")
@@ -137,7 +136,7 @@ def test_a_certificate_is_written_and_can_be_verified(
     certificate, removed_in = storage.load_certificate(path)
     assert [step["kept"] for step in certificate["iterations"]] == row["iterations"]["kept"]
     assert certificate["mask_sha256"] == row["mask_sha256"]
-    verified = _prune(cache, f"--verify={path}")
+    verified = prune(f"--verify={path}")
     assert verified.returncode == 0 and "holds: none of its" in verified.stdout, verified.stderr
 
     # The forged certificate says that the last iteration but one pruned more than a cut.
@@ -154,7 +153,7 @@ def test_a_certificate_is_written_and_can_be_verified(
         (consistent, "does not hold: iteration 1 pruned"),
     ):
         storage.save_certificate(tmp_path / "forged.json", changed, early)
-        forged = _prune(cache, f"--verify={tmp_path / 'forged.json'}")
+        forged = prune(f"--verify={tmp_path / 'forged.json'}")
         assert (
             forged.returncode == 2 and message in forged.stderr and forged.stderr.count("\n") == 1
         ), forged.stderr
@@ -164,13 +163,18 @@ def test_a_certificate_is_written_and_can_be_verified(
         (f"{tmp_path / 'no_certificate.json'}", "no_certificate.json' is not a certificate"),
         ("", "--verify='' names no certificate"),
     ):
-        refused = _prune(cache, f"--verify={value}")
+        refused = prune(f"--verify={value}")
         assert refused.returncode == 2 and message in refused.stderr
         assert refused.stdout == ""  # no progress bar before an error
 
 
-def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
-    text = _prune(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
+def test_help_lists_the_keys_of_pruning() -> None:
+    # absl lists the flags of the script that was started.
+    command = [sys.executable, "prune.py", "--help"]
+    result = subprocess.run(
+        command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=300
+    )
+    text = result.stdout.partition("The keys are ")[2].partition("(default")[0]
     values = dataclasses.asdict(Config())
     keys = [
         key for key in values if key not in ("data", "prune", "train", "sweep", "grid", "grids")
@@ -180,15 +184,13 @@ def test_help_lists_the_keys_of_pruning(cache: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_network_on_several_devices(
-    tmp_path: pathlib.Path, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_network_on_several_devices(tmp_path: pathlib.Path, prune: Prune) -> None:
     """Scores four batches on three devices: run id and mask are those of one device."""
-    monkeypatch.setenv("NPROC", "8")  # the number of threads decides how XLA rounds matrix products
     flags = ("--config=configs/digits.py", "--config.model=fc", "--config.prune.pruner=snip")
     for name, more in (("one", ()), ("three", ("--cpu_devices=3", "--config.prune.over_devices"))):
         folder = f"--workdir={tmp_path / name}"
-        result = _prune(cache, *flags, "--config.prune.batch_size=30", folder, *more)
+        # The number of threads decides how XLA rounds matrix products.
+        result = prune(*flags, "--config.prune.batch_size=30", folder, *more, NPROC="8")
         assert result.returncode == 0, result.stderr
     (one,), (three,) = (
         storage.read_rows(tmp_path / name / "rows.jsonl") for name in ("one", "three")
@@ -197,10 +199,10 @@ def test_one_network_on_several_devices(
 
 
 @pytest.mark.parametrize("rule", slow_except(["snip"], ["snip", "grasp", "random"]))
-def test_rules_on_real_digits(tmp_path: pathlib.Path, cache: pathlib.Path, rule: str) -> None:
+def test_rules_on_real_digits(tmp_path: pathlib.Path, prune: Prune, rule: str) -> None:
     flags = ("--config=configs/digits.py", "--config.model=fc", f"--config.prune.pruner={rule}")
     options = ("--config.prune.dense_classifier", "--config.prune.scope=local")
-    result = _prune(cache, *flags, *options, f"--workdir={tmp_path}")
+    result = prune(*flags, *options, f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     (row,) = storage.read_rows(tmp_path / "rows.jsonl")
     assert row["num_iterations"] == 1
@@ -303,6 +305,22 @@ BAD = {
     "unknown key": (["--config.xyzzy=3"], "--config.xyzzy is not a key", "The keys are: model,"),
     "group of keys": (["--config.data=here"], "--config.data is a group of keys", "data.dir"),
     "letters as seeds": (["--config.grid.seed=a,b"], "grid.seed holds 'a,b'", "whole numbers"),
+    "seed beyond 32 bits": (["--config.seed=4294967296"], "seed=4294967296", "at most 4294967295"),
+    "seed of many digits": (
+        ["--config.seed=" + "9" * 5000],
+        "--config.seed=999",
+        "must be a whole number (int)",
+    ),
+    "drops of words": (["--config.train.drops=a"], "train.drops=('a',)", "epoch numbers"),
+    "width": (["--config.width_multiplier=1e30"], "width_multiplier=1e+30", "below 1024"),
+    "network beyond the memory": (
+        ["--config.model=cifar_vgg16", "--config.width_multiplier=1000"],
+        "model='cifar_vgg16' with width_multiplier=1000",
+        "Choose a smaller network",
+    ),
+    "repetitions": (["--config.prune.exclude=a{9999999999}"], "exclude=", "regular expression"),
+    "devices": (["--cpu_devices=1000000000"], "--cpu_devices=1000000000", "[1, 256]"),
+    "long name": (["--workdir=" + "x" * 5000], "--workdir='xxx", "File name too long"),
     "nearest network": (
         ["--config.model=cifar_resnet21"],
         "model='cifar_resnet21'",
@@ -313,16 +331,15 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def bad(
-    tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path
+    tmp_path_factory: pytest.TempPathFactory, prune: Prune
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Returns the folder that holds each command's folder, and the results of the commands."""
     folder = tmp_path_factory.mktemp("bad")
-    cases = {
-        case: ["--config=configs/digits.py", f"--workdir={folder / case}", *flags]
+    results = {
+        case: prune("--config=configs/digits.py", f"--workdir={folder / case}", *flags)
         for case, (flags, *_) in BAD.items()
     }
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return folder, commands.run_all("prune", cases, environment)
+    return folder, results
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -340,11 +357,19 @@ def test_a_hint_replaces_the_list_of_keys(bad: tuple[pathlib.Path, dict[str, Any
     assert "make_optimizer" not in bad[1]["unknown key"].stderr  # no flag can set it
 
 
-def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_bad_config_files(tmp_path: pathlib.Path, prune: Prune) -> None:
     broken, foreign = tmp_path / "broken.py", tmp_path / "foreign.py"
     broken.write_text("def get_config(:\n")
     foreign.write_text(
         "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict()\n"
+    )
+    odd = tmp_path / "odd.py"
+    odd.write_text(
+        "from synflow_jax.experiments.config import Config\n\n"
+        "def get_config(what):\n"
+        "    config = Config(model='fc', dataset='digits')\n"
+        "    exec(what)\n"
+        "    return config\n"
     )
     for flags, message in (
         (["--config=none.py"], "--config=none.py: there is no such file"),
@@ -355,18 +380,48 @@ def test_bad_config_files(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
         (["--config=configs/recipes.py"], "recipes.py has no function get_config()"),
         ([f"--config={broken}"], "does not load: SyntaxError"),
         ([f"--config={foreign}"], "--config is a ConfigDict"),
+        ([f"--config={odd}:1/0"], "odd.py:1/0 does not load: ZeroDivisionError"),
+        ([f"--config={odd}:config.seed='x'"], "seed='x' must be a whole number"),
+        ([f"--config={odd}:config.sead=3"], "sead is not a key of the config. Did you mean seed?"),
+        ([f"--config={odd}:config.prune=None"], "prune=None must be a PruneConfig"),
+        ([f"--config={odd}:config.grids=(1,2)"], "grids=(1, 2) must be a tuple of Grid"),
         ([], "--config is missing"),
     ):
-        result = _prune(cache, *flags, f"--workdir={tmp_path / 'work'}")
+        result = prune(*flags, f"--workdir={tmp_path / 'work'}")
         assert result.returncode != 0
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "work").exists()
 
 
-def test_unwritable_workdir(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_a_config_file_that_returns_nothing(tmp_path: pathlib.Path, prune: Prune) -> None:
+    file = tmp_path / "nothing.py"
+    file.write_text("def get_config():\n    pass\n")
+    result = prune(f"--config={file}", f"--workdir={tmp_path / 'work'}")
+    assert result.returncode == 2 and "--config is a NoneType" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_home_folder_in_flags(
+    tmp_path: pathlib.Path, prune: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes ~ as a shell leaves it in --name=~/x. No folder is named ~."""
+    for flag, message in (
+        ("--config=~/none.py", f"--config={tmp_path}/none.py: there is no such file"),
+        ("--verify=~/none.json", f"'{tmp_path}/none.json' does not exist"),
+    ):
+        assert message in prune(flag, HOME=str(tmp_path)).stderr
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.check_workdir("~/runs").path == tmp_path / "runs"
+    assert (tmp_path / "runs").is_dir()
+    for name in ("", "a\0b"):
+        with pytest.raises(ValueError, match=r"--out='.*' names no file or folder"):
+            cli.check_path(name, "out")
+
+
+def test_unwritable_workdir(tmp_path: pathlib.Path, prune: Prune) -> None:
     (tmp_path / "file").write_text("")
-    result = _prune(cache, "--config=configs/digits.py", f"--workdir={tmp_path / 'file'}")
+    result = prune("--config=configs/digits.py", f"--workdir={tmp_path / 'file'}")
     assert result.returncode != 0
     assert "is a file, not a folder" in result.stderr
     assert result.stderr.count("\n") == 1

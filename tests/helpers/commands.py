@@ -6,42 +6,65 @@ pays for one import of JAX.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+Result = subprocess.CompletedProcess[str]
 
 _ROOT = pathlib.Path(__file__).parents[2]
+_TIMEOUT_S = 300  # of one run
+
+
+@contextlib.contextmanager
+def serve(script: str, environment: Mapping[str, str]) -> Iterator[Callable[..., Result]]:
+    """Yields a function that runs `python SCRIPT.py FLAGS`: run(*flags, VARIABLE="value", ...)."""
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = pathlib.Path(name)
+        errors = stack.enter_context((folder / "server").open("w"))
+        server = subprocess.Popen(
+            [sys.executable, __file__, script, name],
+            cwd=_ROOT,
+            env={**environment, "PYTHONPATH": str(_ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert server.stdin is not None and server.stdout is not None
+        requests, statuses = server.stdin, server.stdout
+
+        def run(*flags: str, **variables: str) -> Result:
+            requests.write(json.dumps([flags, variables]) + "\n")
+            requests.flush()
+            status = statuses.readline()
+            assert status, (folder / "server").read_text()
+            stdout, stderr = ((folder / name).read_text() for name in ("stdout", "stderr"))
+            return subprocess.CompletedProcess(flags, int(status), stdout, stderr)
+
+        try:
+            yield run
+        finally:
+            requests.close()
+            statuses.close()
+            server.wait(60)
 
 
 def run_all(
     script: str, cases: Mapping[str, Sequence[str]], environment: Mapping[str, str]
-) -> dict[str, subprocess.CompletedProcess[str]]:
+) -> dict[str, Result]:
     """Runs `python SCRIPT.py FLAGS` for each case. Returns the status and the output of each."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, script, folder]
-        driver = subprocess.run(
-            command,
-            input=json.dumps(list(cases.values())),
-            cwd=_ROOT,
-            env={**environment, "PYTHONPATH": str(_ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert driver.returncode == 0, driver.stderr
-        read = lambda i, name: pathlib.Path(folder, f"{i}.{name}").read_text()
-        return {
-            case: subprocess.CompletedProcess(
-                flags, int(read(i, "status")), read(i, "stdout"), read(i, "stderr")
-            )
-            for i, (case, flags) in enumerate(cases.items())
-        }
+    with serve(script, environment) as run:
+        return {case: run(*flags) for case, flags in cases.items()}
 
 
 def _main(script: str, folder: str) -> None:
@@ -49,17 +72,20 @@ def _main(script: str, folder: str) -> None:
 
     module = importlib.import_module(script)
     warnings.simplefilter("ignore")  # JAX warns of forks: it has no threads yet
-    for i, flags in enumerate(json.load(sys.stdin)):
+    for request in sys.stdin:
+        flags, variables = json.loads(request)
         child = os.fork()
         if child == 0:
             for name, stream in (("stdout", 1), ("stderr", 2)):
-                os.dup2(
-                    os.open(os.path.join(folder, f"{i}.{name}"), os.O_CREAT | os.O_WRONLY), stream
-                )
+                path = os.path.join(folder, name)
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            signal.alarm(_TIMEOUT_S)
+            os.environ.update(variables)
             sys.argv = [f"{script}.py", *flags]
             cli.run(module.main)  # ends the child, with the status of the command
         _, status = os.waitpid(child, 0)
-        pathlib.Path(folder, f"{i}.status").write_text(str(os.waitstatus_to_exitcode(status)))
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":
