@@ -462,6 +462,7 @@ def test_a_sweep_drops_programs_between_shapes(
         devices,
         split=False,
         overwrite=False,
+        skips_done=True,
         emit=events.ignore,
         should_stop=lambda: False,
         build=initialization.builder(),
