@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synflow_jax.experiments import checks, identity, schema
+from synflow_jax.experiments import checks, identity, settings
 from synflow_jax.experiments.config import (
     Config,
     Grid,
@@ -71,7 +71,7 @@ def _all_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
     """Yields the keys of a config, and of its parts as a whole."""
     for field in dataclasses.fields(kind):
         yield prefix + field.name
-        part = schema.part_of(field)
+        part = settings.part_of(field)
         if part is not None:
             yield from _all_keys(part, f"{prefix}{field.name}.")
 
@@ -101,12 +101,12 @@ def test_any_value_of_a_field_is_a_run_or_a_message(key: str) -> None:
 
 
 def test_any_value_of_a_row_is_a_run_or_a_message() -> None:
-    settings = resolve_one(Config()).train_dict
-    keys = [*settings, "more", *(f"prune.{key}" for key in (*settings["prune"], "more"))]
+    values = resolve_one(Config()).train_dict
+    keys = [*values, "more", *(f"prune.{key}" for key in (*values["prune"], "more"))]
     for key in keys:
         *parts, name = key.split(".")
         for value in ODD:
-            changed = copy.deepcopy(settings)
+            changed = copy.deepcopy(values)
             owner = changed
             for part in parts:
                 owner = owner[part]
@@ -166,7 +166,7 @@ def test_numbers_of_numpy_are_those_of_python() -> None:
         train__drops=np.array([2, 4]),
         grid__compression=[np.float32(2), 4],
     )
-    assert schema.checked(same) == plain
+    assert settings.checked(same) == plain
     assert [run.train_id for run in resolve(same)] == [run.train_id for run in resolve(plain)]
 
 
