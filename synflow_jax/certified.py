@@ -118,17 +118,11 @@ def prune(
 
     num_weights = sum(trees.sizes(mask))
     goal = num_kept(num_weights, compression)
-    checked = dataclasses.replace(rule, flow=Partial(_checked_flow, rule.flow))
     with pruning.scoring_dtype(score_dtype, params, mask) as precision:
+        checked = dataclasses.replace(rule, flow=Partial(_checked_flow, rule.flow))
         dtype = precision.dtype
         fraction = jax.device_put(np.asarray(cut_fraction, dtype))
-
-        def run(goal: int, state: PruneState, start: int, stop: int) -> PruneState:
-            num_left = jax.device_put(np.int32(goal))
-            return _advance(
-                checked, params, fraction, num_left, state, start, stop, precision=precision
-            )
-
+        run = functools.partial(_advance, checked, params, fraction, precision=precision)
         # Every iteration but the last prunes a weight.
         most = min(num_iterations, num_weights + 1)
         state, info = _run(run, mask, goal, most, dtype, on_progress)
@@ -349,7 +343,7 @@ def _check_cut_fraction(cut_fraction: float) -> None:
         )
 
 
-@jax.jit
+@bounded_jit
 def _evaluate(objective: Objective, params: Params, input_scale: jax.Array) -> jax.Array:
     """Computes R. It is compiled by no one: its trace is what `_faults` reads, and JAX keeps it."""
     return objective(params, input_scale)
@@ -358,8 +352,9 @@ def _evaluate(objective: Objective, params: Params, input_scale: jax.Array) -> j
 def _faults(objective: Objective, params: Params, mask: Mask) -> tuple[homogeneity.Fault, ...]:
     """Returns the steps of R that are not homogeneous of degree one."""
     prunable = set(trees.names(mask))
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    program = _evaluate.trace(objective, params, jnp.ones((), dtype)).jaxpr
+    dtype = trees.float_type(params)
+    trace = _evaluate.trace  # type: ignore[attr-defined]
+    program = trace(objective, params, np.ones((), dtype)).jaxpr
     # Arrays that the objective holds, such as batch statistics, come first.
     values = list(map(homogeneity.constant, jax.tree.leaves(objective)))
     for name, leaf in zip(trees.names(params), jax.tree.leaves(params), strict=True):
@@ -419,9 +414,11 @@ def _raise_unless_connected(run: _RunFn, state: PruneState, info: PruneInfo) -> 
         return
     # An iteration with nothing to prune computes the flow that is left, in the program at hand.
     # Masks are nested, so flow at the end means flow after every iteration.
-    num_left = int(np.asarray(info.kept[-1]).sum())
-    begun = state._replace(done=jnp.bool_(False))
-    after = run(num_left, begun, 0, 1)
+    num_left = np.asarray(info.kept[-1]).sum(dtype=np.int32)
+    goal, start, stop, done = jax.device_put(
+        (num_left, np.int32(0), np.int32(1), np.zeros((), bool))
+    )
+    after = run(goal, state._replace(done=done), start, stop)
     if float(after.info.cut[0]) > 0:
         return
     raise ValueError(
@@ -433,14 +430,11 @@ def _raise_unless_connected(run: _RunFn, state: PruneState, info: PruneInfo) -> 
 
 def _rows_done(info: PruneInfo) -> PruneInfo:
     """Drops the rows of iterations that were not needed."""
-    num_done = int(info.num_done)
-    return info._replace(
-        kept=info.kept[:num_done],
-        score_total=info.score_total[:num_done],
-        pruned_score=info.pruned_score[:num_done],
-        cut=info.cut[:num_done],
-        exponent=info.exponent[:num_done],
-    )
+    # On the host: a slice on the device is a program for each length.
+    by_row = info._replace(num_done=None, removed_in=None)  # type: ignore[arg-type]
+    num_done, rows = jax.device_get((info.num_done, by_row))
+    rows = jax.device_put(jax.tree.map(lambda row: row[: int(num_done)], rows))
+    return rows._replace(num_done=info.num_done, removed_in=info.removed_in)
 
 
 def _warn_of_shortfall(info: PruneInfo, goal: int, done: bool) -> None:

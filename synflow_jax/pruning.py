@@ -112,21 +112,24 @@ def init_state(
       records_removal: whether the info says which iteration pruned each weight.
     """
     num_layers = len(jax.tree.leaves(mask))
+
     # NumPy's, so that nothing is computed. Zeros, because NaN would end a run under jax_debug_nans.
-    zeros = np.zeros(num_iterations, dtype)
+    def zeros(dtype: Any, *shape: int) -> Any:
+        return np.zeros(shape, dtype)
+
     removed_in = None
     if records_removal:
-        removed_in = jax.tree.map(lambda m: np.zeros(m.shape, np.uint16), mask)
+        removed_in = jax.tree.map(lambda m: zeros(np.uint16, *m.shape), mask)
     info = PruneInfo(
-        num_done=np.zeros((), np.int32),
-        kept=np.zeros((num_iterations, num_layers), np.int32),
-        score_total=np.zeros((num_iterations, num_layers), dtype),
-        pruned_score=zeros,
-        cut=zeros,
-        exponent=np.zeros(num_iterations, np.int32),
+        num_done=zeros(np.int32),
+        kept=zeros(np.int32, num_iterations, num_layers),
+        score_total=zeros(dtype, num_iterations, num_layers),
+        pruned_score=zeros(dtype, num_iterations),
+        cut=zeros(dtype, num_iterations),
+        exponent=zeros(np.int32, num_iterations),
         removed_in=removed_in,
     )
-    state = PruneState(mask, info, finite=np.ones((), bool), done=np.zeros((), bool))
+    state = PruneState(mask, info, finite=~zeros(bool), done=zeros(bool))
     return jax.device_put(state)
 
 
@@ -419,8 +422,16 @@ def prune(
         run = _compiled_advance if loop_fn is jax.lax.fori_loop else _advance_by_counts
         # Counts and stretches are arguments of the program, not constants: one trace serves all.
         counts_on_device = jax.device_put(counts.astype(np.int32))
-        options = {"nested": nested, "loop_fn": loop_fn, "precision": precision}
-        run = functools.partial(run, rule, params, counts_on_device, key, **options)
+        run = functools.partial(
+            run,
+            rule,
+            params,
+            counts_on_device,
+            key,
+            nested=nested,
+            loop_fn=loop_fn,
+            precision=precision,
+        )
         state = run_in_stretches(run, state, len(counts), on_progress)
         raise_unless_finite(state, rule, params)
     check_kept(state.info, counts, mask)
@@ -607,7 +618,7 @@ def scoring_dtype(score_dtype: Any, params: Params, mask: Mask) -> Iterator[Prec
             f"score_dtype={score_dtype!r} is narrower than the parameters, which are "
             f"{params_dtype}. Leave it out, or cast the parameters."
         )
-    x64 = bool(jax.config.jax_enable_x64)
+    x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     with jax.enable_x64(x64 or dtype == np.float64):
         yield Precision(dtype, x64)
 

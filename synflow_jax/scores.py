@@ -236,8 +236,7 @@ class _PathNorm:
         inputs = jnp.ones((1, *self.input_shape), dtype) * scale
         # A mean that is subtracted would make negative flow.
         positive = trees.without_means(trees.absolute(params))
-        source = f"an array of ones made for input_shape={self.input_shape}"
-        outputs = _call(apply_fn, positive, inputs, source, _SHAPE_CURE)
+        outputs = fed_with_ones(apply_fn, self.input_shape)(positive, inputs)
         check_outputs(outputs)
         return jnp.sum(outputs)
 
@@ -286,12 +285,18 @@ def _cross_entropy(
     return -jnp.mean(of_labels)
 
 
-# Checks of what a network returns ----------------------------------------------------------------
+# Checks of a network -----------------------------------------------------------------------------
 
 
 def check_apply_fn(apply_fn: Any) -> None:
     """Raises ValueError unless `apply_fn` can be called as `apply_fn(params, x)`."""
     arguments.check_function("apply_fn", apply_fn, ("params", "x"), "model.apply")
+
+
+def fed_with_ones(apply_fn: ApplyFn, input_shape: Sequence[int]) -> ApplyFn:
+    """Wraps a network so that its errors name the input that it was fed with, and `input_shape`."""
+    source = f"an array of ones made for input_shape={tuple(input_shape)}"
+    return functools.partial(_call, apply_fn, source=source, cure=_SHAPE_CURE)
 
 
 _SHAPE_CURE = "Check that input_shape is the shape of one example, without the batch axis."
@@ -322,10 +327,13 @@ def _call(apply_fn: ApplyFn, params: Params, inputs: Any, source: str, cure: str
 def check_outputs(outputs: Any) -> None:
     """Raises ValueError unless a network returned one array of floats."""
     if isinstance(outputs, tuple | list | Mapping):
-        index = "[-1]" if isinstance(outputs, tuple | list) else "['logits']"
+        items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+        # After features, and before a state that is no array.
+        places = [place for place, value in items if trees.is_float(value)]
+        logits = repr(places[-1]) if places else "..."
         raise ValueError(
             f"apply_fn returned {arguments.describe(outputs)}, and must return one array. Pick "
-            f"the logits: lambda params, x: apply_fn(params, x){index}."
+            f"the logits: lambda params, x: apply_fn(params, x)[{logits}]."
         )
     if not trees.is_float(outputs):
         raise ValueError(

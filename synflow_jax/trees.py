@@ -457,6 +457,16 @@ def _with_zeros(params: Params, zero_kinds: Sequence[str]) -> Params:
     return jax.tree.unflatten(structure, changed)
 
 
+def trained(params: Params) -> Params:
+    """Returns the floats that are no running statistics, with holes at all other leaves."""
+    leaves, structure = jax.tree.flatten(params)
+    chosen = []
+    for kind, leaf in zip(_kinds(params), leaves, strict=True):
+        is_trained = is_float(leaf) and not kind.startswith("running")
+        chosen.append(leaf if is_trained else None)
+    return jax.tree.unflatten(structure, chosen)
+
+
 def absolute(params: Params) -> Params:
     """Replaces the floats of a tree by their absolute values. Integers, keys and the like stay."""
     return jax.tree.map(lambda leaf: jnp.abs(leaf) if is_float(leaf) else leaf, params)

@@ -9,6 +9,7 @@ program of the model (see `flows`), and compares them by units (Theorem 1) and b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import trees
+from synflow_jax import arguments, trees
 from synflow_jax.analysis.flows import BEGIN, END, NO_SCAN, Edge, Program
 from synflow_jax.jaxprs import scaling
-from synflow_jax.scores import ApplyFn
+from synflow_jax.scores import ApplyFn, check_apply_fn, fed_with_ones
 from synflow_jax.trees import Mask, Params, Scores
 
 if TYPE_CHECKING:
@@ -182,12 +183,19 @@ def conservation(
             "conservation needs either input_shape, to audit SynFlow, or both inputs and loss, to "
             "audit a training loss."
         )
+    check_apply_fn(apply_fn)
     if mask is not None:
         params = trees.apply_mask(params, mask)
     if input_shape is not None:
-        params = jax.tree.map(jnp.abs, params)
-        inputs = jnp.ones((1, *input_shape), _dtype(params))
+        shape = arguments.check_input_shape(input_shape)
+        apply_fn = fed_with_ones(apply_fn, shape)
+        # As `scores.path_norm` does.
+        params = trees.without_means(trees.absolute(params))
+        inputs = jnp.ones((1, *shape), trees.float_type(params))
     assert inputs is not None
+    # Counts, keys and running statistics are no weights: they become constants of the network.
+    everything, params = params, trees.trained(params)
+    apply_fn = functools.partial(_with_constants, apply_fn, everything)
 
     program = Program(apply_fn, params, inputs)
     flows = _flows(program, params, inputs, loss)
@@ -214,6 +222,10 @@ def conservation(
         broken=_broken(program, surplus),
         unbalanced=_unbalanced(program, surplus, has_cuts=bool(cuts)),
     )
+
+
+def _with_constants(apply_fn: ApplyFn, everything: Params, trained: Params, x: jax.Array) -> Any:
+    return apply_fn(trees.merge(trained, everything), x)
 
 
 # ------------------------------------------------------------------------------------------ Flows
@@ -283,7 +295,7 @@ def _flows(
         options = {"xla_backend_optimization_level": 1}
     differentiate = jax.grad(mantissa, argnums=(0, 1), has_aux=True)
     differentiate = jax.jit(differentiate, compiler_options=options)
-    dtype = _dtype(params)
+    dtype = trees.float_type(params)
     ones = [jnp.ones(edge.lengths, dtype) for edge in program.edges]
     (gradient, found), log2_unit = differentiate(params, ones, inputs)
 
@@ -321,12 +333,6 @@ def _sums(scores: Scores) -> dict[str, float]:
 def _widened(array: jax.Array) -> np.ndarray:
     """Returns an array as float64 on the host."""
     return np.asarray(array, np.float64)
-
-
-def _dtype(params: Params) -> Any:
-    """Returns the dtype that holds all parameters."""
-    leaves = jax.tree.leaves(params)
-    return jnp.result_type(*leaves)
 
 
 # ------------------------------------------------------------------------------------------- Laws
@@ -384,6 +390,14 @@ class _Surplus(NamedTuple):
     constants: float
     largest: float
 
+    @classmethod
+    def of(cls, total: Any, constant: Any, lacks: Sequence[Any], scale: float) -> _Surplus:
+        """Divides the flows of a step by the largest flow of the network."""
+        from_constants = _largest(constant)
+        from_factors = max(map(_largest, lacks), default=0.0)
+        largest = max(_largest(total), from_constants, from_factors)
+        return cls(total / scale, from_constants / scale, largest / scale)
+
 
 def _surplus(program: Program, flows: _Flows) -> list[_Surplus]:
     """Compares the output flow of each step with its input flow."""
@@ -408,15 +422,15 @@ def _surplus(program: Program, flows: _Flows) -> list[_Surplus]:
 
     found = []
     scale = flows.scale
-    for i in range(num_steps):
-        lacks = [outgoing[i] - factor for factor in factors[i]]
-        total = outgoing[i] - incoming[i]
-        if program.steps[i].side:
+    parts = zip(program.steps, incoming, outgoing, constants, factors, strict=True)
+    for step, flow_in, flow_out, constant, of_factors in parts:
+        lacks = [flow_out - factor for factor in of_factors]
+        total = flow_out - flow_in
+        if step.side:
             # Of a product every operand is a factor.
-            total = lacks[0] if lacks else total + constants[i]
-        from_constants = _largest(constants[i])
-        largest = max([_largest(total), from_constants, *map(_largest, lacks)])
-        found.append(_Surplus(total / scale, from_constants / scale, largest / scale))
+            total = lacks[0] if lacks else total + constant
+        surplus = _Surplus.of(total, constant, lacks, scale)
+        found.append(surplus)
     return found
 
 

@@ -308,15 +308,13 @@ def _flow_step(
     is_sum = eqn.primitive.name in _ADDITIVE
     # Every operand of a sum brings flow. In a product the flow of the data is that of the result.
     all_bring_flow = is_sum or looks_up
-    is_bilinear = eqn.primitive.name in _BILINEAR
     arrays = []
     for x in operands:
-        is_data = x.producer is not None
         array = x.array
+        is_data = x.producer is not None
         if x.is_float and (all_bring_flow or is_data):
             array = state.take(number, x)
-        # The flow of a parameter in a product is that of the result, so it need not be taken.
-        elif x.is_float and x.leaves and (x.side != BEGIN or not is_bilinear):
+        elif _is_factor(eqn, x):
             array = state.take(number, x, is_factor=True)
         arrays.append(array)
 
@@ -339,34 +337,62 @@ def _flow_step(
     return results
 
 
+def _is_factor(eqn: JaxprEqn, x: _Value) -> bool:
+    """Returns whether a parameter enters a product such that its flow has to be taken."""
+    if not (x.is_float and x.leaves):
+        return False
+    # In a bilinear product the flow of a parameter is that of the result without being taken.
+    is_plain = x.side == BEGIN and eqn.primitive.name in _BILINEAR
+    return not is_plain
+
+
 def _side_step(state: _Pass, eqn: JaxprEqn, operands: _Values) -> _Values:
     """Computes an equation on the side, and takes the flow of its operands."""
-    name = eqn.primitive.name
     leaves = _leaves(operands)
-    parameters = [x for x in operands if x.leaves]
-    is_single = len(parameters) == 1
-    # A product with constants, or a quotient by one, is linear.
-    is_scaled = name in _BILINEAR or (name == "div" and bool(operands[0].leaves))
-    if is_single and (name in _LINEAR or is_scaled):
-        (parameter,) = parameters
+    if _passes_on(eqn, operands):
+        (parameter,) = _parameters(operands)
         arrays = bind(eqn, [x.array for x in operands])
         return [_Value(array, None, leaves, parameter.side) for array in arrays]
 
     number = len(state.steps)
-    is_sum = name in _ADDITIVE
-    # The factors of a product of different parameters each carry its flow, as two layers do. Those
-    # of a product of a parameter with itself carry twice as much.
-    num_names = sum(len(set(x.leaves)) for x in parameters)
-    is_product = not is_sum and not is_single and num_names == len(leaves)
+    is_sum = eqn.primitive.name in _ADDITIVE
+    is_product = not is_sum and _are_different(operands)
     arrays = []
     for x in operands:
-        has_flow = x.is_float and (is_sum or bool(x.leaves))
         array = x.array
-        if has_flow:
+        # A constant brings flow to a sum alone.
+        if x.is_float and (is_sum or x.leaves):
             array = state.take(number, x, is_factor=is_product, is_side=True)
         arrays.append(array)
-    state.steps.append(Step(_name(eqn), "", state.scan, side=leaves))
+    step = Step(_name(eqn), "", state.scan, side=leaves)
+    state.steps.append(step)
     return [_Value(array, None, leaves, number) for array in bind(eqn, arrays)]
+
+
+def _parameters(operands: _Values) -> _Values:
+    """Returns the operands that depend on parameters."""
+    return [x for x in operands if x.leaves]
+
+
+def _passes_on(eqn: JaxprEqn, operands: _Values) -> bool:
+    """Returns whether an equation is a linear map of one parameter, which passes on its flow."""
+    name = eqn.primitive.name
+    if len(_parameters(operands)) > 1:
+        return False
+    # Products with constants are linear, and quotients by them.
+    is_quotient = name == "div" and bool(operands[0].leaves)
+    return name in _LINEAR or name in _BILINEAR or is_quotient
+
+
+def _are_different(operands: _Values) -> bool:
+    """Returns whether several operands depend on parameters, and no two of them on the same.
+
+    The factors of their product each carry its flow, as two layers do. Those of a product of a
+    parameter with itself carry twice as much together.
+    """
+    parameters = _parameters(operands)
+    num_names = sum(len(set(x.leaves)) for x in parameters)
+    return len(parameters) > 1 and num_names == len(_leaves(parameters))
 
 
 def _name(eqn: JaxprEqn) -> str:
@@ -651,7 +677,7 @@ def _scan_results(loop: _Loop, body: _Body, arrays: list[Any]) -> _Values:
 
 
 def _name_cut(steps: list[Step], number: int) -> None:
-    """Names the cut before a scan or cond: by the first parameter of the steps inside."""
+    """Names the cut before a scan or cond by the first parameter of the steps inside."""
     for inner in steps[number:]:
         if inner.multiplies:
             steps[number] = steps[number]._replace(multiplies=inner.multiplies)

@@ -9,6 +9,7 @@ position embeddings, running means, activations that are not 0 at 0) is no path.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import pruning, scores, trees
+from synflow_jax import arguments, pruning, scores, trees
 from synflow_jax.analysis import dependence, shortest
 from synflow_jax.analysis.programs import compiled
 from synflow_jax.jaxprs import scaling
+from synflow_jax.jaxprs.compiled import bounded_jit
 from synflow_jax.scores import ApplyFn, Objective, ScoreFn, path_norm
 from synflow_jax.trees import Mask, Params
 
@@ -127,15 +129,15 @@ def shortest_path(
         reasons.append(f"a path may pass the parameters {list(found.notes.reused)} more than once")
     if found.notes.products:
         reasons.append(
-            f"the steps {list(found.notes.products)} multiply two values that both depend on the "
-            "input"
+            f"the steps {list(found.notes.products)} combine values that may need the same weights"
         )
     total = sum(trees.sizes(mask))
     raise ValueError(
         f"the fewest prunable weights that leave a path could not be found. They are between "
-        f"{found.lower} and {found.upper} of {total}, because {', and '.join(reasons)}. "
-        f"Compressions up to {total / max(1, found.upper):.6g} can leave a path; to get the exact "
-        "maximum, leave these parameters out of the mask."
+        f"{found.lower} and {found.upper} of {total}: {', and '.join(reasons)}. The maximal "
+        f"compression is at least {total / max(1, found.upper):.6g}. To get it exactly, leave the "
+        "parameters that these steps share out of the mask. `critical_compression` needs no exact "
+        "maximum."
     )
 
 
@@ -195,7 +197,9 @@ def critical_compression(
     >>> critical_compression(rule, apply_fn, params, None, (2,), num_iterations=10)
     6.0
     """
-    mask = trees.prunable(params) if mask is None else mask
+    mask = trees.default_mask(params) if mask is None else mask
+    if not 0 < arguments.check_number("resolution", resolution, "0.01") < math.inf:
+        raise ValueError(f"resolution={resolution!r} must be above 0: the bisection ends there.")
     rule = scores.as_rule(score_fn)
     usual = rule.num_iterations if num_iterations is None else num_iterations
     # The scores of one iteration do not depend on the compression, so they are computed once.
@@ -205,14 +209,17 @@ def critical_compression(
         rule = scores.fixed(first)
 
     def survives(compression: float) -> bool:
-        pruned, _ = prune_fn(
-            rule,
-            params,
-            compression=compression,
-            mask=mask,
-            num_iterations=num_iterations,
-            **options,
-        )
+        with warnings.catch_warnings():
+            # A network that is emptied has collapsed.
+            warnings.simplefilter("ignore", pruning.Overpruned)
+            pruned, _ = prune_fn(
+                rule,
+                params,
+                compression=compression,
+                mask=mask,
+                num_iterations=num_iterations,
+                **options,
+            )
         return not collapsed(apply_fn, params, pruned, input_shape)
 
     # Bisection in the logarithm: `low` survives, and `high` has collapsed.
@@ -270,8 +277,8 @@ def _log10_norm(apply_fn: ApplyFn, params: Params, input_shape: Sequence[int]) -
 
 
 # An objective is a pytree that is passed as an argument, so that a bisection compiles only once.
-_jitted = jax.jit(lambda objective, params: objective(params))
-_jitted_scaled = jax.jit(lambda objective, params: scaling.evaluate(objective, params))
+_jitted = bounded_jit(lambda objective, params: objective(params))
+_jitted_scaled = bounded_jit(lambda objective, params: scaling.evaluate(objective, params))
 
 
 def _evaluate(objective: Objective, params: Params) -> float:

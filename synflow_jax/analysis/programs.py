@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
-from synflow_jax.scores import ApplyFn
+from synflow_jax import arguments
+from synflow_jax.scores import ApplyFn, check_apply_fn
 
 # A compiled program holds its apply_fn. The cache is small, so that old ones are released.
 _NUM_KEPT = 16
@@ -25,8 +26,10 @@ def compiled(
     The arrays that a `Partial` binds are arguments of the program, so that networks of one
     architecture share it.
     """
+    check_apply_fn(apply_fn)
+    shape = arguments.check_input_shape(input_shape)
     leaves, structure = jax.tree.flatten(Partial(apply_fn))
-    return functools.partial(_program(function, structure, tuple(input_shape)), leaves)
+    return functools.partial(_program(function, structure, shape), leaves)
 
 
 @functools.lru_cache(maxsize=_NUM_KEPT)

@@ -50,6 +50,7 @@ def bounds(
     Raises:
       ValueError: no path leads from input to output.
     """
+    trees.check_mask(mask, params)
     cost_of = _cost_fn(apply_fn, params, mask, input_shape)
     names = trees.names(mask)
     leaves = jax.tree.leaves(mask)
@@ -94,7 +95,8 @@ def _lower_bound(cost_of: CostFn, ones: Costs, essential: Sequence[str], notes: 
     """Returns how many weights are needed at least.
 
     Each essential parameter needs one. Beyond these, only parameters that a path passes once are
-    counted, and of two factors only the dearer one, because the two may need the same weights.
+    counted, and of two factors that depend on the input only the dearer one, because the two may
+    need the same weights.
     """
     costs = dict(ones)
     for name in (*essential, *notes.reused):

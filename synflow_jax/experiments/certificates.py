@@ -21,6 +21,7 @@ import numpy as np
 from synflow_jax import certified, models, scores, storage, trees
 from synflow_jax.experiments import initialization, rows
 from synflow_jax.experiments.run import Run, from_dict
+from synflow_jax.jaxprs.compiled import bounded_jit
 from synflow_jax.models import Network
 from synflow_jax.pruning import PruneInfo
 from synflow_jax.storage import schema
@@ -280,7 +281,7 @@ def _widen(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.float64) if is_float else leaf
 
 
-@jax.jit
+@bounded_jit
 def _pruned_and_cut(
     flow_fn: scores.FlowFn, params: Params, removed_in: Tree, iteration: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

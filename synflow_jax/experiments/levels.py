@@ -333,6 +333,6 @@ def _info(records: Sequence[Mapping[str, Any]]) -> pruning.PruneInfo:
         kept=column("layers", jnp.int32),
         score_total=column("score_total", jnp.float32),
         pruned_score=column("pruned_score", jnp.float32),
-        cut=jnp.full(num_levels, jnp.nan, jnp.float32),
+        cut=jnp.zeros(num_levels, jnp.float32),
         exponent=jnp.zeros(num_levels, jnp.int32),
     )

@@ -16,15 +16,17 @@ import numpy as np
 from synflow_jax import storage
 from synflow_jax.experiments.run import Run, from_dict
 from synflow_jax.storage import Workdir
-from synflow_jax.storage.arrays import digest
+from synflow_jax.storage.arrays import Arrays, digest
 from synflow_jax.trees import Mask, Params
+
+Row = Mapping[str, Any]
 
 # What readers use of a row.
 _IN_PRUNE_ROWS = ("dataset", "config", "mask_sha256")
 _IN_TRAIN_ROWS = ("dataset", "config", "num_steps", "params_sha256")
 
 
-def run_of(row: Mapping[str, Any], init: str | None = None) -> Run:
+def run_of(row: Row, init: str | None = None) -> Run:
     """Returns the run of a row, whose config must be the one that the run is named after.
 
     Args:
@@ -41,17 +43,19 @@ def run_of(row: Mapping[str, Any], init: str | None = None) -> Run:
     needed = _IN_TRAIN_ROWS if is_trained else _IN_PRUNE_ROWS
     missing = [key for key in needed if key not in row]
     if missing:
-        raise ValueError(f"the row of run {run_id!r} lacks {', '.join(missing)}. {cure}")
+        listed = ", ".join(missing)
+        raise ValueError(f"the row of run {run_id!r} lacks {listed}. {cure}")
     config = row["config"]
     if not isinstance(config, dict):
         raise ValueError(f"the row of run {run_id!r} has the config {config!r}. {cure}")
     run = from_dict(config, init)
     name = run.train_id if is_trained else run.prune_id
-    _compare(f"the config in the row of run {run_id!r}", {"run_id": name}, row, cure)
+    what = f"the config in the row of run {run_id!r}"
+    _compare(what, {"run_id": name}, row, cure)
     return run
 
 
-def read_mask(row: Mapping[str, Any], workdir: Workdir, params: Params | None = None) -> Mask:
+def read_mask(row: Row, workdir: Workdir, params: Params | None = None) -> Mask:
     """Reads the mask of a pruning run.
 
     Args:
@@ -73,7 +77,7 @@ def read_mask(row: Mapping[str, Any], workdir: Workdir, params: Params | None = 
     return mask
 
 
-def read_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> dict[str, np.ndarray]:
+def read_checkpoint(row: Row, workdir: Workdir) -> Arrays:
     """Reads the last checkpoint of a training run as it is stored.
 
     Args:
@@ -91,8 +95,7 @@ def read_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> dict[str, np.nd
     from synflow_jax.storage import checkpoints
 
     folder = workdir.checkpoint_path(row["run_id"])
-    cure = _cure("train.py")
-    with _explained(cure):
+    with _explained(_cure("train.py")):
         arrays, description = checkpoints.read_latest(folder)
     params = part(arrays, "params")
     found = {
@@ -100,20 +103,37 @@ def read_checkpoint(row: Mapping[str, Any], workdir: Workdir) -> dict[str, np.nd
         "num_steps": _number(arrays.get("0/step")),
         "params_sha256": digest(params),
     }
-    what = f"the last checkpoint in {str(folder)!r}"
-    _compare(what, found, row, cure)
-    _check_mask(arrays, row, workdir, what)
+    check_checkpoint(found, row, workdir)
+    _check_mask(arrays, row, workdir)
     return arrays
 
 
-def part(arrays: Mapping[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
+def check_checkpoint(found: Row, row: Row, workdir: Workdir) -> None:
+    """Checks that the last checkpoint of a run is the one that its row speaks of.
+
+    Args:
+      found: what the checkpoint holds, by the keys of the row.
+      row: of the training run.
+      workdir: the folder of the run.
+
+    Raises:
+      ValueError: the checkpoint is that of another run, or is older than the row.
+    """
+    _compare(_last_checkpoint(row, workdir), found, row, _cure("train.py"))
+
+
+def part(arrays: Arrays, field: str) -> Arrays:
     """Returns the arrays of one field of the training state, e.g. "params", sorted by name."""
     prefix = f"0/{field}/"
-    names = sorted(name for name in arrays if name.startswith(prefix))
-    return {name.removeprefix("0/"): arrays[name] for name in names}
+    found = {}
+    for name in sorted(arrays):
+        if name.startswith(prefix):
+            in_state = name.removeprefix("0/")
+            found[in_state] = arrays[name]
+    return found
 
 
-def check_run(path: pathlib.Path, kind: str, wanted: Mapping[str, Any], cure: str) -> None:
+def check_run(path: pathlib.Path, kind: str, wanted: Row, cure: str) -> None:
     """Checks that a file without a row, such as a state that IMP rewinds to, is that of a run.
 
     Args:
@@ -126,14 +146,12 @@ def check_run(path: pathlib.Path, kind: str, wanted: Mapping[str, Any], cure: st
       FileNotFoundError: there is no file.
       ValueError: the file describes another run, or none.
     """
-    found = storage.read_run(path, kind)
-    its = {key: found.get(key) for key in wanted}
+    described = storage.read_run(path, kind)
+    its = {key: described.get(key) for key in wanted}
     _compare(f"{kind} {str(path)!r}", its, wanted, cure)
 
 
-def _check_mask(
-    arrays: Mapping[str, np.ndarray], row: Mapping[str, Any], workdir: Workdir, what: str
-) -> None:
+def _check_mask(arrays: Arrays, row: Row, workdir: Workdir) -> None:
     """Checks that a checkpoint has the mask of the pruning run."""
     pruned = workdir.find_row(row["prune_run_id"])
     # The mask of a compact network has other shapes. A network may be copied without its pruning.
@@ -142,7 +160,14 @@ def _check_mask(
         return
     mask = Mask(part(arrays, "mask"))
     found = {"mask_sha256": storage.mask_digest(mask)}
-    _compare(f"the mask in {what}", found, pruned, _cure("train.py"))
+    what = f"the mask in {_last_checkpoint(row, workdir)}"
+    _compare(what, found, pruned, _cure("train.py"))
+
+
+def _last_checkpoint(row: Row, workdir: Workdir) -> str:
+    """Says which checkpoint is meant, for messages."""
+    folder = workdir.checkpoint_path(row["run_id"])
+    return f"the last checkpoint in {str(folder)!r}"
 
 
 @contextlib.contextmanager
@@ -156,7 +181,7 @@ def _explained(cure: str) -> Iterator[None]:
         raise ValueError(f"{error} {cure}") from error
 
 
-def _compare(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any], cure: str) -> None:
+def _compare(what: str, found: Row, wanted: Row, cure: str) -> None:
     """Raises ValueError if a file differs from what is recorded about it."""
     for key, value in found.items():
         recorded = wanted.get(key)

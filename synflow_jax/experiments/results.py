@@ -70,13 +70,16 @@ def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
     Raises:
       ValueError: the file is missing or damaged; names the line and the cure.
     """
+    # Reading a named pipe or a device would never end.
+    if not path.is_file():
+        raise _damaged_curve(path, "it is not a file" if path.exists() else "it is missing")
     try:
         text = path.read_bytes().decode()
     except (OSError, ValueError) as error:
         raise _damaged_curve(path, f"it cannot be read: {error}") from error
     header, *lines = text.split("\n")
     names = header.rstrip("\r").split(",")
-    if names != ["epoch", *training.CURVE]:
+    if sorted(names) != sorted(["epoch", *training.CURVE]):
         raise _damaged_curve(path, f"line 1 is {header[:60]!r}, not the names of its columns")
     # The text ends in a newline, unless it was cut off.
     if not lines or lines.pop():

@@ -119,7 +119,7 @@ def _iterations(info: PruneInfo) -> dict[str, list[Any]]:
 def cut_fractions(info: PruneInfo) -> list[float]:
     """Returns, for each iteration, the score that it pruned as a fraction of the smallest cut.
 
-    NaN where no cut is known, inf where the cut was empty.
+    inf where the cut was empty, or is not known.
     """
     pruned = np.asarray(info.pruned_score, np.float64)
     cut = np.asarray(info.cut, np.float64)

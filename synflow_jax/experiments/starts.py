@@ -167,21 +167,30 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
       workdir: the folder of the run.
 
     Raises:
-      ValueError: there is no checkpoint, or it is damaged or belongs to another run.
+      ValueError: there is no checkpoint; or it is damaged, belongs to another run or is older than
+        the row of the run.
     """
     recipe = programs.make_recipe(run)
     full = _trained(run, network, mask)
     masked = forms.choose(full, compact=False)
     # Not the form that the config would choose now: an earlier command may have had another flag.
-    form = forms.choose(full, compact=True) if _was_compact(run, workdir) else masked
+    saved = _saved_description(run, workdir)
+    form = forms.choose(full, compact=True) if saved.get("compact") else masked
     options = run.config.train
     info = training.init_info(options.num_epochs)
     like = first_state(run, recipe, form, workdir), info
-    path, description = workdir.checkpoint_path(run.train_id), describe(run, mask, form)
+    path = workdir.checkpoint_path(run.train_id)
+    # A form that was chosen by speed knows the size of its compact network, which this one may not.
+    description = describe(run, mask, form) | {"size": saved.get("size")}
     with checkpoints.open_folder(path, description, None) as folder:
         restored = checkpoints.restore_latest(folder, like)
     assert restored is not None, "its description was read above"
     _, (state, _) = restored
+    row = workdir.find_row(run.train_id)
+    # A run that is still in training has no row, and its newest checkpoint is what is asked for.
+    if row is not None:
+        found = {"num_steps": int(state.step), "params_sha256": digest(state.params)}
+        recorded.check_checkpoint(found, row, workdir)
     if form.plan is None:
         return state
     # Weights that the compact network leaves out are as they were before the first step.
@@ -190,8 +199,8 @@ def restore_full(run: Run, network: Network, mask: Mask, workdir: Workdir) -> Tr
     return expanded
 
 
-def _was_compact(run: Run, workdir: Workdir) -> bool:
-    """Returns whether the checkpoints of a run are of the compact network.
+def _saved_description(run: Run, workdir: Workdir) -> dict[str, Any]:
+    """Returns the description of the run in its newest checkpoint.
 
     Raises:
       ValueError: there is no checkpoint, or it is damaged.
@@ -205,4 +214,4 @@ def _was_compact(run: Run, workdir: Workdir) -> bool:
         raise ValueError(
             f"{str(path)!r} holds no checkpoint of this run: train it first, by train.py."
         )
-    return bool(found.get("compact"))
+    return found

@@ -67,22 +67,27 @@ def widen(function: Callable[..., Any], precision: Precision) -> Callable[..., A
     """
 
     def widened(*args: Any) -> Any:
-        leaves = jax.tree.leaves(args)
+        leaves, structure = jax.tree.flatten(args)
         is_narrow = any(_is_narrower(jnp.result_type(leaf), precision.dtype) for leaf in leaves)
         # A debugger needs numbers, which a trace does not have.
-        if jax.config.jax_disable_jit and not is_narrow:
+        if jax.config.jax_disable_jit and not is_narrow:  # type: ignore[attr-defined]
             return function(*args)
+
+        # JAX remembers the structures of arguments for long, and so the functions inside of them.
+        def of_leaves(*leaves: Any) -> Any:
+            return function(*jax.tree.unflatten(structure, leaves))
+
         with _as_the_caller(precision.x64):
-            seen = jax.tree.map(_as_seen, args)
-            program, shapes = jax.make_jaxpr(function, return_shape=True)(*seen)
-        structure = jax.tree.structure(shapes)
+            seen = map(_as_seen, leaves)
+            program, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(*seen)
         if _has_narrower(program, precision.dtype, set()):
             outputs = _evaluate(precision.dtype, program, leaves)
-            return jax.tree.unflatten(structure, outputs)
-        # Without a compiler around it the function is run as Python, so that a debugger can enter.
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        elif any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            outputs = jaxpr_as_fun(program)(*leaves)
+        else:
+            # Without a compiler around it the function is run as Python.
             return function(*args)
-        return jax.tree.unflatten(structure, jaxpr_as_fun(program)(*leaves))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return widened
 
@@ -133,9 +138,9 @@ def _drawn(array: Any) -> _Value:
 def _literal(literal: Literal) -> _Value:
     """Holds the number that a literal was most likely written as, and the number itself."""
     written = literal.val
-    is_float = jnp.issubdtype(literal.aval.dtype, jnp.floating)
+    is_float = jnp.issubdtype(_dtype(literal), jnp.floating)
     if is_float and np.ndim(written) == 0:
-        written = np.float64(_as_written(float(written), literal.aval.dtype))
+        written = np.float64(_as_written(float(written), _dtype(literal)))
     return _Value(written, literal.val)
 
 
@@ -157,6 +162,11 @@ def _as_written(value: float, dtype: Any) -> float:
         if float(np.asarray(decimal, dtype)) == value:
             return decimal
     return value
+
+
+def _dtype(atom: Any) -> Any:
+    """Returns the dtype of a variable or a literal, as the function computes it."""
+    return atom.aval.dtype
 
 
 def _is_key(array: Any) -> bool:
@@ -193,7 +203,7 @@ def _has_narrower(program: Program, least: np.dtype, seen: set[int]) -> bool:
         inner = [p for p in jax.tree.leaves(list(eqn.params.values())) if _is_program(p)]
         if any(_has_narrower(p, least, seen) for p in inner):
             return True
-    return any(_is_narrower(variable.aval.dtype, least) for variable in variables)
+    return any(_is_narrower(_dtype(variable), least) for variable in variables)
 
 
 def _is_program(param: Any) -> bool:
@@ -236,7 +246,7 @@ def _widened(least: np.dtype, values: Iterable[_Value], variables: Sequence[Any]
     arrays = []
     for x, variable in zip(values, variables, strict=True):
         array = x.own if x.wide is None else x.wide
-        arrays.append(_cast(array, wider(variable.aval.dtype, least)))
+        arrays.append(_cast(array, wider(_dtype(variable), least)))
     return arrays
 
 
@@ -251,7 +261,7 @@ def _default(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Va
     for wide_array, own_array, variable in zip(wide, own, eqn.outvars, strict=True):
         value = _Value(wide_array, own_array)
         # A key stands for chance, whatever number it was made of.
-        if jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(_dtype(variable), jax.dtypes.prng_key):
             value = _drawn(own_array if wide_array is None else wide_array)
         values.append(value)
     return values
@@ -262,7 +272,7 @@ def _as_it_is(eqn: JaxprEqn, operands: list[_Value]) -> list[Any]:
     arrays = []
     for x, variable in zip(operands, eqn.invars, strict=True):
         array = x.wide if x.own is None else x.own
-        arrays.append(_cast(array, variable.aval.dtype))
+        arrays.append(_cast(array, _dtype(variable)))
     return bind(eqn, arrays)
 
 
@@ -275,7 +285,7 @@ def _in_wider(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[An
     except TypeError as error:
         raise _refusal(least, eqn) from error
     for array, variable in zip(outputs, eqn.outvars, strict=True):
-        if array.dtype != wider(variable.aval.dtype, least):
+        if array.dtype != wider(_dtype(variable), least):
             raise _refusal(least, eqn)
     return outputs
 
@@ -307,14 +317,14 @@ def _widened_program(least: np.dtype, program: Program) -> Program:
 
     avals = []
     for variable in jaxpr.invars:
-        dtype = wider(variable.aval.dtype, least)
+        dtype = wider(_dtype(variable), least)
         avals.append(variable.aval.update(dtype=dtype, weak_type=False))
     widened = jax.make_jaxpr(evaluated)(*avals)
     return widened if isinstance(program, ClosedJaxpr) else widened.jaxpr
 
 
 def _refusal(least: np.dtype, eqn: JaxprEqn) -> ValueError:
-    dtypes = [variable.aval.dtype for variable in [*eqn.invars, *eqn.outvars]]
+    dtypes = [_dtype(variable) for variable in [*eqn.invars, *eqn.outvars]]
     narrow = next((dtype for dtype in dtypes if _is_narrower(dtype, least)), "a narrower dtype")
     return ValueError(
         f"the step {eqn.primitive.name!r} computes in {narrow} and cannot be computed in {least}, "
@@ -339,7 +349,7 @@ _TABLE = Table(
 def _reduce_precision(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
     """Keeps a value that is only rounded to its own dtype. Other rounding is part of the model."""
     (variable,) = eqn.invars
-    num_bits = jnp.finfo(variable.aval.dtype).nmant
+    num_bits = jnp.finfo(_dtype(variable)).nmant
     if eqn.params["mantissa_bits"] >= num_bits:
         return operands
     return _default(least, eqn, operands)
@@ -359,7 +369,7 @@ def _bitcast(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Va
 def _foreign(least: np.dtype, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
     """Refuses code that JAX cannot read, if it computes with narrower floats."""
     variables = [*eqn.invars, *eqn.outvars]
-    if any(_is_narrower(variable.aval.dtype, least) for variable in variables):
+    if any(_is_narrower(_dtype(variable), least) for variable in variables):
         raise _refusal(least, eqn)
     return _default(least, eqn, operands)
 

@@ -15,6 +15,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from synflow_jax import scores
@@ -22,7 +23,7 @@ from synflow_jax.scores import Batch, Rule, SumOverBatches
 from synflow_jax.trees import Mask, Params, Scores
 
 
-def deal(rule: Rule, num_devices: int) -> tuple[Rule, jax.Array | None, Any]:
+def deal(rule: Rule, num_devices: int) -> tuple[Rule, np.ndarray | None, Any]:
     """Deals the batches of a rule out to devices, round by round: batch i goes to device i mod D.
 
     Returns:
@@ -39,7 +40,7 @@ def deal(rule: Rule, num_devices: int) -> tuple[Rule, jax.Array | None, Any]:
     for group in rule.batches:
         leaves = jax.tree.leaves(group)
         sizes.append(leaves[0].shape[0])
-    num_batches = jnp.array(sizes, jnp.int32)
+    num_batches = np.array(sizes, np.int32)
     deal_leaf = functools.partial(_deal_leaf, num_devices)
     dealt = jax.tree.map(deal_leaf, rule.batches)
     all_split = jax.tree.map(lambda _: True, dealt)

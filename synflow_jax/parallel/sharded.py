@@ -395,7 +395,9 @@ def _place(mesh: Mesh, tree: Tree, specs: Tree) -> Tree:
     if isinstance(specs, P):
         one_spec = specs
         specs = jax.tree.map(lambda _: one_spec, tree)
-    return jax.tree.map(place, specs, tree)
+    # These transfers are meant, also under jax_transfer_guard="disallow".
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(place, specs, tree)
 
 
 def _local(tree: Tree) -> Tree:

@@ -22,6 +22,7 @@ DAMAGED = "It is damaged or was made by another program: make it again, or take 
 _SIZE_BYTES = 8
 
 Arrays = dict[str, np.ndarray]
+Header = Mapping[str, str]  # the metadata of a file
 
 
 def save_arrays(
@@ -59,7 +60,7 @@ def load_arrays(path: pathlib.Path) -> Arrays:
     return arrays
 
 
-def encode(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def encode(arrays: Mapping[str, np.ndarray], metadata: Header) -> bytes:
     """Returns the bytes of a safetensors file: equal bytes for equal arrays and metadata.
 
     >>> content = encode({"w": np.zeros(2, np.float32)}, {"b": "1", "a": "2"})
@@ -68,19 +69,24 @@ def encode(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> byt
     """
     content = safetensors.numpy.save(dict(arrays), dict(metadata))
     # A file is the size of its header in 8 bytes, the header as JSON, and the arrays.
-    size = int.from_bytes(content[:_SIZE_BYTES], "little")
-    start = _SIZE_BYTES + size
-    header = json.loads(content[_SIZE_BYTES:start])
+    size_bytes = content[:_SIZE_BYTES]
+    start = _SIZE_BYTES + int.from_bytes(size_bytes, "little")
+    header_bytes = content[_SIZE_BYTES:start]
+    header = json.loads(header_bytes)
     # The library keeps metadata in a hash map, whose order differs from process to process. A run
     # that begins from a network file is named by the bytes of that file.
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    in_order = sorted(metadata.items())
+    header["__metadata__"] = dict(in_order)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    encoded = text.encode()
     # Spaces keep the arrays aligned to 8 bytes, as the library writes them.
-    padded = text + b" " * (-len(text) % _SIZE_BYTES)
-    return len(padded).to_bytes(_SIZE_BYTES, "little") + padded + content[start:]
+    num_spaces = -len(encoded) % _SIZE_BYTES
+    padded = encoded + b" " * num_spaces
+    size_bytes = len(padded).to_bytes(_SIZE_BYTES, "little")
+    return size_bytes + padded + content[start:]
 
 
-def read_safetensors(path: AnyPath, kind: str, hint: str = "") -> tuple[Arrays, dict[str, str]]:
+def read_safetensors(path: AnyPath, kind: str, hint: str = "") -> tuple[Arrays, Header]:
     """Reads any safetensors file.
 
     Args:
@@ -136,7 +142,7 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return hashed.hexdigest()
 
 
-def parse_json(header: Mapping[str, str], key: str, where: str) -> Any:
+def parse_json(header: Header, key: str, where: str) -> Any:
     """Parses one entry of a file's metadata as JSON.
 
     Args:

@@ -19,6 +19,9 @@ from synflow_jax.trees import Mask, Params
 # Written into every file. Another format would make existing masks unreadable.
 _FORMAT = "synflow_jax mask 1"
 
+Leaves = Mapping[str, np.ndarray]  # by name
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 def save_mask(path: AnyPath, mask: Mask, metadata: Mapping[str, Any] | None = None) -> str:
     """Writes a mask; read it with `load_mask`.
@@ -74,10 +77,11 @@ def load_mask(path: AnyPath, params: Params | None = None) -> Mask:
     if arrays.digest(packed) != header.get("sha256"):
         raise ValueError(f"{where} has bits that do not match its sha256. {arrays.DAMAGED}")
     shapes = parse_shapes(header, "layers", where)
-    if set(shapes) != set(packed):
+    described, held = sorted(shapes), sorted(packed)
+    if described != held:
         raise ValueError(
-            f"{where} describes the layers {sorted(shapes)}, but holds the masks of "
-            f"{sorted(packed)}. {arrays.DAMAGED}"
+            f"{where} describes the layers {described}, but holds the masks of {held}. "
+            f"{arrays.DAMAGED}"
         )
     masks = unpack_all(packed, shapes, where)
     if params is None:
@@ -85,7 +89,7 @@ def load_mask(path: AnyPath, params: Params | None = None) -> Mask:
     return _like(params, masks, where)
 
 
-def parse_shapes(header: Mapping[str, str], key: str, where: str) -> dict[str, tuple[int, ...]]:
+def parse_shapes(header: arrays.Header, key: str, where: str) -> Shapes:
     """Parses the shapes that a file records for its masks; see `describe`.
 
     The bytes of a mask do not tell its shape, since their last bits may be padding.
@@ -112,12 +116,13 @@ def parse_shapes(header: Mapping[str, str], key: str, where: str) -> dict[str, t
 
 def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Returns whether a value of JSON is a shape: a list of whole numbers of at least 0."""
-    return isinstance(value, list) and all(type(side) is int and side >= 0 for side in value)
+    if not isinstance(value, list):
+        return False
+    # Not isinstance: to Python, True is a whole number.
+    return all(type(side) is int and side >= 0 for side in value)
 
 
-def unpack_all(
-    packed: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], where: str
-) -> dict[str, np.ndarray]:
+def unpack_all(packed: Leaves, shapes: Shapes, where: str) -> arrays.Arrays:
     """Unpacks masks by name.
 
     Args:
@@ -142,7 +147,7 @@ def mask_digest(mask: Mask) -> str:
     return arrays.digest(_packed(mask))
 
 
-def describe(masks: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def describe(masks: Leaves) -> dict[str, dict[str, Any]]:
     """Returns the shape and the number of kept weights of each leaf, as files record them.
 
     >>> describe({"fc/kernel": np.array([[True, False], [True, True]])})
@@ -192,21 +197,22 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return bits.astype(bool).reshape(shape)
 
 
-def _by_name(mask: Mask) -> dict[str, np.ndarray]:
+def _by_name(mask: Mask) -> arrays.Arrays:
     """Returns the leaves of a mask by name, on the host."""
     leaves = trees.by_name(mask)
     return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
-def _packed(mask: Mask) -> dict[str, np.ndarray]:
+def _packed(mask: Mask) -> arrays.Arrays:
     """Returns the packed leaves of a mask by name."""
     leaves = _by_name(mask)
     return {name: pack(leaf) for name, leaf in leaves.items()}
 
 
-def _like(params: Params, masks: Mapping[str, np.ndarray], where: str) -> Mask:
+def _like(params: Params, masks: Leaves, where: str) -> Mask:
     """Builds a mask with the structure of `params` from leaves by name."""
-    found = {name: np.shape(leaf) for name, leaf in trees.by_name(params).items()}
+    leaves = trees.by_name(params)
+    found = {name: np.shape(leaf) for name, leaf in leaves.items()}
     # Only the leaves of the file are compared: parameters that cannot be pruned are not in it.
     for name, mask in masks.items():
         shape = found.get(name, "no such leaf")

@@ -175,8 +175,10 @@ def _stamp(path: pathlib.Path) -> Stamp | None:
     """
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
     # Before it is opened: reading a named pipe or a device would never end.
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
@@ -195,9 +197,13 @@ def _open(path: pathlib.Path) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise ValueError(
-            f"row file {str(path)!r} cannot be read: {error.strerror}. Check its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"row file {str(path)!r} cannot be read: {error.strerror}. Check its permissions."
+    )
 
 
 def _forget(file: RowFile) -> None:

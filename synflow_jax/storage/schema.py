@@ -53,26 +53,29 @@ class Nullable:
 Schema = Kind | Nullable | list[Any] | dict[str, Any]
 
 
-def _is_integer(value: Any, lowest: int) -> bool:
-    # To Python, True is a whole number.
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= _LARGEST
+def _between(words: str, lowest: float, highest: float, types: Any = int) -> Kind:
+    """Returns the kind of a number of one of these types, within these bounds."""
 
+    def accepts(value: Any) -> bool:
+        # To Python, True is a whole number.
+        if isinstance(value, bool) or not isinstance(value, types):
+            return False
+        # NaN is not between any two numbers.
+        return lowest <= value <= highest
 
-def _is_number(value: Any, lowest: float, highest: float) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # NaN is not between any two numbers.
-    return is_number and lowest <= value <= highest
+    return Kind(words, accepts)
 
 
 _MAX = sys.float_info.max
+_REAL = int | float
 TEXT = Kind("text", lambda value: isinstance(value, str))
 TRUTH = Kind("true or false", lambda value: isinstance(value, bool))
-INTEGER = Kind("a whole number", lambda value: _is_integer(value, -_LARGEST))
-NATURAL = Kind("a whole number from 0", lambda value: _is_integer(value, 0))
-POSITIVE = Kind("a whole number from 1", lambda value: _is_integer(value, 1))
-NUMBER = Kind("a finite number", lambda value: _is_number(value, -_MAX, _MAX))
-AT_LEAST_1 = Kind("a finite number from 1", lambda value: _is_number(value, 1, _MAX))
-FRACTION = Kind("a number from 0 to 1", lambda value: _is_number(value, 0, 1))
+INTEGER = _between("a whole number", -_LARGEST, _LARGEST)
+NATURAL = _between("a whole number from 0", 0, _LARGEST)
+POSITIVE = _between("a whole number from 1", 1, _LARGEST)
+NUMBER = _between("a finite number", -_MAX, _MAX, _REAL)
+AT_LEAST_1 = _between("a finite number from 1", 1, _MAX, _REAL)
+FRACTION = _between("a number from 0 to 1", 0, 1, _REAL)
 
 
 def one_of(words: str, values: Iterable[str]) -> Kind:
@@ -82,9 +85,12 @@ def one_of(words: str, values: Iterable[str]) -> Kind:
     "pruner='snop' is not a rule (snip)"
     """
     known = tuple(values)
-    return Kind(
-        f"{words} ({', '.join(known)})", lambda value: isinstance(value, str) and value in known
-    )
+    listed = ", ".join(known)
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, str) and value in known
+
+    return Kind(f"{words} ({listed})", accepts)
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -139,13 +145,18 @@ def _follow(value: Any, schema: Schema, names: Sequence[str], place: str) -> str
     """Follows the names of a key to the values at its end. place: the key so far: "layers[0]"."""
     match schema:
         case Nullable(inner):
-            return None if value is None else _follow(value, inner, names, place)
-        case Kind():
+            if value is None:
+                return None
+            return _follow(value, inner, names, place)
+        case Kind(words, accepts):
             assert not names, f"the schema has nothing below {place}"
-            return None if schema.accepts(value) else _not(place, value, schema.words)
+            if accepts(value):
+                return None
+            return _not(place, value, words)
         case [inner, *rest]:
             if not isinstance(value, list):
                 return _not(place, value, "a list")
+            # With an ellipsis, at least one is needed.
             if rest and not value:
                 return f"{place} is empty"
             items = (_follow(item, inner, names, f"{place}[{i}]") for i, item in enumerate(value))

@@ -221,7 +221,11 @@ RETURNED: Cases = {
     ),
     "features and logits": (
         lambda: _prune(scores.synflow(lambda p, x: (x, _apply(p, x)), (6,))),
-        ("apply_fn returned (float32[1,6], float32[1,4])", "apply_fn(params, x)[-1]"),
+        ("apply_fn returned (float32[1,6], float32[1,4])", "apply_fn(params, x)[1]"),
+    ),
+    "logits and a state": (
+        lambda: _prune(scores.synflow(lambda p, x: (_apply(p, x), {"mean": x}), (6,))),
+        ("apply_fn returned (float32[1,4], {'mean': float32[1,6]})", "apply_fn(params, x)[0]"),
     ),
     "a dict": (
         lambda: _prune(scores.synflow(lambda p, x: {"logits": _apply(p, x)}, (6,))),

@@ -119,13 +119,25 @@ def test_the_analysis_bears_every_mode() -> None:
     assert analysis.max_compression(_mlp, PARAMS, ONES, (6,)) == SIZE / 2
 
 
-def test_with_64_bits_and_without_compilation_the_masks_are_the_same() -> None:
+def test_with_64_bits_the_masks_are_the_same() -> None:
     prune = lambda: pruning.prune(RULES["synflow"], PARAMS, compression=4, num_iterations=2)[0]
     expected = jax.device_get(prune())
     with jax.enable_x64(True):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(prune()), expected)
+
+
+def test_without_compilation_the_masks_are_the_same_and_a_debugger_sees_numbers() -> None:
+    seen = []
+
+    def score_fn(params: trees.Params, mask: trees.Mask, key: jax.Array) -> trees.Scores:
+        seen.append(params["fc"]["kernel"])
+        return RULES["magnitude"](params, mask, key)
+
+    prune = lambda: pruning.prune(score_fn, PARAMS, compression=4, num_iterations=1)[0]
+    expected = jax.device_get(prune())
     with jax.disable_jit():
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(prune()), expected)
+    assert not isinstance(seen[-1], jax.core.Tracer)
 
 
 @pytest.mark.parametrize("rule", ["synflow", "snip"])

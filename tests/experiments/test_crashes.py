@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Limits the size of files, each time so that another one is the first that is too large."""
-    case = CASES["sweep"]
+    case = CASES["run"]
     _run(case, tmp_path / "whole")
     expected = _left(tmp_path / "whole")
     failed = set()

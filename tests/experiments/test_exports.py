@@ -31,10 +31,11 @@ from synflow_jax.experiments import (
     initialization,
     masks,
     results,
+    starts,
 )
 from synflow_jax.experiments.config import Config, PruneConfig, TrainConfig
 from synflow_jax.experiments.identity import file_digest
-from synflow_jax.experiments.run import Run, resolve_one
+from synflow_jax.experiments.run import Run, from_dict, resolve_one
 from synflow_jax.models import Network
 from synflow_jax.storage import Workdir, checkpoints, networks
 from synflow_jax.storage.networks import native
@@ -188,6 +189,12 @@ def _check_that_other_checkpoints_are_refused(row: dict[str, Any], workdir: Work
     message = rf"its num_steps is {last // 2}, and the run's is {last}.*--overwrite runs it again"
     with pytest.raises(ValueError, match=message):
         exports.read(row, workdir)
+    run = from_dict(row["config"])
+    network = initialization.build(run)
+    found = masks.find_mask(run, network, workdir)
+    assert found is not None
+    with pytest.raises(ValueError, match=message):
+        starts.restore_full(run, network, found[0], workdir)
 
     weights = {"0/params/head/bias": arrays["0/params/head/bias"] + 1}
     mask = {"0/mask/fc1/kernel": ~arrays["0/mask/fc1/kernel"]}

@@ -28,7 +28,15 @@ import numpy as np
 import pytest
 
 from synflow_jax import models, pruning, scores, trees
-from synflow_jax.experiments import checks, failures, initialization, masks
+from synflow_jax.experiments import (
+    checks,
+    engine,
+    events,
+    failures,
+    initialization,
+    masks,
+    memory,
+)
 from synflow_jax.experiments.config import Config, DataConfig, Grid, PruneConfig
 from synflow_jax.experiments.events import Failed, Finished
 from synflow_jax.experiments.run import Run, grid_fields, grid_values, resolve, resolve_one
@@ -419,3 +427,53 @@ def test_recording_units_changes_nothing_else(tmp_path: pathlib.Path) -> None:
         assert layer["name"] == f"{name}/kernel"
         assert len(group["incoming"]) == len(group["outgoing"]) == 20
         np.testing.assert_allclose(sum(group["incoming"]), layer["initial_score"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_programs_of_networks_that_are_done_are_dropped(tmp_path: pathlib.Path) -> None:
+    prune = PruneConfig(pruner="random", num_iterations=1)
+    grid = Grid(width_multiplier=(0.01, 0.02, 0.03))
+    runs = resolve(_with(SMALL, prune=prune, grid=grid))
+    backend = jax.local_devices()[0].client
+    live = []
+    for outcome in masks.prune_all(runs, Workdir(tmp_path)):
+        assert isinstance(outcome, Finished), outcome
+        live.append(len(backend.live_executables()))
+    # The first count includes what earlier tests have left.
+    assert live[2] <= live[1] + 5
+
+
+@pytest.mark.parametrize(("num_devices", "sizes"), [(1, [2, 2, 2]), (2, [4, 2]), (8, [6])])
+def test_a_sweep_drops_programs_between_shapes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, num_devices: int, sizes: list[int]
+) -> None:
+    freed: list[None] = []
+    monkeypatch.setattr(memory, "free_programs", lambda: freed.append(None))
+    devices = tuple(jax.local_devices()[:1] * num_devices)
+    shared = engine._Shared(
+        Workdir(tmp_path),
+        devices,
+        split=False,
+        overwrite=False,
+        emit=events.ignore,
+        should_stop=lambda: False,
+        build=initialization.builder(),
+    )
+    runs = _runs(seed=(0, 1), width_multiplier=(0.1, 0.2, 0.3))
+    parts = list(engine._by_shapes(shared, runs))
+    assert [len(part) for part in parts] == sizes and len(freed) == len(sizes) - 1
+    # No run is lost, and those of one shape are together.
+    in_order = [run.shapes_key for part in parts for run in part]
+    assert sorted(in_order) == in_order and len(in_order) == len(runs)
+
+
+def test_a_large_grid_is_resolved_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    equal = Run.__eq__
+    monkeypatch.setattr(
+        Run, "__eq__", lambda a, b: (compared.append(None), equal(a, b))[1], raising=False
+    )
+    values = tuple(2 + number / 100 for number in range(300))
+    assert len(_runs(compression=(*values, *values))) == len(values)
+    # Twice the values are removed before; no two of these runs have one name.
+    assert len(compared) <= len(values)

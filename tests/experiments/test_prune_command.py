@@ -112,7 +112,7 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, prune: Prune) -> None:
     assert damaged.returncode != 0
     assert "cannot be read" in damaged.stderr
     assert "--overwrite" in damaged.stderr
-    (tmp_path / "rows.jsonl").write_text('{"run_id": "half')
+    (tmp_path / "rows.jsonl").write_text('{"run_id": "half\n')
     damaged = prune(*flags, "--overwrite")
     assert damaged.returncode != 0 and "line 1" in damaged.stderr
 

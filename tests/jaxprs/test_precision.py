@@ -61,7 +61,7 @@ def _functions(dtype: Any) -> dict[str, Function]:
 
     return {
         "lax.max": lambda x, w: lax.max(x @ w, zeros(3, 4)),
-        "fixed kernel": lambda x, w: conv(x[:, :, None] * w[0], jnp.full((3, 4, 4), 0.25, dtype)),
+        "fixed kernel": lambda x, w: conv((x @ w)[None], jnp.full((3, 4, 4), 0.25, dtype)),
         "cond": chosen,
         "while": until,
         "dynamic_update_slice": written,
@@ -196,7 +196,7 @@ def test_steps_that_cannot_be_widened_are_named() -> None:
 
     with (
         jax.enable_x64(True),
-        pytest.raises(ValueError, match="'pure_callback' computes in float32 and cannot be .*64"),
+        pytest.raises(ValueError, match=r"'pure_callback' computes in float32 and cannot be .*64"),
     ):
         jax.eval_shape(widen(called, DOUBLE), jnp.ones(3))
     # Nothing is in the way of integers.

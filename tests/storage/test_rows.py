@@ -180,6 +180,16 @@ def test_what_is_no_file_is_refused(
         Workdir(tmp_path).check_rows()
 
 
+def test_a_link_to_itself_is_refused_and_a_folder_that_is_a_file_is_empty(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl' cannot be read: Too many levels"):
+        Workdir(tmp_path).check_rows()
+    (tmp_path / "file").write_text("")
+    assert Workdir(tmp_path / "file").rows() == []
+
+
 def test_other_files_of_similar_names_are_left_alone(tmp_path: pathlib.Path) -> None:
     for name in ("rows-backup.jsonl", "rows-0001.old.jsonl", "rows-0001.jsonl.bak", "rows-.jsonl"):
         (tmp_path / name).write_text("notes")

@@ -32,7 +32,7 @@ from synflow_jax.analysis.dependence.values import (
     total,
 )
 from synflow_jax.jaxprs.interpreter import walk
-from synflow_jax.scores import ApplyFn
+from synflow_jax.scores import ApplyFn, fed_with_ones
 from synflow_jax.trees import Mask, Params
 
 __all__ = ["BOUND", "COST", "REACH", "Notes", "Semiring", "evaluate"]
@@ -69,7 +69,7 @@ def evaluate(
     if followed is not None:
         is_followed = structure.flatten_up_to(followed)  # type: ignore[attr-defined]
     x = jnp.ones((1, *input_shape), _input_dtype(leaves))
-    program = jax.make_jaxpr(apply_fn)(params, x)
+    program = jax.make_jaxpr(fed_with_ones(apply_fn, input_shape))(params, x)
 
     inputs = []
     for name, leaf, degree in zip(trees.names(params), leaves, is_followed, strict=True):

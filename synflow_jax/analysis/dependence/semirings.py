@@ -7,7 +7,8 @@ written once, for any semiring:
   REACH   1 where an element depends on the input, else 0. It can be differentiated.
   COST    the fewest prunable weights by which an element depends on the input; infinity for none.
           Weights that are needed twice count twice, so that a cost is an upper bound.
-  BOUND   as COST, but a product costs as much as its dearer factor: a lower bound.
+  BOUND   as COST, but where two factors may need the same weights, the dearer one counts alone. So
+          a cost is a lower bound, if no path passes a weight twice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 
 Degree = jax.Array  # float32, of the shape of the value whose dependence it says
 Product = Callable[[Degree, Degree], Degree]  # a product of matrices, or a convolution
+Both = Callable[[Degree, Degree], Degree]  # combines what is needed together
 
 
 class Semiring(NamedTuple):
@@ -31,10 +33,11 @@ class Semiring(NamedTuple):
       always: that of the input itself.
       is_reached: tells, per element, a dependence from `never`.
       join: combines two dependences, either of which is enough.
-      both: combines two that are needed together.
-      shared: as `both`, where the two are known to need the same weights.
+      both: combines two that are needed together, and need different weights.
+      shared: as `both`, where the two need the same weights.
+      uncertain: as `both`, where it is not known whether the two need the same weights.
       reduce: joins along axes, as (degree, axes). The axes vanish.
-      contract: sums products, as (product, a, b): `join` over the pairs of `both`.
+      contract: sums products, as (product, both, a, b): `join` over the pairs of `both`.
       window: joins over windows, as (degree, window parameters of `lax.reduce_window`).
       cumulate: joins all elements up to each, as (degree, axis, reverse).
       scatter: joins updates into an array, as the arguments of `lax.scatter_add`.
@@ -44,10 +47,11 @@ class Semiring(NamedTuple):
     always: float
     is_reached: Callable[[Degree], jax.Array]
     join: Callable[[Degree, Degree], Degree]
-    both: Callable[[Degree, Degree], Degree]
-    shared: Callable[[Degree, Degree], Degree]
+    both: Both
+    shared: Both
+    uncertain: Both
     reduce: Callable[[Degree, Sequence[int]], Degree]
-    contract: Callable[[Product, Degree, Degree], Degree]
+    contract: Callable[[Product, Both, Degree, Degree], Degree]
     window: Callable[..., Degree]
     cumulate: Callable[[Degree, int, bool], Degree]
     scatter: Callable[..., Degree]
@@ -87,8 +91,9 @@ REACH = Semiring(
     join=lambda a, b: _saturated(a + b),
     both=lambda a, b: a * b,
     shared=lambda a, b: a * b,
+    uncertain=lambda a, b: a * b,
     reduce=lambda degree, axes: _saturated(jnp.sum(degree, tuple(axes))),
-    contract=lambda product, a, b: _saturated(product(a, b)),
+    contract=lambda product, both, a, b: _saturated(product(a, b)),
     window=_reach_window,
     cumulate=lambda degree, axis, reverse: _saturated(
         jax.lax.cumsum(degree, axis=axis, reverse=reverse)
@@ -100,41 +105,36 @@ REACH = Semiring(
 # -------------------------------------------------------------------------------------------- Cost
 
 
-def _contract_costs(both: Callable[[Degree, Degree], Degree]) -> Callable[..., Degree]:
-    """Returns `contract` for costs, from the way in which the costs of two factors combine."""
+def _contract_costs(product: Product, both: Both, a: Degree, b: Degree) -> Degree:
+    """Finds the cheapest pair of factors for each element of a product.
 
-    def contract(product: Product, a: Degree, b: Degree) -> Degree:
-        """Finds the cheapest pair of factors for each element of a product.
+    Arrays hold few distinct costs, usually one. For each pair of them, an ordinary product of
+    indicators counts the pairs of factors that have these costs. No cost is rounded.
+    """
+    first_a, first_b = jnp.min(a, initial=math.inf), jnp.min(b, initial=math.inf)
+    start = jnp.where(jnp.isfinite(first_b), first_a, math.inf)
+    shape = jax.eval_shape(product, a, b).shape
+    nothing = jnp.full(shape, math.inf, jnp.float32)
 
-        Arrays hold few distinct costs, usually one. For each pair of them, an ordinary product of
-        indicators counts the pairs of factors that have these costs. No cost is rounded.
-        """
-        first_a, first_b = jnp.min(a, initial=math.inf), jnp.min(b, initial=math.inf)
-        start = jnp.where(jnp.isfinite(first_b), first_a, math.inf)
-        shape = jax.eval_shape(product, a, b).shape
-        nothing = jnp.full(shape, math.inf, jnp.float32)
+    def goes_on(state: Any) -> jax.Array:
+        cost_a, _, _ = state
+        return jnp.isfinite(cost_a)
 
-        def goes_on(state: Any) -> jax.Array:
-            cost_a, _, _ = state
-            return jnp.isfinite(cost_a)
+    def add_pair(state: Any) -> Any:
+        cost_a, cost_b, best = state
+        has_cost_a = (a == cost_a).astype(jnp.float32)
+        has_cost_b = (b == cost_b).astype(jnp.float32)
+        num_pairs = product(has_cost_a, has_cost_b)
+        cost = jnp.where(num_pairs > 0, both(cost_a, cost_b), math.inf)
+        best = jnp.minimum(best, cost)
+        next_b = _next_cost(b, cost_b)
+        is_last_b = jnp.isinf(next_b)
+        cost_a = jnp.where(is_last_b, _next_cost(a, cost_a), cost_a)
+        cost_b = jnp.where(is_last_b, first_b, next_b)
+        return cost_a, cost_b, best
 
-        def add_pair(state: Any) -> Any:
-            cost_a, cost_b, best = state
-            has_cost_a = (a == cost_a).astype(jnp.float32)
-            has_cost_b = (b == cost_b).astype(jnp.float32)
-            num_pairs = product(has_cost_a, has_cost_b)
-            cost = jnp.where(num_pairs > 0, both(cost_a, cost_b), math.inf)
-            best = jnp.minimum(best, cost)
-            next_b = _next_cost(b, cost_b)
-            is_last_b = jnp.isinf(next_b)
-            cost_a = jnp.where(is_last_b, _next_cost(a, cost_a), cost_a)
-            cost_b = jnp.where(is_last_b, first_b, next_b)
-            return cost_a, cost_b, best
-
-        _, _, best = jax.lax.while_loop(goes_on, add_pair, (start, first_b, nothing))
-        return best
-
-    return contract
+    _, _, best = jax.lax.while_loop(goes_on, add_pair, (start, first_b, nothing))
+    return best
 
 
 def _next_cost(costs: Degree, cost: jax.Array) -> jax.Array:
@@ -154,11 +154,12 @@ COST = Semiring(
     join=jnp.minimum,
     both=jnp.add,
     shared=jnp.maximum,
+    uncertain=jnp.add,
     reduce=lambda degree, axes: jnp.min(degree, tuple(axes), initial=math.inf),
-    contract=_contract_costs(jnp.add),
+    contract=_contract_costs,
     window=_cost_window,
     cumulate=lambda degree, axis, reverse: jax.lax.cummin(degree, axis=axis, reverse=reverse),
     scatter=jax.lax.scatter_min,
 )
 
-BOUND = COST._replace(both=jnp.maximum, contract=_contract_costs(jnp.maximum))
+BOUND = COST._replace(uncertain=jnp.maximum)

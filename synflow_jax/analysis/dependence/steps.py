@@ -148,14 +148,14 @@ def _contract(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     """Follows a sum of products."""
     a, b = operands
     arrays = bind(eqn, [exact(analysis, a), exact(analysis, b)])
-    both_of(analysis, eqn.primitive.name, [a], [b])
+    both = both_of(analysis, eqn.primitive.name, [a], [b])
     # Indicators are exact in every precision, so the program's own settings do not matter.
     options = {**eqn.params, "preferred_element_type": None, "precision": None}
 
     def product(of_a: Degree, of_b: Degree) -> Degree:
         return eqn.primitive.bind(of_a, of_b, **options)
 
-    multiply = functools.partial(analysis.semiring.contract, product)
+    multiply = functools.partial(analysis.semiring.contract, product, both)
     shape = shape_of(eqn.outvars[0])
     channels = _channels_of_product(analysis, a, b, multiply, shape)
     return [value_of(arrays[0], channels)]

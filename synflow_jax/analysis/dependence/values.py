@@ -248,11 +248,13 @@ def both_of(
     # Two functions of one value, as in x * sigmoid(x), need the same weights.
     if need_the_same([*a, *b]):
         return analysis.semiring.shared
-    if present(a, "varies") and present(b, "varies"):
-        analysis.products.append(step)
-    for leaf in leaves_of(a) & leaves_of(b):
+    common = leaves_of(a) & leaves_of(b)
+    for leaf in common:
         analysis.num_uses[leaf] = 2
-    return analysis.semiring.both
+    both_vary = present(a, "varies") and present(b, "varies")
+    if both_vary:
+        analysis.products.append(step)
+    return analysis.semiring.uncertain if both_vary or common else analysis.semiring.both
 
 
 def choose(analysis: Analysis, step: str, index: Value, cases: Values) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import rich.progress
@@ -89,10 +90,12 @@ def grid(output: Console, runs: Sequence[Run]) -> Iterator[EventFn]:
         *_times(),
     )
     iterations = [num_iterations(run) or _USUAL_ITERATIONS for run in runs]
+    # How many iterations the first n runs have.
+    sums = [0, *itertools.accumulate(iterations)]
     width = len(str(len(runs)))
     num_ended = 0
     with rich.progress.Progress(*shown, console=output) as bar:
-        task = bar.add_task(f"run 1 of {len(runs)}", total=sum(iterations))
+        task = bar.add_task(f"run 1 of {len(runs)}", total=sums[-1])
 
         def show(event: Event) -> None:
             nonlocal num_ended
@@ -107,7 +110,7 @@ def grid(output: Console, runs: Sequence[Run]) -> Iterator[EventFn]:
             else:
                 return
             # A run that ended counts as all of its iterations, however many it took.
-            completed = sum(iterations[:num_ended]) + num_done
+            completed = sums[num_ended] + num_done
             present = min(num_ended + 1, len(runs))
             description = f"run {present} of {len(runs)}"
             bar.update(task, completed=completed, description=description)

@@ -74,8 +74,9 @@ def check_shapes(found: Mapping[str, np.ndarray], expected: Shapes, what: str) -
 
 def widths(params: Params) -> dict[str, int]:
     """Returns the number of outputs of each layer, by the layer's name."""
+    leaves = trees.by_name(params)
     found = {}
-    for name, leaf in trees.by_name(params).items():
+    for name, leaf in leaves.items():
         layer, _, kind = name.rpartition("/")
         # The last axis of a kernel counts the outputs, of a convolution and of a dense layer.
         if kind == "kernel":

@@ -96,8 +96,11 @@ def load(path: AnyPath) -> Network:
         raise ValueError(f"{where} has tensors that do not match its sha256. {arrays.DAMAGED}")
     model, input_shape = _read_model(header, len(tensors), where)
     expected = _shapes_of(model, input_shape, where)
-    packed = {name: leaf for name, leaf in tensors.items() if name.startswith(_MASK)}
-    variables = {name: leaf for name, leaf in tensors.items() if name not in packed}
+    packed: arrays.Arrays = {}
+    variables: arrays.Arrays = {}
+    for name, tensor in tensors.items():
+        kind = packed if name.startswith(_MASK) else variables
+        kind[name] = tensor
     flat.check_shapes(variables, expected, where)
     _check_float(variables, where)
     kept = _read_masks(header, packed, expected, where)
@@ -114,7 +117,7 @@ def load(path: AnyPath) -> Network:
 
 
 def _read_model(
-    header: Mapping[str, str], num_tensors: int, where: str
+    header: arrays.Header, num_tensors: int, where: str
 ) -> tuple[nn.Module, tuple[int, ...]]:
     """Reads the model and the shape of its input from the metadata of a file."""
     described = arrays.parse_json(header, "model", where)
@@ -150,7 +153,7 @@ def _shapes_of(model: nn.Module, input_shape: tuple[int, ...], where: str) -> fl
         ) from error
 
 
-def _check_float(variables: Mapping[str, np.ndarray], where: str) -> None:
+def _check_float(variables: masks.Leaves, where: str) -> None:
     """Checks that all variables are floating point numbers."""
     for name, array in variables.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -161,11 +164,11 @@ def _check_float(variables: Mapping[str, np.ndarray], where: str) -> None:
 
 
 def _read_masks(
-    header: Mapping[str, str],
-    packed: Mapping[str, np.ndarray],
+    header: arrays.Header,
+    packed: masks.Leaves,
     expected: flat.Shapes,
     where: str,
-) -> dict[str, np.ndarray]:
+) -> arrays.Arrays:
     """Unpacks the masks of a file, and checks that they are those of its parameters.
 
     Args:
@@ -175,10 +178,10 @@ def _read_masks(
       where: the file, for messages.
     """
     shapes = masks.parse_shapes(header, "mask", where)
-    if set(shapes) != set(packed) or not packed:
+    described, held = sorted(shapes), sorted(packed)
+    if described != held or not held:
         raise ValueError(
-            f"{where} describes the masks {sorted(shapes)}, but holds {sorted(packed)}. "
-            f"{arrays.DAMAGED}"
+            f"{where} describes the masks {described}, but holds {held}. {arrays.DAMAGED}"
         )
     for name, shape in shapes.items():
         variable = f"params/{name.removeprefix(_MASK)}"
@@ -191,7 +194,7 @@ def _read_masks(
     return masks.unpack_all(packed, shapes, where)
 
 
-def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, dict[str, str]]:
+def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, arrays.Header]:
     """Reads the tensors and the metadata of a network file, ours or PyTorch's.
 
     Raises:
@@ -201,7 +204,7 @@ def read_safetensors(path: AnyPath) -> tuple[arrays.Arrays, dict[str, str]]:
     return arrays.read_safetensors(path, "network file")
 
 
-def _masks_by_name(network: Network) -> dict[str, np.ndarray]:
+def _masks_by_name(network: Network) -> arrays.Arrays:
     """Returns the leaves of the mask under the names that they have in a file."""
     leaves = trees.by_name(network.mask)
     return {f"{_MASK}{name}": np.asarray(leaf) for name, leaf in leaves.items()}
@@ -242,7 +245,7 @@ def _with_tuples(value: Any) -> Any:
     return value
 
 
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+def _digest(tensors: masks.Leaves) -> str:
     """Computes the sha256 of tensors and their names, in hex."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

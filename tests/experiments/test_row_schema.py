@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 from rich.console import Console
 
@@ -33,6 +32,7 @@ EPOCH = {
     "epoch": 1,
     "train_loss": 0.5,
     "train_top1": 0.75,
+    "train_top5": 1.0,
     "test_loss": 1.25,
     "test_top1": 0.5,
     "test_top5": 1.0,
@@ -149,7 +149,7 @@ def test_a_damaged_row_stops_no_other_run_of_a_grid(
     _, row = pruned
     lacking = {key: value for key, value in row.items() if key != "iterations"}
     workdir = _write(tmp_path, lacking)
-    runs = resolve(Config(**{**vars(SMALL), "grid": Grid(compression=(10.0, 5.0))}))
+    runs = resolve(Config(**{**vars(SMALL), "grid": Grid(compression=(100.0, 5.0))}))
     damaged, other = masks.prune_all(runs, workdir)
     assert isinstance(damaged, Failed) and isinstance(other, Finished)
     assert "line 1: iterations is missing" in str(damaged.error)
@@ -177,7 +177,7 @@ def test_a_curve_that_ends_as_its_row_is_read(tmp_path: pathlib.Path) -> None:
     assert results.finished_curve(TRAINED, workdir) == [EPOCH]
 
 
-@pytest.mark.parametrize("num_left", range(0, 100, 7))
+@pytest.mark.parametrize("num_left", range(0, 97, 8))
 def test_a_curve_that_is_cut_off_is_named(tmp_path: pathlib.Path, num_left: int) -> None:
     workdir = Workdir(tmp_path)
     path = _curve(workdir)
@@ -206,19 +206,3 @@ def test_a_curve_that_was_edited_is_named(
     path.write_bytes(path.read_bytes().replace(old, new))
     with pytest.raises(ValueError, match=rf"train-a\.csv': {problem}"):
         results.finished_curve(TRAINED, workdir)
-
-
-# Programs
-
-
-@pytest.mark.slow
-def test_programs_of_networks_that_are_done_are_dropped(tmp_path: pathlib.Path) -> None:
-    grid = Grid(width_multiplier=(0.01, 0.02, 0.03, 0.04))
-    runs = resolve(Config(**{**vars(SMALL), "grid": grid}))
-    backend = jax.local_devices()[0].client
-    live = []
-    for outcome in masks.prune_all(runs, Workdir(tmp_path)):
-        assert isinstance(outcome, Finished), outcome
-        live.append(len(backend.live_executables()))
-    # The first network also finds what earlier tests have left.
-    assert live[3] <= live[1] + 5
