@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synflow_jax.experiments import checks, identity, settings
+from synflow_jax.experiments import checks, identity, memory, programs, settings
 from synflow_jax.experiments.config import (
     Config,
     Grid,
@@ -187,3 +187,31 @@ def test_an_optimizer_of_a_row_is_its_name() -> None:
     run = resolve_one(Config(train=TrainConfig(make_optimizer=lambda steps: None)))
     again = from_dict(run.train_dict)
     assert again.train_id == run.train_id and isinstance(again.config.train.make_optimizer, str)
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        (
+            {"make_optimizer": lambda steps: None},
+            "make_optimizer=<lambda> returns None in place of",
+        ),
+        ({"make_optimizer": lambda steps: (1, 2)}, r"returns \(1, 2\) in place of an optax"),
+        ({"make_optimizer": lambda steps: 1 / 0}, "<lambda> fails for 11 steps per epoch: ZeroDiv"),
+        ({"make_optimizer": lambda: None}, "<lambda> fails for 11 steps per epoch: TypeError"),
+        ({"batch_size": 2**31 - 1}, "train.batch_size=2147483647 must be from 1 to 1438"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_found_before_pruning(
+    train: dict[str, Any], message: str
+) -> None:
+    recipe = TrainConfig(**{"batch_size": 128, **train})
+    run = resolve_one(Config(model="fc", dataset="digits", train=recipe))
+    with pytest.raises(ValueError, match=message):
+        programs.make_recipe(run)
+
+
+def test_a_network_beyond_the_memory_is_not_drawn() -> None:
+    with pytest.raises(ValueError, match=r"model x has 1000000000000000 weights: 4000000 GB"):
+        memory.check_fits(10**15, "model x")
+    memory.check_fits(10**6, "model x")
