@@ -1,6 +1,6 @@
 """Checks what the values of a config need of each other, before any work is done.
 
-`schema.checked` comes first, and checks each value by itself.
+`settings.checked` comes first, and checks each value by itself.
 
 The tables at the end list small checks. Each check takes a run, and returns None or a message that
 names the argument, its value and the cure. A check may also call a function of another wing that
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from synflow_jax import data, models
 from synflow_jax.experiments import identity
 from synflow_jax.experiments.config import Config
-from synflow_jax.experiments.run import Run, combinations, grid_values, grids_run, resolve_one
+from synflow_jax.experiments.run import Run, combinations, grid_values, grids_run, with_defaults
 
 Check = Callable[[Run], str | None]
 
@@ -69,7 +69,7 @@ def _check_runs(config: Config, table: Sequence[Check]) -> None:
 def _first_message(single: Config, table: Sequence[Check]) -> str | None:
     """Returns the message of the first check that fails, if one does."""
     try:
-        return _apply(table, resolve_one(single))
+        return _apply(table, with_defaults(single))
     except ValueError as error:
         return str(error)
 

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synflow_jax import storage
-from synflow_jax.experiments import checks, expected, identity, parsing, schema
+from synflow_jax.experiments import checks, expected, identity, parsing, settings
 from synflow_jax.experiments.config import Config
 from synflow_jax.experiments.parsing import config_help as config_help
 from synflow_jax.experiments.run import grid_values
@@ -131,9 +131,9 @@ def _configure() -> None:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     ignored = identity.fix_generator()
     if ignored:
-        settings = ", ".join(ignored)
+        named = ", ".join(ignored)
         print(
-            f"note: {settings} has no effect here. Runs draw with JAX's default generator, so that "
+            f"note: {named} has no effect here. Runs draw with JAX's default generator, so that "
             "a run_id stands for the same network everywhere.",
             file=sys.stderr,
         )
@@ -262,7 +262,7 @@ def check_config(value: Any, *, reads_data: bool = True) -> Config:
             "synflow_jax.experiments.config.Config, for instance "
             f"--config=configs/vgg16_c100.py. {parsing.config_files()}"
         )
-    checked = schema.checked(value)
+    checked = settings.checked(value)
     checks.check(checked, reads_data=reads_data)
     _check_overrides(checked)
     return checked

@@ -2,7 +2,7 @@
 
 Every key is also a flag, e.g. `--config.prune.compression=1000`. Each field declares which values
 it may have (see `expected.py`), and whether it is part of the run's identity, from which its name
-is made (see `identity.py`). `schema.checked` checks each value by itself, `checks.py` what they
+is made (see `identity.py`). `settings.checked` checks each value by itself, `checks.py` what they
 need of each other. `run.resolve` turns a config into its runs.
 """
 
@@ -11,6 +11,7 @@ need of each other. `run.resolve` turns a config into its runs.
 import dataclasses
 from typing import Any
 
+from synflow_jax import arguments
 from synflow_jax.experiments import expected, rules
 from synflow_jax.experiments.identity import (
     file_digest,
@@ -22,9 +23,7 @@ from synflow_jax.experiments.identity import (
 )
 
 MOST_SEED = 2**32 - 1  # a larger seed would draw the network of a smaller one
-# More would take weeks, and a run records each of them.
-MOST_ITERATIONS = 10**6
-MOST_EPOCHS = 10**6
+MOST_EPOCHS = 10**6  # more would take weeks, and a run records each of them
 
 
 def when_certified(value: Any, default: Any, config: "Config") -> bool:
@@ -74,7 +73,7 @@ class PruneConfig:
     # None: as in the paper, 100 for synflow and 1 for the other rules. For imp: as many levels as
     # it takes to prune a fifth of the weights in each.
     num_iterations: int | None = setting(
-        None, expected.optional(expected.whole(1, MOST_ITERATIONS))
+        None, expected.optional(expected.whole(1, arguments.MAX_ITERATIONS))
     )
 
     # "exponential", "linear" or "certified". A certified run prunes, in each iteration, only as

@@ -1,6 +1,6 @@
 """Declares which values a setting of a config may have, and how a message says so.
 
-Each field of the config names one of these (see `config.py`). `schema.checked` applies them.
+Each field of the config names one of these (see `config.py`). `settings.checked` applies them.
 """
 
 from __future__ import annotations

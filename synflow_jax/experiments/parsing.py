@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from synflow_jax.experiments import expected, schema
+from synflow_jax.experiments import expected, settings
 
 # The types of the keys in words. The values of a grid have messages in `run.py`.
 _KINDS = {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)"}
@@ -29,7 +29,7 @@ def config_help(*omitted: str) -> str:
     Args:
       *omitted: keys that begin with one of these are left out.
     """
-    keys = [key for key in _settable(schema.keys()) if not key.startswith(omitted)]
+    keys = [key for key in _settable(settings.keys()) if not key.startswith(omitted)]
     return (
         "a file of configs/; each of its keys is a flag as well, --config.KEY=VALUE. The keys are "
         f"{', '.join(keys)}"
@@ -139,7 +139,7 @@ def _settable(keys: dict[str, Any]) -> list[str]:
 
 def _check_keys(argv: Sequence[str]) -> None:
     """Checks that each --config.KEY is a key that a flag can set."""
-    keys = schema.keys()
+    keys = settings.keys()
     for arg in argv:
         match = re.match(r"--?config\.([^=]+)", arg)
         if match is None:
@@ -147,7 +147,7 @@ def _check_keys(argv: Sequence[str]) -> None:
         key = match[1]
         if key not in keys:
             raise ValueError(
-                f"--config.{key} {schema.unknown_key(key, _settable(keys), '--config.')}"
+                f"--config.{key} {settings.unknown_key(key, _settable(keys), '--config.')}"
             )
         if keys[key] is Any:
             raise ValueError(f"--config.{key} cannot be set by a flag: set it in the config file.")
@@ -166,15 +166,15 @@ def _unknown_flag(name: str) -> str:
 def _nearest_flag(unknown: str) -> str | None:
     """Returns the flag that was probably meant: one of the script, or of a key of its config."""
     own = _own_flags()
-    keys = _settable(schema.keys()) if "config" in own else []
+    keys = _settable(settings.keys()) if "config" in own else []
     names = [key.rpartition(".")[2] for key in keys]
     # First a key without --config., whole or by its last word; then what is spelled alike.
     if unknown in keys or unknown in names:
-        return f"config.{schema.nearest(unknown, keys)}"
+        return f"config.{settings.nearest(unknown, keys)}"
     close = difflib.get_close_matches(unknown, [*own, *names], n=1, cutoff=0.6)
     if not close:
         return None
-    return close[0] if close[0] in own else f"config.{schema.nearest(close[0], keys)}"
+    return close[0] if close[0] in own else f"config.{settings.nearest(close[0], keys)}"
 
 
 def _own_flags() -> list[str]:
@@ -191,7 +191,7 @@ def _bad_value(message: str) -> str | None:
     if match is None:
         return None
     key, value = match.groups()
-    type_ = schema.keys().get(key)
+    type_ = settings.keys().get(key)
     # Of an optional value, such as int | None, the type that is not None.
     kinds = [kind for kind in (type_, *typing.get_args(type_)) if kind in _KINDS]
     shown = value if len(value) <= 80 else f"{value[:77]}..."

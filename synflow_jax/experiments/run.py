@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from synflow_jax.experiments import expected, identity, rules, schema
+from synflow_jax.experiments import expected, identity, rules, settings
 from synflow_jax.experiments.config import Config, Grid
 
 # More runs than anybody trains. A list of them would fill the memory.
@@ -186,7 +186,7 @@ def resolve(config: Config) -> list[Run]:
     """
     runs: dict[tuple[Any, ...], Run] = {}
     for combination in combinations(config):
-        run = Run(_filled(combination))
+        run = with_defaults(combination)
         # Two combinations may be one run, e.g. if they differ in a mode that the rule does not use.
         # They agree in all that no grid varies.
         varied = tuple(run.value(key) for key in grid_fields())
@@ -225,7 +225,7 @@ def from_dict(values: Mapping[str, Any], init: str | None = None) -> Run:
       ValueError: a key is unknown; `init` has another digest than the file of the run.
     """
     try:
-        config = schema.from_values(values)
+        config = settings.from_values(values)
         if "prune" not in values:
             raise ValueError("it has no key 'prune'")
     except ValueError as error:
@@ -237,7 +237,7 @@ def from_dict(values: Mapping[str, Any], init: str | None = None) -> Run:
                 f"{config.init}. Name the file of the run."
             )
         config.init = init
-    return Run(_filled(config))
+    return with_defaults(config)
 
 
 def combinations(config: Config) -> Iterator[Config]:
@@ -246,7 +246,7 @@ def combinations(config: Config) -> Iterator[Config]:
     Raises:
       ValueError: a value has another type than its field, or is out of its range.
     """
-    config = schema.checked(config)
+    config = settings.checked(config)
     products = [_values(config, grid) for grid in config.grids or (config.grid,)]
     _check_values(products)
     for values in products:
@@ -260,12 +260,12 @@ def _check_values(products: Sequence[Mapping[str, tuple[Any, ...]]]) -> None:
     Raises:
       ValueError: a value is out of its range, or there are too many runs.
     """
-    fields = schema.fields()
+    fields = settings.fields()
     for values in products:
         for key, of_key in values.items():
             for value in of_key:
                 try:
-                    schema.read(value, fields[key], key)
+                    settings.read(value, fields[key], key)
                 except ValueError as error:
                     first = {other: found[0] for other, found in values.items()} | {key: value}
                     raise ValueError(f"{error} {grids_run(first)}") from error
@@ -297,8 +297,8 @@ def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, prune=dataclasses.replace(config.prune, **of_prune), **own)
 
 
-def _filled(config: Config) -> Config:
-    """Returns the config with the values that its defaults stand for.
+def with_defaults(config: Config) -> Run:
+    """Returns the run of a checked config without a grid: its defaults have their values.
 
     One run that is asked for in two ways (num_iterations=None, or the number itself) is one config.
     """
@@ -312,7 +312,7 @@ def _filled(config: Config) -> Config:
         scope=rules.scope(prune.pruner, prune.scope),
         mode=rules.mode(prune.pruner, prune.mode),
     )
-    return dataclasses.replace(config, prune=filled)
+    return Run(dataclasses.replace(config, prune=filled))
 
 
 # The grid
@@ -338,7 +338,7 @@ def grid_values(config: Config) -> dict[str, tuple[Any, ...]]:
     Raises:
       ValueError: a value has another type than its field, or is out of its range.
     """
-    config = schema.checked(config)
+    config = settings.checked(config)
     found: dict[str, tuple[Any, ...]] = {}
     grids = [_values(config, grid) for grid in config.grids or (config.grid,)]
     for key in grid_fields():

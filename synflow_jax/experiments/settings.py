@@ -47,7 +47,8 @@ def checked(config: Any) -> Config:
     """
     if not isinstance(config, Config):
         raise ValueError(f"config={shown(config)} must be a synflow_jax.experiments.config.Config.")
-    return typing.cast(Config, _checked_part(config, Config, ""))
+    found = _checked_part(config, Config, "")
+    return typing.cast(Config, found)
 
 
 def from_values(values: Any) -> Config:
@@ -56,22 +57,27 @@ def from_values(values: Any) -> Config:
     Raises:
       ValueError: as `checked`.
     """
-    return checked(_read_part(values, Config, ""))
+    unchecked = _read_part(values, Config, "")
+    return checked(unchecked)
 
 
-def _checked_part(part: Any, kind: type, prefix: str) -> Any:
+# The parts of a config. Each is named by its key; the config itself by "".
+
+
+def _checked_part(part: Any, kind: type, key: str) -> Any:
     """Returns the checked copy of a config or of one of its parts, a dataclass `kind`."""
     if not isinstance(part, kind):
         raise ValueError(
-            f"{prefix.rstrip('.')}={shown(part)} must be a {kind.__name__}: set "
-            f"{prefix.rstrip('.')}={kind.__name__}(...) in the config file, or leave it out."
+            f"{key}={shown(part)} must be a {kind.__name__}: set {key}={kind.__name__}(...) in the "
+            "config file, or leave it out."
         )
-    own = {field.name: field for field in dataclasses.fields(kind)}
+    own = _own_fields(kind)
     # A misspelled name that a config file sets would otherwise have no effect.
-    _check_names(vars(part), own, prefix)
+    _check_names(vars(part), own, key)
     found = {}
     for name, field in own.items():
-        found[name] = _checked_value(getattr(part, name), field, f"{prefix}{name}")
+        value = getattr(part, name)
+        found[name] = _checked_value(value, field, _joined(key, name))
     return kind(**found)
 
 
@@ -79,9 +85,9 @@ def _checked_value(value: Any, field: dataclasses.Field[Any], key: str) -> Any:
     """Returns the checked value of a field."""
     part = part_of(field)
     if part is Grid:
-        return _checked_grid(value, f"{key}.")
+        return _checked_grid(value, key)
     if part is not None:
-        return _checked_part(value, part, f"{key}.")
+        return _checked_part(value, part, key)
     if key == "grids":
         return _checked_grids(value)
     return read(value, field, key)
@@ -100,7 +106,28 @@ def read(value: Any, field: dataclasses.Field[Any], key: str) -> Any:
         raise ValueError(f"{key}={shown(value)} {declared.otherwise}") from None
 
 
+def _read_part(values: Any, kind: type, key: str) -> Any:
+    """Makes a config or one of its parts, a dataclass `kind`, of a row's values, unchecked."""
+    if not isinstance(values, Mapping):
+        named = f"{key}={shown(values)}" if key else shown(values)
+        raise ValueError(f"{named} must be an object with the values of its keys.")
+    own = _own_fields(kind)
+    _check_names(values, own, key)
+    found = {}
+    for name, value in values.items():
+        part = part_of(own[name])
+        if part is None:
+            found[name] = value
+        else:
+            found[name] = _read_part(value, part, _joined(key, name))
+    return kind(**found)
+
+
+# Grids
+
+
 def _checked_grids(value: Any) -> tuple[Grid, ...]:
+    """Returns the grids of a config, checked."""
     try:
         grids = expected.sequence(value)
         if not all(isinstance(grid, Grid) for grid in grids):
@@ -109,61 +136,47 @@ def _checked_grids(value: Any) -> tuple[Grid, ...]:
         raise ValueError(
             f"grids={shown(value)} must be a tuple of Grid(...), set in the config file."
         ) from None
-    return tuple(_checked_grid(grid, f"grids[{i}].") for i, grid in enumerate(grids))
+    return tuple(_checked_grid(grid, f"grids[{i}]") for i, grid in enumerate(grids))
 
 
-def _checked_grid(grid: Any, prefix: str) -> Grid:
+def _checked_grid(grid: Any, key: str) -> Grid:
     """Returns a grid whose values have the types of the fields that they are for."""
     if not isinstance(grid, Grid):
-        raise ValueError(f"{prefix.rstrip('.')}={shown(grid)} must be a Grid(...).")
-    own = {field.name: field for field in dataclasses.fields(Grid)}
-    _check_names(vars(grid), own, prefix)
+        raise ValueError(f"{key}={shown(grid)} must be a Grid(...).")
+    own = _own_fields(Grid)
+    _check_names(vars(grid), own, key)
     found = {}
     for name, field in own.items():
         kind, _ = typing.get_args(field.type)  # of tuple[kind, ...]
-        found[name] = _items(getattr(grid, name), kind, f"{prefix}{name}")
+        values = getattr(grid, name)
+        found[name] = _items(values, kind, _joined(key, name))
     return Grid(**found)
 
 
 def _items(values: Any, kind: type, key: str) -> tuple[Any, ...]:
     """Returns the values of a field of a grid."""
-    written = f"written as --config.{key}={_EXAMPLES[kind]}."
+    cure = f"written as --config.{key}={_EXAMPLES[kind]}."
     if key.startswith("grids"):
-        written = "set in the config file."
+        cure = "set in the config file."
     try:
         items = expected.sequence(values)
     except Refused:
-        raise ValueError(
-            f"{key}={shown(values)} must be a tuple of {_PLURALS[kind]}, {written}"
-        ) from None
-    return tuple(_item(item, kind, key, written) for item in items)
+        wanted = f"must be a tuple of {_PLURALS[kind]}"
+        raise ValueError(f"{key}={shown(values)} {wanted}, {cure}") from None
+    return tuple(_item(item, kind, key, cure) for item in items)
 
 
-def _item(value: Any, kind: type, key: str, written: str) -> Any:
+def _item(value: Any, kind: type, key: str, cure: str) -> Any:
     """Returns a value of a grid as the config's field would hold it: 10 and 10.0 are one run."""
     try:
         # A list of words without quotes arrives as a single word.
         if isinstance(value, str) and "," in value:
             raise Refused
-        return kind(_ITEMS[kind].read(value))
+        found = _ITEMS[kind].read(value)
     except Refused:
-        raise ValueError(
-            f"{key} holds {shown(value)}. Its values must be {_PLURALS[kind]}, {written}"
-        ) from None
-
-
-def _read_part(values: Any, kind: type, prefix: str) -> Any:
-    """Makes a config or one of its parts, a dataclass `kind`, of a row's values, unchecked."""
-    if not isinstance(values, Mapping):
-        where = f"{prefix.rstrip('.')}=" if prefix else ""
-        raise ValueError(f"{where}{shown(values)} must be an object with the values of its keys.")
-    own = {field.name: field for field in dataclasses.fields(kind)}
-    _check_names(values, own, prefix)
-    found = {}
-    for name, value in values.items():
-        part = part_of(own[name])
-        found[name] = value if part is None else _read_part(value, part, f"{prefix}{name}.")
-    return kind(**found)
+        wanted = f"Its values must be {_PLURALS[kind]}"
+        raise ValueError(f"{key} holds {shown(value)}. {wanted}, {cure}") from None
+    return kind(found)
 
 
 # Keys
@@ -174,16 +187,27 @@ def keys() -> dict[str, Any]:
     return {key: field.type for key, field in fields().items()}
 
 
-def fields(kind: Any = Config) -> dict[str, dataclasses.Field[Any]]:
+def fields(kind: type = Config, key: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Returns the fields of a config by their keys, e.g. "prune.compression"."""
     found: dict[str, dataclasses.Field[Any]] = {}
-    for field in dataclasses.fields(kind):
+    for name, field in _own_fields(kind).items():
         part = part_of(field)
+        inner_key = _joined(key, name)
         if part is None:
-            found[field.name] = field
+            found[inner_key] = field
         else:
-            found |= {f"{field.name}.{key}": inner for key, inner in fields(part).items()}
+            found |= fields(part, inner_key)
     return found
+
+
+def _own_fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    """Returns the fields of a dataclass by name."""
+    return {field.name: field for field in dataclasses.fields(kind)}
+
+
+def _joined(key: str, name: str) -> str:
+    """Returns the key of a field of the part that has a key."""
+    return f"{key}.{name}" if key else name
 
 
 def part_of(field: dataclasses.Field[Any]) -> type | None:
@@ -227,9 +251,10 @@ def unknown_key(unknown: str, known: Sequence[str], prefix: str = "") -> str:
     return f"is not a key of the config. The keys are: {', '.join(known)}."
 
 
-def _check_names(names: Iterable[Any], own: Mapping[str, Any], prefix: str) -> None:
-    """Raises ValueError for a name that is no field."""
+def _check_names(names: Iterable[Any], own: Mapping[str, Any], key: str) -> None:
+    """Raises ValueError for a name that is no field of the part that has a key."""
     for name in names:
         if name not in own:
-            known = list(keys())
-            raise ValueError(f"{prefix}{shown(name)[1:-1]} {unknown_key(f'{prefix}{name}', known)}")
+            unknown = _joined(key, str(name))
+            predicate = unknown_key(unknown, list(keys()))
+            raise ValueError(f"{shown(unknown)[1:-1]} {predicate}")

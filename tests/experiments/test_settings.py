@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synflow_jax.experiments import checks, identity, schema
+from synflow_jax.experiments import checks, identity, memory, programs, settings
 from synflow_jax.experiments.config import (
     Config,
     Grid,
@@ -71,7 +71,7 @@ def _all_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
     """Yields the keys of a config, and of its parts as a whole."""
     for field in dataclasses.fields(kind):
         yield prefix + field.name
-        part = schema.part_of(field)
+        part = settings.part_of(field)
         if part is not None:
             yield from _all_keys(part, f"{prefix}{field.name}.")
 
@@ -101,12 +101,12 @@ def test_any_value_of_a_field_is_a_run_or_a_message(key: str) -> None:
 
 
 def test_any_value_of_a_row_is_a_run_or_a_message() -> None:
-    settings = resolve_one(Config()).train_dict
-    keys = [*settings, "more", *(f"prune.{key}" for key in (*settings["prune"], "more"))]
+    values = resolve_one(Config()).train_dict
+    keys = [*values, "more", *(f"prune.{key}" for key in (*values["prune"], "more"))]
     for key in keys:
         *parts, name = key.split(".")
         for value in ODD:
-            changed = copy.deepcopy(settings)
+            changed = copy.deepcopy(values)
             owner = changed
             for part in parts:
                 owner = owner[part]
@@ -166,7 +166,7 @@ def test_numbers_of_numpy_are_those_of_python() -> None:
         train__drops=np.array([2, 4]),
         grid__compression=[np.float32(2), 4],
     )
-    assert schema.checked(same) == plain
+    assert settings.checked(same) == plain
     assert [run.train_id for run in resolve(same)] == [run.train_id for run in resolve(plain)]
 
 
@@ -187,3 +187,31 @@ def test_an_optimizer_of_a_row_is_its_name() -> None:
     run = resolve_one(Config(train=TrainConfig(make_optimizer=lambda steps: None)))
     again = from_dict(run.train_dict)
     assert again.train_id == run.train_id and isinstance(again.config.train.make_optimizer, str)
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        (
+            {"make_optimizer": lambda steps: None},
+            "make_optimizer=<lambda> returns None in place of",
+        ),
+        ({"make_optimizer": lambda steps: (1, 2)}, r"returns \(1, 2\) in place of an optax"),
+        ({"make_optimizer": lambda steps: 1 / 0}, "<lambda> fails for 11 steps per epoch: ZeroDiv"),
+        ({"make_optimizer": lambda: None}, "<lambda> fails for 11 steps per epoch: TypeError"),
+        ({"batch_size": 2**31 - 1}, "train.batch_size=2147483647 must be from 1 to 1438"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_found_before_pruning(
+    train: dict[str, Any], message: str
+) -> None:
+    recipe = TrainConfig(**{"batch_size": 128, **train})
+    run = resolve_one(Config(model="fc", dataset="digits", train=recipe))
+    with pytest.raises(ValueError, match=message):
+        programs.make_recipe(run)
+
+
+def test_a_network_beyond_the_memory_is_not_drawn() -> None:
+    with pytest.raises(ValueError, match=r"model x has 1000000000000000 weights: 4000000 GB"):
+        memory.check_fits(10**15, "model x")
+    memory.check_fits(10**6, "model x")
