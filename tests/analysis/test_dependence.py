@@ -101,6 +101,12 @@ def _stacked(p: Params, x: jax.Array) -> jax.Array:
     return last @ p["o"]
 
 
+def _unrolled(p: Params, x: jax.Array) -> jax.Array:
+    for i in range(2):
+        x = jax.nn.relu(x @ p["a"][i])
+    return x @ p["o"]
+
+
 def _chosen_by_the_input(p: Params, x: jax.Array) -> jax.Array:
     is_positive = (x @ p["a"])[0, 0] > 0
     return jax.lax.cond(is_positive, lambda: x @ p["b"], lambda: x @ p["c"])
@@ -168,6 +174,7 @@ NETWORKS = {
     "tied": Tiny(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["a"].T, (3,), {"a": (3, 3)}),
     "a loop": Tiny(_looped, (2,), {"a": (2, 2), "o": (2, 2)}),
     "stacked layers": Tiny(_stacked, (2,), {"a": (2, 2, 2), "o": (2, 1)}),
+    "stacked layers, unrolled": Tiny(_unrolled, (2,), {"a": (2, 2, 2), "o": (2, 1)}),
     "a choice by the input": Tiny(
         _chosen_by_the_input, (2,), {"a": (2, 2), "b": (2, 1), "c": (2, 1)}
     ),
