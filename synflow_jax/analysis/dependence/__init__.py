@@ -28,6 +28,7 @@ from synflow_jax.analysis.dependence.values import (
     Notes,
     NotLean,
     Origin,
+    Part,
     Value,
     total,
 )
@@ -73,7 +74,7 @@ def evaluate(
 
     inputs = []
     for name, leaf, degree in zip(trees.names(params), leaves, is_followed, strict=True):
-        origin = Origin() if degree is None else Origin(frozenset([name]))
+        origin = Origin() if degree is None else Origin(frozenset([Part(name)]), is_parameter=True)
         inputs.append(Value(leaf, None, degree, origin))
     degree = jnp.full(x.shape, semiring.always, jnp.float32)
     # Behind the barrier, so that XLA does not compute whole layers as constants when it compiles.

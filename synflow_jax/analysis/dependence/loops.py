@@ -16,6 +16,7 @@ from synflow_jax.analysis.dependence.values import (
     TABLE,
     Analysis,
     Origin,
+    Part,
     Value,
     Values,
     choose,
@@ -94,7 +95,7 @@ def _cond(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     clipped = jnp.clip(index.array, 0, last)
     index = index._replace(array=clipped)
     before = dict(analysis.num_uses)
-    most: dict[str, int] = {}
+    most: dict[Part, int] = {}
     outputs = []
     for branch in cond.branches:
         # Only one branch is computed, so a path uses a weight as often as the branch that it takes.

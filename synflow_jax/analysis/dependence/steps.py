@@ -22,6 +22,7 @@ from synflow_jax.analysis.dependence.values import (
     Degrees,
     NotLean,
     Origin,
+    Part,
     Value,
     Values,
     both_of,
@@ -165,13 +166,25 @@ def _contract(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
 
 
 @rule(
-    "broadcast_in_dim broadcast_to concatenate expand_dims pad reshape rev slice split squeeze "
+    "broadcast_in_dim broadcast_to concatenate expand_dims pad reshape rev split squeeze "
     "stack tile transpose unstack"
 )
 def _move(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     """Moves dependences as the elements are moved."""
     arrays = bind(eqn, [x.array for x in operands])
     return flow(analysis, operands, arrays, functools.partial(bind, eqn))
+
+
+@rule("slice")
+def _slice(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
+    """Moves dependences, and notes which rows of a parameter are taken, as of stacked layers."""
+    [x] = operands
+    [result] = _move(analysis, eqn, operands)
+    if not x.origin.is_parameter or not jnp.ndim(x.array):
+        return [result]
+    start, stop = eqn.params["start_indices"][0], eqn.params["limit_indices"][0]
+    parts = frozenset(Part(part.name, start, stop) for part in x.origin.leaves)
+    return [result._replace(origin=Origin(parts, x.origin.depth))]
 
 
 def _shifted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +20,32 @@ from synflow_jax.jaxprs.interpreter import Table, bind
 Degrees = list[Degree]
 
 
+class Part(NamedTuple):
+    """Names a parameter, or the rows of its first axis from start to stop; None for all."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+    def overlaps(self, other: Part) -> bool:
+        """Returns whether two parts have weights in common."""
+        if self.name != other.name or self.stop is None or other.stop is None:
+            return self.name == other.name
+        return self.start < other.stop and other.start < self.stop
+
+
 class Origin(NamedTuple):
     """Says where a value comes from, as far as that is known before the program runs.
 
     Attributes:
       leaves: the prunable parameters that it is computed from, if it does not depend on the input.
+      is_parameter: whether it is a parameter itself.
       depth: the number of loops around the place where it is computed.
     """
 
-    leaves: frozenset[str] = frozenset()
+    leaves: frozenset[Part] = frozenset()
     depth: int = 0
+    is_parameter: bool = False
 
 
 class Value(NamedTuple):
@@ -91,7 +108,7 @@ class Analysis:
     semiring: Semiring
     is_lean: bool = False
     depth: int = 0
-    num_uses: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_uses: dict[Part, int] = dataclasses.field(default_factory=dict)
     products: list[str] = dataclasses.field(default_factory=list)
 
     @contextmanager
@@ -110,8 +127,11 @@ class Analysis:
 
     def notes(self) -> Notes:
         """Returns the notes of the whole program."""
-        reused = [leaf for leaf, times in self.num_uses.items() if times > 1]
-        return Notes(tuple(reused), tuple(dict.fromkeys(self.products)))
+        reused = [part.name for part, times in self.num_uses.items() if times > 1]
+        for a, b in itertools.combinations(self.num_uses, 2):
+            if a.overlaps(b):
+                reused.append(a.name)
+        return Notes(tuple(dict.fromkeys(reused)), tuple(dict.fromkeys(self.products)))
 
 
 # ------------------------------------------------------------------------------- Helpers for rules
@@ -226,9 +246,9 @@ def over_all(analysis: Analysis, operands: Values, channels: Sequence[str]) -> D
     return joined(analysis, totals, ())
 
 
-def leaves_of(values: Values) -> frozenset[str]:
+def leaves_of(values: Values) -> frozenset[Part]:
     """Returns the prunable parameters that values without the input are computed from."""
-    leaves: frozenset[str] = frozenset()
+    leaves: frozenset[Part] = frozenset()
     return leaves.union(*[x.origin.leaves for x in values])
 
 
@@ -248,9 +268,10 @@ def both_of(
     # Two functions of one value, as in x * sigmoid(x), need the same weights.
     if need_the_same([*a, *b]):
         return analysis.semiring.shared
-    common = leaves_of(a) & leaves_of(b)
-    for leaf in common:
-        analysis.num_uses[leaf] = 2
+    pairs = itertools.product(leaves_of(a), leaves_of(b))
+    common = [part for part, other in pairs if part.overlaps(other)]
+    for part in common:
+        analysis.num_uses[part] = 2
     both_vary = present(a, "varies") and present(b, "varies")
     if both_vary:
         analysis.products.append(step)
@@ -365,7 +386,7 @@ def _finished(analysis: Analysis, x: Value, made_of_weights: Values) -> Value:
     """Notes the parameters that a value is computed from, unless it depends on the input."""
     if x.varies is not None:
         return x._replace(moves=None) if analysis.is_lean else x
-    if not made_of_weights:
+    if not made_of_weights or x.origin.leaves:
         return x
     depth = min(operand.origin.depth for operand in made_of_weights)
     return x._replace(origin=Origin(leaves_of(made_of_weights), depth))
