@@ -145,12 +145,14 @@ def test_a_stopped_run_is_resumed_even_if_it_was_overwriting(
     assert whole.returncode == 0, whole.stderr
     row = _train_row(tmp_path)
     curve = (tmp_path / row["curve"]).read_bytes()
+    # While this process has the run, no other one may touch it.
+    with Workdir(tmp_path).lock(row["run_id"]):
+        other = _train(cache, *flags, "--overwrite")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
+    assert f"another process (pid {os.getpid()} on " in other.stderr
+    assert _train_row(tmp_path) == row
     process = _start(cache, *flags, "--overwrite")
     _read_until(process, "epoch 3/20")
-    # While it has the run, no other process may.
-    other = _train(cache, *flags)
-    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
-    assert f"another process (pid {process.pid} on " in other.stderr
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143 and "without --overwrite to resume" in stderr
