@@ -127,7 +127,7 @@ def as_rule(score_fn: ScoreFn) -> Rule:
     arguments.check_function(
         "score_fn", score_fn, ("params", "mask", "key"), "scores.synflow(apply_fn, input_shape)"
     )
-    return Rule(_as_partial(score_fn))
+    return Rule(as_partial(score_fn))
 
 
 def _with_partials(rule: Rule) -> Rule:
@@ -139,14 +139,14 @@ def _with_partials(rule: Rule) -> Rule:
         "check": rule.check,
     }
     plain: dict[str, Any] = {
-        name: _as_partial(function)
+        name: as_partial(function)
         for name, function in fields.items()
         if function is not None and not isinstance(function, Partial)
     }
     return dataclasses.replace(rule, **plain) if plain else rule
 
 
-def _as_partial(function: Callable[..., Any]) -> Partial:
+def as_partial(function: Callable[..., Any]) -> Partial:
     """Makes a function a pytree, which jitted functions take as an argument."""
     # Wrapped once more, a Partial would lose its leaves and become a constant of the program.
     return function if isinstance(function, Partial) else Partial(function)
@@ -213,7 +213,7 @@ def path_norm(apply_fn: ApplyFn, input_shape: Sequence[int]) -> Objective:
     """
     check_apply_fn(apply_fn)
     shape = arguments.check_input_shape(input_shape)
-    return Partial(_PathNorm(shape), _as_partial(apply_fn))
+    return Partial(_PathNorm(shape), as_partial(apply_fn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ def cross_entropy(apply_fn: ApplyFn, temperature: float = 1.0) -> LossFn:
             raise ValueError(
                 f"temperature={number!r} must be above 0 and finite: logits are divided by it."
             )
-    return Partial(_cross_entropy, _as_partial(apply_fn), temperature)
+    return Partial(_cross_entropy, as_partial(apply_fn), temperature)
 
 
 def _cross_entropy(
@@ -502,7 +502,7 @@ def _rule_of_loss(score: Callable[..., Scores], loss_fn: LossFn, batches: Iterab
     arguments.check_function(
         "loss_fn", loss_fn, ("params", "batch"), "scores.cross_entropy(apply_fn)"
     )
-    loss_fn = _as_partial(loss_fn)
+    loss_fn = as_partial(loss_fn)
     # What the batches of another loss may hold is not known.
     has_labels = loss_fn.func is _cross_entropy and len(loss_fn.args) == 2
     return Rule(

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.tree_util import Partial
 
 from synflow_jax import arguments
-from synflow_jax.scores import ApplyFn, check_apply_fn
+from synflow_jax.scores import ApplyFn, as_partial, check_apply_fn
 
 # A compiled program holds its apply_fn. The cache is small, so that old ones are released.
 _NUM_KEPT = 16
@@ -28,7 +27,7 @@ def compiled(
     """
     check_apply_fn(apply_fn)
     shape = arguments.check_input_shape(input_shape)
-    leaves, structure = jax.tree.flatten(Partial(apply_fn))
+    leaves, structure = jax.tree.flatten(as_partial(apply_fn))
     return functools.partial(_program(function, structure, shape), leaves)
 
 
