@@ -293,6 +293,7 @@ def _appended(before: PruneInfo | None, info: PruneInfo) -> PruneInfo:
         pruned_score=rows(before.pruned_score, info.pruned_score),
         cut=rows(before.cut, info.cut),
         exponent=rows(before.exponent, info.exponent),
+        objective=rows(before.objective, info.objective),
         removed_in=jax.tree.map(removed, before.removed_in, info.removed_in),
     )
 

@@ -62,7 +62,9 @@ class PruneInfo(NamedTuple):
     cut: float [n], the flow from the input, which every cut of the network holds at least
       (`scores.Flow`). While pruned_score / cut is below 1 the network stays connected. 0 for rules
       without a flow: nothing is known to be held.
-    exponent: int32 [n]. score_total, pruned_score and cut are to be multiplied by 2^exponent.
+    exponent: int32 [n]. score_total, pruned_score, cut and objective are to be multiplied by
+      2^exponent.
+    objective: float [n], R before each iteration; 0 for rules that do not tell it.
     removed_in: a uint16 tree like the mask: the iteration, from 1, that pruned a weight; 0 where it
       is kept. None unless `certified.prune` made it.
     """
@@ -73,6 +75,7 @@ class PruneInfo(NamedTuple):
     pruned_score: jax.Array
     cut: jax.Array
     exponent: jax.Array
+    objective: jax.Array
     removed_in: trees.Tree | None = None
 
 
@@ -127,6 +130,7 @@ def init_state(
         pruned_score=zeros(dtype, num_iterations),
         cut=zeros(dtype, num_iterations),
         exponent=zeros(np.int32, num_iterations),
+        objective=zeros(dtype, num_iterations),
         removed_in=removed_in,
     )
     state = PruneState(mask, info, finite=~zeros(bool), done=zeros(bool))
@@ -208,6 +212,7 @@ def step(
             old,
             mask,
         )
+    objective = jnp.zeros((), dtype) if flow.total is None else flow.total
     info = PruneInfo(
         num_done=jnp.asarray(iteration + 1, jnp.int32),
         kept=info.kept.at[iteration].set(masking.count_kept(mask, exchange)),
@@ -215,6 +220,7 @@ def step(
         pruned_score=info.pruned_score.at[iteration].set(jnp.sum(pruned_score)),
         cut=info.cut.at[iteration].set(flow.cut.astype(dtype)),
         exponent=info.exponent.at[iteration].set(flow.exponent),
+        objective=info.objective.at[iteration].set(objective.astype(dtype)),
         removed_in=removed_in,
     )
     return PruneState(mask, info, finite, ~finite | proposal.done)
@@ -726,7 +732,7 @@ def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
       start: the mask that the run began with.
 
     Raises:
-      ValueError: the first iteration that prunes finds no differences between scores.
+      ValueError: the scores of the first iteration that prunes are equal, or rounding errors.
 
     Warns:
       Overpruned: far fewer weights are left than were asked for.
@@ -738,6 +744,8 @@ def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
     else:
         asked = np.minimum(sizes - counts[-1], num_start).sum()
     kept = np.asarray(info.kept)[: int(info.num_done)].sum(axis=1)
+    if kept[-1] < num_start.sum():
+        _check_rounding(info)
     if kept[-1] >= asked:
         return
 
@@ -765,6 +773,24 @@ def check_kept(info: PruneInfo, counts: np.ndarray, start: Mask) -> None:
         )
         # The caller of prune.
         warnings.warn(message, Overpruned, stacklevel=3)
+
+
+def _check_rounding(info: PruneInfo) -> None:
+    """Raises ValueError if the first scores are only rounding errors of R.
+
+    Outputs that add up to a constant, such as probabilities, have derivatives that cancel.
+    """
+    totals = np.abs(np.asarray(info.score_total)[0])
+    objective = abs(np.asarray(info.objective)[0])
+    # Half of the digits: terms that cancel may be larger than R by a factor of thousands.
+    rounding = objective * np.finfo(totals.dtype).eps ** 0.5
+    if 0 < totals.max() < rounding:
+        raise ValueError(
+            f"score_fn gives scores that are rounding errors: those of a layer add up to at most "
+            f"{totals.max() / objective:.1e} of R. The outputs of apply_fn add up to nearly the "
+            "same number whatever the weights are, as those of a softmax do. Let apply_fn return "
+            "the logits."
+        )
 
 
 def raise_unless_finite(state: PruneState, rule: Rule, params: Params) -> None:

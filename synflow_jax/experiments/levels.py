@@ -335,4 +335,5 @@ def _info(records: Sequence[Mapping[str, Any]]) -> pruning.PruneInfo:
         pruned_score=column("pruned_score", jnp.float32),
         cut=jnp.zeros(num_levels, jnp.float32),
         exponent=jnp.zeros(num_levels, jnp.int32),
+        objective=jnp.zeros(num_levels, jnp.float32),
     )

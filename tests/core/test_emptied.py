@@ -1,6 +1,6 @@
 """Tests what is said of networks that lose more than was asked for, or all.
 
-- Scores that are all 0, or all alike, rank nothing: an error.
+- Scores that are all 0, all alike, or rounding errors rank nothing: an error.
 - Ties that take many more weights than were asked for: a warning.
 - A handful of ties, and layers that are emptied, say nothing.
 """
@@ -35,6 +35,8 @@ ZERO_HEAD = {**PARAMS, "l2": {"kernel": jnp.zeros((16, 3))}}
 ZERO_GATE = {**PARAMS, "gate": jnp.zeros(())}
 ALIKE = jax.tree.map(jnp.sign, PARAMS)
 TANH = scores.synflow(lambda p, x: jnp.tanh(1e3 * _apply(p, x)), (6,))
+# Small logits: probabilities that do not saturate, but add up to 1 whatever the weights are.
+SOFTMAX = scores.synflow(lambda p, x: jax.nn.softmax(_apply(p, x) / 50), (6,))
 GRASP = scores.grasp(scores.cross_entropy(_apply), [BATCH])
 
 
@@ -45,6 +47,7 @@ GRASP = scores.grasp(scores.cross_entropy(_apply), [BATCH])
         (SYNFLOW, ZERO_GATE, "a gate or a branch that is 0"),
         (GRASP, ZERO_GATE, "the score 0 in iteration 1"),
         (TANH, PARAMS, "saturated tanh"),
+        (SOFTMAX, PARAMS, "rounding errors: .* Let apply_fn return the logits"),
         (scores.magnitude(), ALIKE, "none of the 144 weights would be left, and 72 were asked"),
     ],
 )
