@@ -36,7 +36,7 @@ ZERO_GATE = {**PARAMS, "gate": jnp.zeros(())}
 ALIKE = jax.tree.map(jnp.sign, PARAMS)
 TANH = scores.synflow(lambda p, x: jnp.tanh(1e3 * _apply(p, x)), (6,))
 # Small logits: probabilities that do not saturate, but add up to 1 whatever the weights are.
-SOFTMAX = scores.synflow(lambda p, x: jax.nn.softmax(_apply(p, x) / 50), (6,))
+SOFTMAX = scores.synflow(lambda p, x: jax.nn.softmax(_apply(p, x) / 5), (6,))
 GRASP = scores.grasp(scores.cross_entropy(_apply), [BATCH])
 
 
