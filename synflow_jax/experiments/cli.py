@@ -260,7 +260,8 @@ def check_path(value: str, flag: str) -> pathlib.Path:
         path = pathlib.Path(expected.path("a path").read(value))
         path.exists()
     except expected.Refused:
-        raise ValueError(f"--{flag}={value!r} names no file or folder: give its name.") from None
+        cause = "there is no such user" if value.startswith("~") else "give its name"
+        raise ValueError(f"--{flag}={value!r} names no file or folder: {cause}.") from None
     except OSError as error:
         raise ValueError(
             f"--{flag}={expected.shown(value)} cannot be used: {error.strerror}."

@@ -413,6 +413,8 @@ def test_the_home_folder_in_flags(
         assert message in prune(flag, HOME=str(tmp_path)).stderr
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.check_workdir("~/runs").path == tmp_path / "runs"
+    with pytest.raises(ValueError, match=r"--workdir='~nobody-here/x' .* no such user"):
+        cli.check_workdir("~nobody-here/x")
     assert (tmp_path / "runs").is_dir()
     for name in ("", "a\0b"):
         with pytest.raises(ValueError, match=r"--out='.*' names no file or folder"):
