@@ -60,6 +60,12 @@ _INTERRUPTED = 130
 _EXPECTED = (ValueError, FloatingPointError, OSError)
 # How XLA says that memory is short.
 _MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+# Modes of JAX that find faults in a program. They end every training: optax mixes types, and JAX
+# moves the seed of a key to the device.
+_MODES = {
+    "jax_transfer_guard": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+}
 
 
 # Running a script
@@ -115,6 +121,12 @@ def _errors_as_messages() -> Iterator[None]:
             f"the memory is too small ({first_line}): choose a smaller network or batch, or fewer "
             "runs at a time (--config.sweep.runs_per_device)."
         )
+    # JAX starts at its first use, and a missing platform raises errors of either type.
+    except (RuntimeError, AssertionError):
+        problem = None if _TRACEBACK.value else _platform_problem()
+        if problem is None:
+            raise
+        _fail(problem)
     except storage.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(_STOPPED)
@@ -137,6 +149,30 @@ def _configure() -> None:
             "a run_id stands for the same network everywhere.",
             file=sys.stderr,
         )
+    _end_modes()
+
+
+def _end_modes() -> None:
+    """Turns off the modes of JAX under which no training runs, and says so."""
+    for name, value in _MODES.items():
+        found = getattr(jax.config, name)
+        if found not in (None, value):
+            jax.config.update(name, value)
+            print(f"note: {name}={found} has no effect here.", file=sys.stderr)
+
+
+def _platform_problem() -> str | None:
+    """Says why JAX cannot start, or returns None if it can."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        reason = str(error).partition(" (set ")[0] or "JAX does not find it"
+        return (
+            f"JAX_PLATFORMS={platforms!r} cannot be used here: {reason}. Unset it, set it to cpu, "
+            "or install JAX for that platform."
+        )
+    return None
 
 
 def _fail(message: str) -> NoReturn:
@@ -156,9 +192,12 @@ def use_compilation_cache() -> None:
 
     The folder is JAX_COMPILATION_CACHE_DIR, or synflow_jax in the user's cache.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if folder is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "synflow_jax"))
+        folder = str(cache / "synflow_jax")
+    # JAX would make a folder named ~.
+    jax.config.update("jax_compilation_cache_dir", expected.expand_user(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     # The disk is full. Nothing is lost, and the files of the run say so if they cannot be written.
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
@@ -221,7 +260,8 @@ def check_path(value: str, flag: str) -> pathlib.Path:
         path = pathlib.Path(expected.path("a path").read(value))
         path.exists()
     except expected.Refused:
-        raise ValueError(f"--{flag}={value!r} names no file or folder: give its name.") from None
+        cause = "there is no such user" if value.startswith("~") else "give its name"
+        raise ValueError(f"--{flag}={value!r} names no file or folder: {cause}.") from None
     except OSError as error:
         raise ValueError(
             f"--{flag}={expected.shown(value)} cannot be used: {error.strerror}."

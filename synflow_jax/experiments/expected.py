@@ -156,7 +156,9 @@ def path(what: str) -> Expected:
         name = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(name, str) or not name or "\0" in name:
             _refuse()
-        return expand_user(name)
+        expanded = expand_user(name)
+        # There is no such user, and a folder named ~USER is not what was meant.
+        return _refuse() if expanded.startswith("~") else expanded
 
     return Expected(read, f"must be the name of {what}, a str.")
 

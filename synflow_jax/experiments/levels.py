@@ -8,6 +8,7 @@ one resumes from its last checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -25,13 +26,28 @@ from synflow_jax.experiments.programs import Programs, Recipe
 from synflow_jax.experiments.results import Trained
 from synflow_jax.experiments.run import Run
 from synflow_jax.models import Network
-from synflow_jax.storage import Workdir, checkpoints
+from synflow_jax.storage import Workdir, checkpoints, schema
 from synflow_jax.training import TrainState, forms, imp
 from synflow_jax.training.forms import Form
 from synflow_jax.trees import Mask
 
 # The entries of each level's record that are also in the row of the run.
 _IN_ROW = ("level", "kept", "compression", "test_top1", "test_loss")
+# The record of a level, as its file holds it.
+_SCHEMA: schema.Schema = {
+    "level": schema.POSITIVE,
+    "kept": schema.POSITIVE,
+    "compression": schema.AT_LEAST_1,
+    "test_top1": schema.FRACTION,
+    "test_loss": schema.NUMBER,
+    "layers": [schema.NATURAL, ...],
+    "score_total": [schema.NUMBER, ...],
+    "pruned_score": schema.NUMBER,
+    "seconds": schema.NUMBER,
+    "mask_sha256": schema.TEXT,
+}
+_KEYS = (*_IN_ROW, "layers", "score_total", "pruned_score", "seconds", "mask_sha256")
+_CURE = "--overwrite runs all levels again."
 
 
 def find_or_make_mask(
@@ -242,7 +258,8 @@ def _write(levels: _Levels, number: int, mask: Mask, record: Mapping[str, Any]) 
     digest = storage.save_mask(workdir.level_mask_path(run_id, number), mask, metadata)
     # After the mask: this file says that the level is finished.
     path = workdir.level_path(run_id, number)
-    storage.write_json(path, {**record, "mask_sha256": digest})
+    contents = {**record, "mask_sha256": digest}
+    storage.write_json(path, {**contents, "record_sha256": _digest(contents)})
     # Last of all: until the level is finished, it resumes from these.
     checkpoints.delete(workdir.level_checkpoint_path(run_id, number))
 
@@ -258,23 +275,33 @@ def _read(levels: _Levels, number: int) -> tuple[Mask, dict[str, Any]] | None:
     if not path.exists():
         return None
     mask_path = workdir.level_mask_path(run_id, number)
+    name = repr(str(path))
     try:
-        record = dict(json.loads(path.read_text()))
+        record = schema.read_object(path)
         mask = storage.load_mask(mask_path, levels.network.params)
-        is_whole = record["mask_sha256"] == storage.mask_digest(mask)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"{str(path)!r} or its mask {mask_path.name!r} is damaged: {error!r}. --overwrite "
-            "runs all levels again."
+            f"{name} or its mask {mask_path.name!r} is damaged: {reason}. {_CURE}"
         ) from error
+    schema.check(record, _SCHEMA, _KEYS, lambda: name, _CURE)
+    # Earlier versions wrote no digest of the record.
+    digest = record.pop("record_sha256", None)
+    if digest not in (None, _digest(record)):
+        raise ValueError(f"{name} does not match its record_sha256: it was edited. {_CURE}")
     wanted = {"run_id": run_id, "level": number}
-    recorded.check_run(mask_path, "mask file", wanted, "--overwrite runs all levels again.")
-    if not is_whole:
-        raise ValueError(
-            f"{str(path)!r} does not belong to its mask {mask_path.name!r}. --overwrite runs "
-            "all levels again."
-        )
+    recorded.check_run(mask_path, "mask file", wanted, _CURE)
+    kept = [int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(mask)]
+    found = (record["mask_sha256"], record["layers"], record["kept"])
+    if found != (storage.mask_digest(mask), kept, sum(kept)):
+        raise ValueError(f"{name} does not belong to its mask {mask_path.name!r}. {_CURE}")
     return mask, record
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Returns the sha256 of a record, in hex."""
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _record(

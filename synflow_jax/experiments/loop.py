@@ -310,7 +310,7 @@ def _finish_epoch(batch: _Batch) -> _Batch:
         means = {name: float(values[epoch]) for name, values in curve.items()}
         # The test loss shows weights that became NaN in the very last step.
         if math.isfinite(means["test_loss"]):
-            results.write_curve(batch.jobs[number].curve, infos[place])
+            results.write_curve(batch.jobs[number].curve, infos[place], epoch + 1)
             batch.emit(_epoch_ended(batch, number, epoch, means))
         else:
             batch = _fail(batch, number, batch.step - 1)

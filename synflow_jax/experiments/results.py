@@ -48,16 +48,22 @@ class Trained(NamedTuple):
     timing: Timing
 
 
-def write_curve(path: pathlib.Path, info: TrainInfo) -> None:
-    """Writes the epochs of the curve that are known, one per line; see `read_curve`."""
+def write_curve(path: pathlib.Path, info: TrainInfo, num_epochs: int) -> None:
+    """Writes the first epochs of a curve, one per line; see `read_curve`.
+
+    Args:
+      path: the file.
+      info: the record of the run.
+      num_epochs: how many epochs are finished.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
     curve = {name: np.asarray(values) for name, values in info.curve.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["epoch", *training.CURVE])
-    for epoch, test_loss in enumerate(curve["test_loss"]):
-        # Epochs to come are NaN.
-        if np.isnan(test_loss):
-            continue
+    for epoch in range(num_epochs):
         values = [float(curve[name][epoch]) for name in training.CURVE]
         # repr keeps every bit of a float.
         writer.writerow([epoch + 1, *map(repr, values)])

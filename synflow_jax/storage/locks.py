@@ -67,17 +67,32 @@ def _lock(path: pathlib.Path) -> int | None:
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _take(path, descriptor):
+                return descriptor
         except BlockingIOError:
             os.close(descriptor)
             return None
-        # Its last owner may have removed the file since it was opened; then it protects nothing.
-        if _is_same(path, descriptor):
-            owner = f"pid {os.getpid()} on {socket.gethostname()}"
-            os.truncate(descriptor, 0)
-            os.write(descriptor, owner.encode())
-            return descriptor
+        # The disk may be full. An open descriptor would keep the lock until the process ends.
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
+
+
+def _take(path: pathlib.Path, descriptor: int) -> bool:
+    """Locks an open file and writes its owner. Returns whether it still protects its name.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Its last owner may have removed the file since it was opened; then it protects nothing.
+    if not _is_same(path, descriptor):
+        return False
+    owner = f"pid {os.getpid()} on {socket.gethostname()}"
+    os.truncate(descriptor, 0)
+    os.write(descriptor, owner.encode())
+    return True
 
 
 def _is_same(path: pathlib.Path, descriptor: int) -> bool:

@@ -238,7 +238,7 @@ def _add_line(file: RowFile, line: bytes) -> None:
         row = _parse(line, file.path, number)
     except ValueError:
         # The writer was killed, or is about to write the rest.
-        if not ended:
+        if not ended and _may_be_unfinished(line):
             return
         raise
     run_id = row["run_id"]
@@ -247,6 +247,17 @@ def _add_line(file: RowFile, line: bytes) -> None:
     file.places[run_id] = Place(number, file.end, file.end + len(line))
     file.num_lines = number
     _advance(file, line)
+
+
+def _may_be_unfinished(line: bytes) -> bool:
+    """Returns whether a line without its end is the beginning of a row, which a writer cuts off.
+
+    Any other text is of a file that is not ours.
+    """
+    beginning = b'{"'
+    content = line.removeprefix(_BOM)
+    # A power failure may leave zeros in place of what was written.
+    return content.startswith(beginning) or beginning.startswith(content) or not line.strip(b"\0")
 
 
 def _advance(file: RowFile, content: bytes) -> None:

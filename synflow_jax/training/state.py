@@ -61,7 +61,7 @@ class TrainInfo(NamedTuple):
 
     Attributes:
       curve: float32 [num_epochs] for each name of `CURVE`: mean losses, and accuracies from 0 to
-        1. Epochs to come are NaN. Training values are taken while training, on augmented batches.
+        1. Epochs to come are 0. Training values are taken while training, on augmented batches.
       running: the training sums of the present epoch so far.
       bad_step: int32 [], the first step (from 0) whose loss was not finite; -1 if there was none.
     """
@@ -94,7 +94,8 @@ def init_state(
 
 def init_info(num_epochs: int) -> TrainInfo:
     """Returns the empty record of a run of `num_epochs` epochs."""
-    curve = {name: jnp.full(num_epochs, jnp.nan, jnp.float32) for name in CURVE}
+    # Zeros, because NaN would end a run under jax_debug_nans.
+    curve = {name: jnp.zeros(num_epochs, jnp.float32) for name in CURVE}
     return TrainInfo(curve, no_sums(), jnp.int32(-1))
 
 

@@ -413,6 +413,8 @@ def test_the_home_folder_in_flags(
         assert message in prune(flag, HOME=str(tmp_path)).stderr
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.check_workdir("~/runs").path == tmp_path / "runs"
+    with pytest.raises(ValueError, match=r"--workdir='~nobody-here/x' .* no such user"):
+        cli.check_workdir("~nobody-here/x")
     assert (tmp_path / "runs").is_dir()
     for name in ("", "a\0b"):
         with pytest.raises(ValueError, match=r"--out='.*' names no file or folder"):
@@ -439,3 +441,34 @@ def test_overflow_names_the_layer_and_writes_nothing(tmp_path: pathlib.Path) -> 
     ):
         masks.prune(run, network, Workdir(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_modes_of_jax_that_end_any_training_have_no_effect(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    modes = {"jax_transfer_guard": "disallow", "jax_numpy_dtype_promotion": "strict"}
+    before = {name: getattr(jax.config, name) for name in modes}
+    try:
+        for name, value in modes.items():
+            jax.config.update(name, value)
+        cli._end_modes()
+        assert jax.config.jax_transfer_guard == "allow"  # type: ignore[attr-defined]
+        assert (np.float32(1) * jax.random.key_data(jax.random.key(0))).dtype == np.float32
+    finally:
+        for name, old in before.items():
+            jax.config.update(name, old)
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == [f"note: {name}={value} has no effect here." for name, value in modes.items()]
+
+
+def test_a_platform_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli._platform_problem() is None
+
+    def fail() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    problem = cli._platform_problem()
+    assert problem is not None
+    assert problem.startswith("JAX_PLATFORMS='cuda' cannot be used here: JAX does not find it.")

@@ -296,6 +296,17 @@ def test_a_program_for_an_unknown_platform() -> None:
         networks.to_jax(_network("fc"), platforms=("gpu",))
 
 
+def test_a_program_is_the_same_wherever_it_is_exported() -> None:
+    network = _network("fc")
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    program = networks.to_jax(network, platforms=("cpu",))
+    from_another_line = networks.to_jax(network, platforms=("cpu",))
+    assert program == from_another_line
+    assert str(pathlib.Path(__file__).parents[2]).encode() not in program
+    assert getattr(jax.config, name) == before
+
+
 # PyTorch
 
 

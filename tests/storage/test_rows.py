@@ -100,7 +100,9 @@ def test_changes_by_others_are_noticed(
     assert workdir.run_ids()[-1] == "last"
 
 
-@pytest.mark.parametrize("torn", ["{", '{"run_id": "b", "kep', '{"run_id": "b", "kept": "\\ud8'])
+@pytest.mark.parametrize(
+    "torn", ["{", '{"run_id": "b", "kep', '{"run_id": "b", "kept": "\\ud8', "\0" * 9]
+)
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: pathlib.Path, torn: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(LINE + torn)
@@ -144,6 +146,7 @@ DAMAGED = {
     "an integer of 5,000 digits": b'{"run_id": "x", "kept": ' + b"9" * 5000 + b"}\n",
     "blank": b"\n",
     "text": b"rows\n",
+    "text without a newline": b"these rows are mine",
     "cut off within the file": b'{"run_id": "b", "kep\n' + LINE.encode(),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pathlib
 
 import jax
@@ -96,3 +98,22 @@ def test_no_run_id_leads_out_of_the_folder(name: str, tmp_path: pathlib.Path) ->
     ):
         with pytest.raises(ValueError, match=r"run_id=.* is not the name of a run"):
             path_of(run_id, *level)
+
+
+def test_a_lock_that_cannot_be_written_is_given_up(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk must not lead to the message that another process has the run."""
+    workdir = Workdir(tmp_path)
+
+    def fail(descriptor: int, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", fail)
+        with pytest.raises(OSError, match="Free some disk space"), workdir.lock("r"):
+            pass
+        workdir.clean()
+    with workdir.lock("r"):
+        pass
+    assert not list(tmp_path.iterdir())

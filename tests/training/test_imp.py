@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -297,6 +298,20 @@ def test_damaged_levels_are_found(made: Made, network: models.Network, recipe: R
         ValueError, match=r"its run_id is 'another', and the run's is .*--overwrite"
     ):
         levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
+    # The record is in the row of the run, so every entry of it must be the level's own.
+    path.write_bytes(whole)
+    values = json.loads(own)
+    for edited, problem in (
+        ({**values, "test_top1": 1.0}, "does not match its record_sha256"),
+        ({**values, "seconds": "1"}, "seconds='1' is not a finite number"),
+        ({"mask_sha256": values["mask_sha256"]}, "level is missing"),
+        # A file of an earlier version has no digest.
+        ({**values, "kept": 1, "record_sha256": None}, "does not belong to its mask"),
+    ):
+        record.write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=f"{problem}.*--overwrite"):
+            levels.find_or_make_mask(RUN, network, Workdir(workdir), recipe)
+    record.write_bytes(own)
     # If all levels are intact, the mask is made from them without training.
     path.write_bytes(whole)
     _, again = levels.find_or_make_mask(

@@ -368,6 +368,14 @@ def test_first_bad_step_is_recorded() -> None:
     assert int(info.bad_step) == 4  # the update of step 3 is NaN, which the loss of step 4 shows
 
 
+def test_the_record_of_a_run_holds_no_nan() -> None:
+    with jax.debug_nans(True):
+        info = training.init_info(2)
+        one = training.Sums(jnp.float32(3), jnp.int32(1), jnp.int32(2), jnp.int32(2))
+        info = training.finish_epoch(info._replace(running=one), 0, one)
+    assert info.curve["test_loss"].tolist() == [1.5, 0]
+
+
 def test_batches_larger_than_the_split_are_refused() -> None:
     for size in (0, 51):
         with pytest.raises(ValueError, match=f"batch_size={size} must be from 1 to 50"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.export
@@ -48,5 +49,22 @@ def to_jax(network: Network, *, platforms: Sequence[str] = PLATFORMS) -> bytes:
     # A symbol for the batch makes one program for every batch size.
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *network.input_shape), jnp.float32)
-    exported = jax.export.export(logits_of, platforms=platforms)(images)
+    with _without_locations():
+        exported = jax.export.export(logits_of, platforms=platforms)(images)
     return bytes(exported.serialize())
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Leaves source lines out of programs.
+
+    They hold the paths of this machine, and would make one network a different file for each place
+    that it is exported from.
+    """
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
