@@ -137,9 +137,13 @@ def _embedded(p: Params, x: jax.Array) -> jax.Array:
 
 def _looked_up(p: Params, x: jax.Array) -> jax.Array:
     place = jnp.where(x[0, 0] > 0, 1, 0)
-    row = jax.lax.dynamic_slice(p["table"], (place, 0), (1, 2))
-    updated = jax.lax.dynamic_update_slice(p["table"], p["row"], (place, 0))
-    return (row + updated[:1] - 1.3 * updated[1:]) @ p["o"]
+    return jax.lax.dynamic_slice(p["table"], (place, 0), (1, 2)) @ p["o"]
+
+
+def _replaced(p: Params, x: jax.Array) -> jax.Array:
+    place = jnp.where(x[0, 0] > 0, 1, 0)
+    rows = jax.lax.dynamic_update_slice(p["table"], p["row"], (place, 0))
+    return (rows[:1] - 1.3 * rows[1:]) @ p["o"]
 
 
 NETWORKS = {
@@ -184,7 +188,8 @@ NETWORKS = {
         _chosen_by_the_input, (2,), {"a": (2, 2), "b": (2, 1), "c": (2, 1)}
     ),
     "an embedding": Tiny(_embedded, (2,), {"table": (3, 2), "o": (2, 1)}),
-    "a place by the input": Tiny(_looked_up, (2,), {"table": (2, 2), "row": (1, 2), "o": (2, 1)}),
+    "a row by the input": Tiny(_looked_up, (2,), {"table": (2, 2), "o": (2, 1)}),
+    "a row replaced": Tiny(_replaced, (2,), {"table": (2, 2), "row": (1, 2), "o": (2, 1)}),
     "an update": Tiny(_updated, (3,), {"a": (3, 2), "o": (2, 2)}),
     "a fixed dropout": Tiny(_dropped, (3,), {"a": (3, 2), "o": (2, 1)}),
     "prunable biases": Tiny(
