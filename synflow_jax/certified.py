@@ -446,7 +446,10 @@ def _warn_of_shortfall(info: PruneInfo, goal: int, done: bool) -> None:
         return
     cause = "every weight that is left carries all of the flow, so that none of them can go"
     if not np.asarray(info.cut)[-1] > 0:
-        cause = "no path leads from the input to the output, so that there is no flow to bound"
+        cause = (
+            "no path leads from the input to the output where biases and other parameters that are "
+            "added count as 0, so that there is no flow to bound"
+        )
     elif not done:
         cause = (
             f"num_iterations={len(info.kept)} were not enough: allow more, or raise cut_fraction"

@@ -206,7 +206,7 @@ def step(
     if removed_in is not None:
         removed_in = jax.tree.map(
             lambda number, before, after: jnp.where(
-                before & ~after, (iteration + 1).astype(number.dtype), number
+                before & ~after, jnp.asarray(iteration + 1, number.dtype), number
             ),
             removed_in,
             old,

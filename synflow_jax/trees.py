@@ -255,7 +255,8 @@ def prunable(
 
 def _matches(argument: str, pattern: Any, leaf_names: Sequence[str]) -> list[bool]:
     """Returns, per leaf, whether a pattern matches its name; without a pattern none is matched."""
-    if not pattern:
+    # An empty pattern, as of a flag, is none.
+    if pattern is None or pattern == "":
         return [False] * len(leaf_names)
     try:
         compiled = re.compile(pattern)

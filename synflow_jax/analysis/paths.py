@@ -204,6 +204,8 @@ def critical_compression(
     mask = trees.default_mask(params) if mask is None else mask
     if not 0 < arguments.check_number("resolution", resolution, "0.01") < math.inf:
         raise ValueError(f"resolution={resolution!r} must be above 0: the bisection ends there.")
+    if not callable(prune_fn):
+        raise ValueError(f"prune_fn={prune_fn!r} must be pruning.prune or certified.prune.")
     rule = scores.as_rule(score_fn)
     usual = rule.num_iterations if num_iterations is None else num_iterations
     # The scores of one iteration do not depend on the compression, so they are computed once.

@@ -52,9 +52,7 @@ def bounds(
     """
     trees.check_mask(mask, params)
     cost_of = _cost_fn(apply_fn, params, mask, input_shape)
-    names = trees.names(mask)
-    leaves = jax.tree.leaves(mask)
-    ones = {name: _uniform(leaf, 1) for name, leaf in zip(names, leaves, strict=True)}
+    ones = {name: _uniform(leaf, 1) for name, leaf in trees.by_name(mask).items()}
     cost, notes = cost_of(COST, ones)
     if math.isinf(cost):
         raise ValueError(
@@ -67,7 +65,7 @@ def bounds(
     if not notes.reused and not notes.products:
         return Bounds(upper, upper)
 
-    essential = [name for name in names if _is_essential(cost_of, ones, name)]
+    essential = [name for name in ones if _is_essential(cost_of, ones, name)]
     lower = _lower_bound(cost_of, ones, essential, notes)
     if lower < upper:
         # The factors of a product may have any parameter in common.

@@ -239,3 +239,16 @@ def test_certified_synflow_reaches_the_maximum() -> None:
         rule, _mlp, params, None, (8,), prune_fn=certified.prune
     )
     assert critical == maximum == sum(trees.sizes(trees.prunable(params))) / 3
+
+
+def test_what_cannot_be_analysed_is_named() -> None:
+    params = {"a/w": jnp.ones((2, 2)), "a": {"w": jnp.ones((2, 2))}}
+    mask = trees.prunable(params)
+    with pytest.raises(ValueError, match="two leaves have the name 'a/w'"):
+        analysis.max_compression(lambda p, x: x @ p["a"]["w"] @ p["a/w"], params, mask, (2,))
+
+    params = _mlp_params([2, 2])
+    with pytest.raises(ValueError, match="prune_fn='certified' must be"):
+        analysis.critical_compression(
+            scores.magnitude(), _mlp, params, None, (2,), prune_fn="certified"
+        )

@@ -136,6 +136,22 @@ def _layers(activation: Callable[[jax.Array], jax.Array]) -> Tiny:
     return Tiny(lambda p, x: activation(x @ p["a"]) @ p["o"], (2,), shapes)
 
 
+def _embedded(p: Params, x: jax.Array) -> jax.Array:
+    tokens = jnp.clip(x.astype(jnp.int32), 0, 2)
+    return p["table"][tokens].sum(1) @ p["o"]
+
+
+def _looked_up(p: Params, x: jax.Array) -> jax.Array:
+    place = jnp.where(x[0, 0] > 0, 1, 0)
+    return jax.lax.dynamic_slice(p["table"], (place, 0), (1, 2)) @ p["o"]
+
+
+def _replaced(p: Params, x: jax.Array) -> jax.Array:
+    place = jnp.where(x[0, 0] > 0, 1, 0)
+    rows = jax.lax.dynamic_update_slice(p["table"], p["row"], (place, 0))
+    return (rows[:1] - 1.3 * rows[1:]) @ p["o"]
+
+
 NETWORKS = {
     "sigmoid": _layers(jax.nn.sigmoid),
     "cos": _layers(jnp.cos),
@@ -178,6 +194,9 @@ NETWORKS = {
     "a choice by the input": Tiny(
         _chosen_by_the_input, (2,), {"a": (2, 2), "b": (2, 1), "c": (2, 1)}
     ),
+    "an embedding": Tiny(_embedded, (2,), {"table": (3, 2), "o": (2, 1)}),
+    "a row by the input": Tiny(_looked_up, (2,), {"table": (2, 2), "o": (2, 1)}),
+    "a row replaced": Tiny(_replaced, (2,), {"table": (2, 2), "row": (1, 2), "o": (2, 1)}),
     "an update": Tiny(_updated, (3,), {"a": (3, 2), "o": (2, 2)}),
     "a fixed dropout": Tiny(_dropped, (3,), {"a": (3, 2), "o": (2, 1)}),
     "prunable biases": Tiny(
@@ -330,3 +349,16 @@ def test_costs_of_many_kinds_meet_in_one_array() -> None:
     for first, fewest in ((0, 2), (2, 3), (4, 4)):
         part = lambda p, x, first=first: apply_fn(p, x)[:, first:]
         assert analysis.shortest_path(part, params, mask, (2,)) == fewest
+
+
+def test_a_table_without_weights_holds_nothing_to_look_up() -> None:
+    network = NETWORKS["an embedding"]
+    params = network.tree(jnp.arange(1.0, 9))
+    full = network.tree(jnp.ones(8, bool))
+    emptied = {**full, "table": jnp.zeros((3, 2), bool)}
+    arguments = (network.apply_fn, params)
+
+    assert not analysis.collapsed(*arguments, full, network.input_shape)
+    assert analysis.collapsed(*arguments, emptied, network.input_shape)
+    # A weight of the table and one of the head.
+    assert analysis.shortest_path(*arguments, full, network.input_shape) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,3 +160,15 @@ def test_a_mesh_that_checks_types_prunes_as_without_it(rule: str) -> None:
     found = jax.tree.map(lambda leaf: leaf[0], jax.jit(run)(stacked))
     expected, _ = pruning.prune(RULES[rule], PARAMS, compression=4, num_iterations=2)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_certified_iterations_are_numbered_without_jit() -> None:
+    params = {
+        "fc": {"kernel": 1 + jnp.arange(4.0).reshape(2, 2)},
+        "head": {"kernel": jnp.ones((2, 1))},
+    }
+    rule = scores.synflow(lambda p, x: x @ p["fc"]["kernel"] @ p["head"]["kernel"], (2,))
+    _, expected = certified.prune(rule, params, compression=2)
+    with jax.disable_jit():
+        _, info = certified.prune(rule, params, compression=2)
+    chex.assert_trees_all_equal(info.removed_in, expected.removed_in)

@@ -28,6 +28,7 @@ from synflow_jax.analysis.dependence.values import (
     both_of,
     choose,
     exact,
+    filled,
     flow,
     joined,
     nonzero,
@@ -35,6 +36,7 @@ from synflow_jax.analysis.dependence.values import (
     present,
     rule,
     shape_of,
+    total,
     value_of,
 )
 from synflow_jax.jaxprs.interpreter import bind
@@ -187,34 +189,56 @@ def _slice(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     return [result._replace(origin=Origin(parts, x.origin.depth))]
 
 
+# Joins what an index could find in its operands, per element of the result or as one number.
+_AnywhereFn = Callable[[Degrees], Degree]
+
+
 def _shifted(
     analysis: Analysis,
     eqn: JaxprEqn,
     outputs: Values,
     data: Values,
     indices: Values,
+    anywhere: _AnywhereFn | None = None,
 ) -> Values:
-    """Adds that an index may depend on something: then every output does, on all data."""
+    """Adds that an index may depend on something: then every output does, on all data.
+
+    An index into zeros finds 0 anywhere, as in a table of embeddings without weights.
+    """
     turn = over_all(analysis, indices, CHANNELS)
     if turn is None:
         return outputs
     if analysis.is_lean:
         raise NotLean
+    semiring = analysis.semiring
+    if anywhere is None:
+
+        def anywhere(degrees: Degrees) -> Degree:
+            totals = [total(semiring, degree) for degree in degrees]
+            return functools.reduce(semiring.join, totals)
+
     both = both_of(analysis, eqn.primitive.name, data, indices)
+    can_differ = anywhere([nonzero(analysis, x) for x in data])
     results = []
     for x in outputs:
         channels = []
         for channel in CHANNELS:
             degrees = present([x], channel)
             of_index = over_all(analysis, indices, [channel])
-            of_data = over_all(analysis, data, [channel])
             if of_index is not None:
-                degrees.append(of_index)
-            if of_data is not None:
+                degrees.append(both(of_index, can_differ))
+            if present(data, channel):
+                of_data = anywhere([filled(analysis, y, channel) for y in data])
                 degrees.append(both(of_data, turn))
             channels.append(joined(analysis, degrees, jnp.shape(x.array)))
         results.append(value_of(x.array, channels))
     return results
+
+
+def _along(analysis: Analysis, degree: Degree, axes: Sequence[int]) -> Degree:
+    """Joins along axes, and keeps the shape."""
+    joined_axes = analysis.semiring.reduce(degree, axes)
+    return jnp.broadcast_to(jnp.expand_dims(joined_axes, tuple(axes)), degree.shape)
 
 
 @rule("gather")
@@ -227,8 +251,17 @@ def _gather(analysis: Analysis, eqn: JaxprEqn, operands: Values) -> Values:
     def follow(degrees: Degrees) -> Degrees:
         return [eqn.primitive.bind(degrees[0], indices.array, **options)]
 
+    def anywhere(degrees: Degrees) -> Degree:
+        [degree] = degrees
+        sizes = eqn.params["slice_sizes"]
+        # An index cannot move along an axis that is taken as a whole.
+        moved = eqn.params["dimension_numbers"].start_index_map
+        axes = [axis for axis in moved if sizes[axis] < degree.shape[axis]]
+        in_bounds = {**options, "mode": jax.lax.GatherScatterMode.CLIP, "fill_value": None}
+        return eqn.primitive.bind(_along(analysis, degree, axes), indices.array, **in_bounds)
+
     outputs = flow(analysis, [data], arrays, follow)
-    return _shifted(analysis, eqn, outputs, [data], [indices])
+    return _shifted(analysis, eqn, outputs, [data], [indices], anywhere)
 
 
 @rule("dynamic_slice")
@@ -248,8 +281,33 @@ def _at_indices(analysis: Analysis, eqn: JaxprEqn, operands: Values, num_data: i
     data, indices = operands[:num_data], operands[num_data:]
     arrays = bind(eqn, [x.array for x in operands])
     places = [x.array for x in indices]
-    outputs = flow(analysis, data, arrays, lambda degrees: bind(eqn, [*degrees, *places]))
-    return _shifted(analysis, eqn, outputs, data, indices)
+
+    def follow(degrees: Degrees) -> Degrees:
+        return bind(eqn, [*degrees, *places])
+
+    def anywhere(degrees: Degrees) -> Degree:
+        whole, part = shape_of(eqn.invars[0]), shape_of(eqn.invars[num_data - 1])
+        if num_data == 1:
+            part = shape_of(eqn.outvars[0])
+        # An index cannot move along an axis that is taken, or replaced, as a whole.
+        axes = [axis for axis, size in enumerate(whole) if part[axis] < size]
+        spread = [_along(analysis, degree, axes) for degree in degrees]
+        if num_data == 1:
+            [found] = follow(spread)
+            return found
+        kept, update = spread
+        replaced = jnp.broadcast_to(_first(update, axes), kept.shape)
+        return analysis.semiring.join(kept, replaced)
+
+    outputs = flow(analysis, data, arrays, follow)
+    return _shifted(analysis, eqn, outputs, data, indices, anywhere)
+
+
+def _first(degree: Degree, axes: Sequence[int]) -> Degree:
+    """Takes the first element along axes, and keeps their number."""
+    for axis in axes:
+        degree = jax.lax.slice_in_dim(degree, 0, 1, axis=axis)
+    return degree
 
 
 @rule("scatter scatter-add scatter-sub scatter-min scatter-max scatter_add scatter_sub")
