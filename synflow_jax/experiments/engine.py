@@ -183,6 +183,7 @@ def train(
 def _outcomes(shared: _Shared, runs: Sequence[Run]) -> Iterator[Outcome]:
     """Yields the outcome of each run as it comes; see `run`."""
     shared.workdir.clean()
+    shared.workdir.check_rows()
     if shared.overwrite:
         busy = _begin_anew(shared, runs)
         yield from busy

@@ -27,6 +27,7 @@ from synflow_jax.experiments.run import Run, resolve
 from synflow_jax.storage import Workdir, arrays, checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # orbax warns
+_OF_TIME = ("seconds", "record_sha256")  # the record of an IMP level holds its duration
 
 
 def _runs(seeds: tuple[int, ...] = (0,), **prune: Any) -> list[Run]:
@@ -140,7 +141,7 @@ def _plain(row: Any) -> Any:
         return [_plain(item) for item in row]
     if not isinstance(row, dict):
         return row
-    return {key: _plain(value) for key, value in row.items() if key != "seconds"}
+    return {key: _plain(value) for key, value in row.items() if key not in _OF_TIME}
 
 
 def _params_digest(workdir: Workdir, row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import commands
@@ -37,6 +38,8 @@ from synflow_jax.experiments.run import resolve_one
 from synflow_jax.storage import Workdir, checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
+Train = Callable[..., commands.Result]
+
 QUICK = ("--config=configs/digits.py", "--config.model=fc", "--config.train.batch_size=128")
 
 
@@ -53,10 +56,12 @@ def _start(cache: pathlib.Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def _train(cache: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    process = _start(cache, *flags)
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+@pytest.fixture(scope="module")
+def train(cache: pathlib.Path) -> Iterator[Train]:
+    """Returns a function that runs `python train.py FLAGS`."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    with commands.serve("train", environment) as run:
+        yield run
 
 
 def _train_row(workdir: pathlib.Path) -> dict[str, Any]:
@@ -76,9 +81,9 @@ def _read_until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} never came: {process.communicate()[1]}")
 
 
-def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+def test_a_run_and_a_second_one(tmp_path: pathlib.Path, train: Train) -> None:
     flags = ("--config=configs/digits.py", f"--workdir={tmp_path}", "--config.train.num_epochs=3")
-    first = _train(cache, *flags)
+    first = train(*flags)
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
     for text in (
@@ -109,23 +114,22 @@ def test_a_run_and_a_second_one(tmp_path: pathlib.Path, cache: pathlib.Path) -> 
     assert kept == ["44", "66"]
 
     written = (tmp_path / "rows.jsonl").read_bytes()
-    second = _train(cache, *flags)
+    second = train(*flags)
     assert second.returncode == 0 and "already in" in second.stdout
     assert (tmp_path / "rows.jsonl").read_bytes() == written
-    again = _train(cache, *flags, "--overwrite")
+    again = train(*flags, "--overwrite")
     assert again.returncode == 0 and "already in" not in again.stdout
     assert _train_row(tmp_path) == row
 
     # A run of another recipe uses the same mask.
-    other = _train(
-        cache, *flags, "--config.train.num_epochs=1", "--config.train.label_smoothing=0.1"
-    )
+    other = train(*flags, "--config.train.num_epochs=1", "--config.train.label_smoothing=0.1")
     assert other.returncode == 0
     assert "iterations" not in other.stdout and "26,039 weights kept" not in other.stdout
 
 
 def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
-    text = _train(cache, "--help").stdout.partition("The keys are ")[2].partition("(default")[0]
+    text, _ = _start(cache, "--help").communicate(timeout=300)
+    text = text.partition("The keys are ")[2].partition("(default")[0]
     listed = set(re.split(r",\s+", text.strip()))
     values = dataclasses.asdict(Config())
     parts = ("data", "prune", "train", "sweep", "grid")
@@ -137,17 +141,17 @@ def test_help_lists_every_key_that_a_flag_can_set(cache: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_run_is_resumed_even_if_it_was_overwriting(
-    tmp_path: pathlib.Path, cache: pathlib.Path
+    tmp_path: pathlib.Path, cache: pathlib.Path, train: Train
 ) -> None:
     """Stops --overwrite half-way. Kills at every other moment are in test_crashes.py."""
     flags = (*QUICK, "--config.train.num_epochs=20", f"--workdir={tmp_path}")
-    whole = _train(cache, *flags)
+    whole = train(*flags)
     assert whole.returncode == 0, whole.stderr
     row = _train_row(tmp_path)
     curve = (tmp_path / row["curve"]).read_bytes()
     # While this process has the run, no other one may touch it.
     with Workdir(tmp_path).lock(row["run_id"]):
-        other = _train(cache, *flags, "--overwrite")
+        other = train(*flags, "--overwrite")
     assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr
     assert f"another process (pid {os.getpid()} on " in other.stderr
     assert _train_row(tmp_path) == row
@@ -158,7 +162,7 @@ def test_a_stopped_run_is_resumed_even_if_it_was_overwriting(
     assert process.returncode == 143 and "without --overwrite to resume" in stderr
     rows = storage.read_rows(tmp_path / "rows.jsonl")
     assert [each["run_id"] for each in rows] == [row["prune_run_id"]]
-    last = _train(cache, *flags)
+    last = train(*flags)
     assert last.returncode == 0 and "already in" not in last.stdout, last.stderr
     assert _train_row(tmp_path) == row and (tmp_path / row["curve"]).read_bytes() == curve
 
@@ -212,16 +216,14 @@ def test_bad_values(bad: tuple[pathlib.Path, dict[str, Any]], case: str) -> None
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_names_the_step(
-    tmp_path: pathlib.Path, cache: pathlib.Path
-) -> None:
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path: pathlib.Path, train: Train) -> None:
     # After one epoch of 11 steps the learning rate becomes so large that the loss overflows.
     flags = (
         "--config.train.drops=(1,)",
         "--config.train.drop_factor=1e30",
         "--config.train.num_epochs=9",
     )
-    result = _train(cache, *QUICK, f"--workdir={tmp_path}", *flags)
+    result = train(*QUICK, f"--workdir={tmp_path}", *flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "the loss is not finite at step 1" in result.stderr and "(epoch 2 of 9)" in result.stderr
     assert "The checkpoint after step 11 stays" in result.stderr
