@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import EXHAUSTIVE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +79,7 @@ def _pairs(left: Any, right: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name, length, num_lost", [("mlp", 6, 18), pytest.param("vgg", 5, 3, marks=pytest.mark.slow)]
+    "name, length, num_lost", [("mlp", 6, 18), pytest.param("vgg", 5, 3, marks=EXHAUSTIVE)]
 )
 def test_a_chain_is_pruned_to_one_weight_a_layer(name: str, length: int, num_lost: int) -> None:
     """Prunes 50 networks to exactly N / L.

@@ -49,6 +49,7 @@ def test_masks(golden_file: pathlib.Path) -> None:
     _check_masks(golden_file, "float32")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_masks_of_float64_parameters() -> None:
     """Scores float64 parameters. The dense network is enough: it computes the same."""

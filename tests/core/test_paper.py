@@ -108,6 +108,7 @@ def test_magnitude_empties_layers_and_cuts_paths_where_the_published_runs_fail()
     assert 2.25 < np.log10(critical) < 2.5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_synflow_keeps_a_path_at_the_last_published_compression() -> None:
     """10^6, where 14 or 15 weights are left in 14 layers: both published runs, and ours."""

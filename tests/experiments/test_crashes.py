@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import crashes
 import pytest
+from cases import EXHAUSTIVE
 
 from synflow_jax import storage
 from synflow_jax.experiments import engine, initialization, masks, programs
@@ -177,10 +178,19 @@ def test_a_command_that_is_killed_ends_as_one_that_was_left_alone(tmp_path: path
         _check(CASES[name], folder, part)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sweep", "imp", "certified"])
-def test_any_command_that_is_killed_anywhere(tmp_path: pathlib.Path, name: str) -> None:
-    _check(CASES[name], tmp_path)
+@pytest.mark.parametrize(
+    "name, stride",
+    [
+        pytest.param("sweep", 1, marks=pytest.mark.slow),
+        pytest.param("certified", 1, marks=pytest.mark.slow),
+        pytest.param("imp", 3, marks=pytest.mark.slow),
+        pytest.param("imp", 1, marks=EXHAUSTIVE),
+    ],
+)
+def test_any_command_that_is_killed_anywhere(
+    tmp_path: pathlib.Path, name: str, stride: int
+) -> None:
+    _check(CASES[name], tmp_path, slice(None, None, stride))
 
 
 @pytest.mark.slow

@@ -32,7 +32,9 @@ def _sum_of(
     return scores.path_norm(models.synflow_fn(network, batch_stats), shape), params
 
 
-@pytest.mark.parametrize("model", slow_except(["conv"], ["fc", "conv", "cifar_vgg11_bn"]))
+@pytest.mark.parametrize(
+    "model", slow_except(["conv"], ["fc", "conv", "cifar_vgg11_bn"], exhaustive=["cifar_vgg11_bn"])
+)
 def test_where_nothing_overflows_it_is_the_plain_evaluation(model: str) -> None:
     objective, params = _sum_of(model, None if model in ("fc", "conv") else (16, 16, 3))
     plain, gradient = jax.jit(jax.value_and_grad(objective))(params)

@@ -41,6 +41,7 @@ def _result(process: subprocess.Popen[str]) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_eight_and_three_devices_give_the_mask_of_one() -> None:
     found = _result(_start("compare"))

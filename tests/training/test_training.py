@@ -22,6 +22,7 @@ import numpy as np
 import optax
 import pytest
 import torch_reference
+from cases import EXHAUSTIVE
 
 from synflow_jax import data, models, training, trees
 from synflow_jax.data import Arrays, DataSpec
@@ -76,7 +77,7 @@ def _assert_same(a: Any, b: Any) -> None:
     "which, name, width, dtype, rtol",
     [
         pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float32", 1e-4, marks=pytest.mark.slow),
-        pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float64", 1e-6, marks=pytest.mark.slow),
+        pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float64", 1e-6, marks=EXHAUSTIVE),
         ("resnet", "cifar_resnet20", 1 / 4, "float64", 1e-6),
     ],
 )

@@ -571,7 +571,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(["fc", "conv", "cifar_vgg11_bn"], NETWORKS))
+@pytest.mark.parametrize(
+    "name", slow_except(["fc", "conv", "cifar_vgg11_bn"], NETWORKS, exhaustive=["cifar_resnet20"])
+)
 def test_theorem_1_what_flows_in_flows_out(name: str) -> None:
     make, input_shape = NETWORKS[name]
     model = make()
