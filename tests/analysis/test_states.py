@@ -22,6 +22,7 @@ class _Network(nnx.Module):
         return self.head(self.drop(nnx.relu(self.norm(self.fc(x)))))
 
 
+@pytest.mark.slow
 def test_a_trained_state_is_scored_by_its_weights() -> None:
     """Inputs such as pixels make large means, which are subtracted. They must not count as paths.
 

@@ -17,6 +17,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from cases import EXHAUSTIVE
 
 from synflow_jax import analysis, models, pruning, scores, trees
 
@@ -44,10 +45,15 @@ def _vgg16() -> tuple[trees.Params, trees.Mask, dict[str, scores.ScoreFn], dict[
 
 
 @pytest.mark.parametrize(
-    "rule, deviations",
-    [("random", 5), ("magnitude", 10), pytest.param("synflow", 10, marks=pytest.mark.slow)],
+    "power, rule, deviations",
+    [
+        *[(power, "random", 5) for power in (1, 2, 3)],
+        *[(power, "magnitude", 10) for power in (1, 2, 3)],
+        pytest.param(1, "synflow", 10, marks=EXHAUSTIVE),
+        pytest.param(2, "synflow", 10, marks=pytest.mark.slow),
+        pytest.param(3, "synflow", 10, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("power", [1, 2, 3])
 def test_kept_in_each_layer_as_published(rule: str, deviations: float, power: int) -> None:
     params, full, rules, positions = _vgg16()
     mask, info = pruning.prune(

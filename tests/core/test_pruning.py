@@ -305,6 +305,7 @@ def test_progress(num_iterations: int) -> None:
         assert not kept[num_done:].any()  # those iterations are still to come
 
 
+@pytest.mark.slow
 def test_vmap_over_keys_and_networks_is_one_by_one() -> None:
     """A rule that looks at weights and at chance."""
 

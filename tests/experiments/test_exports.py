@@ -110,6 +110,7 @@ def test_a_pretrained_network_is_pruned(tmp_path: pathlib.Path) -> None:
         exports.read(row, workdir, str(tmp_path / "ours.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_certificate_of_a_pretrained_network(tmp_path: pathlib.Path) -> None:
     file = str(tmp_path / "net.safetensors")
     networks.save(file, _pretrained())

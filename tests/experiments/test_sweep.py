@@ -227,6 +227,7 @@ def test_a_run_that_fails_stops_no_other(
     assert not (tmp_path / "failed.json").exists()
 
 
+@pytest.mark.slow
 def test_a_device_without_memory_gets_fewer_runs(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -378,6 +378,7 @@ def test_streamed_runs_go_on_as_others_do(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_masks_hold_in_a_run_with_every_option(tmp_path: pathlib.Path) -> None:
     settings = Config(

@@ -168,6 +168,7 @@ def test_a_byte_at_a_time_and_a_line_without_end() -> None:
         _meet(port, 2, dripped)
 
 
+@pytest.mark.slow
 def test_hundreds_of_silent_connections() -> None:
     """Opens more connections than are kept, before genuine processes come."""
     port = _free_port()

@@ -347,6 +347,7 @@ def test_learning_rate_drops_after_the_epochs_named() -> None:
     np.testing.assert_allclose(rates, [0.5] * 14 + [0.05] * 7 + [0.005] * 7, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_narrow_and_keeps_float32() -> None:
     params, batch_stats, mask = _start(Small())
     run = lambda dtype: jax.jit(
