@@ -212,6 +212,7 @@ def test_one_trace_for_all_compressions_fractions_and_seeds() -> None:
     assert len(calls) == num_calls > 0
 
 
+@pytest.mark.slow
 def test_too_few_iterations_are_a_shortfall() -> None:
     with pytest.warns(certified.Shortfall, match="not 6: num_iterations=3 were not enough"):
         _, info, _ = _case("mlp").prune(0, num_iterations=3)

@@ -93,6 +93,7 @@ def _expected_kept(
     return SIZE - schedule([(SIZE,)], compression, num_iterations)[:, 0]
 
 
+@pytest.mark.slow
 def test_python_loop_equals_fori_loop() -> None:
     """A loop of one's own that watches the state go by, and is `python_loop` otherwise."""
     seen = []

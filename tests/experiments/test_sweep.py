@@ -253,6 +253,7 @@ def test_a_device_without_memory_gets_fewer_runs(
     assert (halved.num_runs, halved.num_left) == (3, 1)
 
 
+@pytest.mark.slow
 def test_two_sweeps_side_by_side_share_the_runs(tmp_path: pathlib.Path) -> None:
     """Holds one run as another process would: the sweep leaves it alone, and does the others."""
     runs, workdir = resolve(_grid(seed=(0, 1))), Workdir(tmp_path)

@@ -154,6 +154,7 @@ def test_a_saved_network_is_read_bit_for_bit(tmp_path: pathlib.Path, name: str) 
     }
 
 
+@pytest.mark.slow
 def test_a_compact_network_is_read_with_its_function(tmp_path: pathlib.Path) -> None:
     network = _compact("cifar_resnet20")
     networks.save(tmp_path / "net.safetensors", network)

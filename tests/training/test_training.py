@@ -78,7 +78,7 @@ def _assert_same(a: Any, b: Any) -> None:
     [
         pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float32", 1e-4, marks=pytest.mark.slow),
         pytest.param("vgg", "cifar_vgg11_bn", 1 / 16, "float64", 1e-6, marks=EXHAUSTIVE),
-        ("resnet", "cifar_resnet20", 1 / 4, "float64", 1e-6),
+        pytest.param("resnet", "cifar_resnet20", 1 / 4, "float64", 1e-6, marks=pytest.mark.slow),
     ],
 )
 def test_torch_gives_the_same_losses(

@@ -155,7 +155,9 @@ def _trained(tree: Tree, seed: int) -> Tree:
     return jax.tree.map(changed, tree)
 
 
-@pytest.mark.parametrize("name", slow_except(["fc"], NETWORKS, exhaustive=["resnet20", "vgg_bn"]))
+@pytest.mark.parametrize(
+    "name", slow_except(["fc"], NETWORKS, exhaustive=["resnet20", "vgg_bn", "bottleneck"])
+)
 def test_the_compact_network_is_the_same_function(name: str) -> None:
     network = NETWORKS[name]
     model = network.make()

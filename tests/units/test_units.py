@@ -572,7 +572,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(
-    "name", slow_except(["fc", "conv", "cifar_vgg11_bn"], NETWORKS, exhaustive=["cifar_resnet20"])
+    "name", slow_except(["fc", "conv"], NETWORKS, exhaustive=["cifar_resnet20", "bottleneck"])
 )
 def test_theorem_1_what_flows_in_flows_out(name: str) -> None:
     make, input_shape = NETWORKS[name]
