@@ -121,6 +121,7 @@ def test_the_analysis_bears_every_mode() -> None:
     assert analysis.max_compression(_mlp, PARAMS, ONES, (6,)) == SIZE / 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_no_tracer_leaks() -> None:
     """Is apart from the other modes, because JAX then searches all objects of the process."""

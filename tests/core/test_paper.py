@@ -50,7 +50,7 @@ def _vgg16() -> tuple[trees.Params, trees.Mask, dict[str, scores.ScoreFn], dict[
         *[(power, "random", 5) for power in (1, 2, 3)],
         *[(power, "magnitude", 10) for power in (1, 2, 3)],
         pytest.param(1, "synflow", 10, marks=EXHAUSTIVE),
-        pytest.param(2, "synflow", 10, marks=pytest.mark.slow),
+        pytest.param(2, "synflow", 10, marks=EXHAUSTIVE),
         pytest.param(3, "synflow", 10, marks=pytest.mark.slow),
     ],
 )
