@@ -19,10 +19,9 @@ import numpy as np
 
 from synflow_jax import arguments, pruning, scores, trees
 from synflow_jax.analysis import dependence, shortest
-from synflow_jax.analysis.programs import compiled
 from synflow_jax.jaxprs import scaling
 from synflow_jax.jaxprs.compiled import bounded_jit
-from synflow_jax.scores import ApplyFn, Objective, ScoreFn, path_norm
+from synflow_jax.scores import ApplyFn, Objective, ScoreFn, as_partial, check_apply_fn, path_norm
 from synflow_jax.trees import Mask, Params
 
 PruneFn = Callable[..., tuple[Mask, pruning.PruneInfo]]
@@ -52,7 +51,13 @@ def log10_path_norm(
     >>> round(10 ** log10_path_norm(apply_fn, params, mask, (2,)))  # three paths of 10 * 10
     300
     """
-    return _log10_norm(apply_fn, trees.apply_mask(params, mask), input_shape)
+    objective = path_norm(apply_fn, input_shape)
+    norm = float(_norm(objective, params, mask))
+    if norm > 0 and math.isfinite(norm):
+        return math.log10(norm)
+    # 0 may be an underflow, and inf or NaN an overflow. Scaled evaluation can tell, but it takes
+    # longer to compile, so it comes second.
+    return scaling.log10(_scaled_norm(objective, params, mask))
 
 
 def collapsed(apply_fn: ApplyFn, params: Params, mask: Mask, input_shape: Sequence[int]) -> bool:
@@ -70,7 +75,9 @@ def collapsed(apply_fn: ApplyFn, params: Params, mask: Mask, input_shape: Sequen
     >>> collapsed(apply_fn, params, mask, (2,))  # sigmoid(0) is 0.5, but that is no path
     True
     """
-    depends = compiled(_depends, apply_fn, input_shape)(params, mask)
+    check_apply_fn(apply_fn)
+    shape = arguments.check_input_shape(input_shape)
+    depends = _depends(as_partial(apply_fn), params, mask, input_shape=shape)
     return not jax.device_get(depends)
 
 
@@ -157,7 +164,9 @@ def effective_mask(
       ValueError: as `collapsed`; or `apply_fn` has a loop whose number of rounds is known only when
         it runs, through which JAX cannot differentiate.
     """
-    return compiled(_on_paths, apply_fn, input_shape)(params, mask)
+    check_apply_fn(apply_fn)
+    shape = arguments.check_input_shape(input_shape)
+    return _on_paths(as_partial(apply_fn), params, mask, input_shape=shape)
 
 
 def critical_compression(
@@ -271,35 +280,30 @@ def multiply_adds(mask: Mask, positions: Mapping[str, int]) -> tuple[int, int]:
 # ----------------------------------------------------------------------------------- The path norm
 
 
-def _log10_norm(apply_fn: ApplyFn, params: Params, input_shape: Sequence[int]) -> float:
-    """Returns log10 of the path norm; -inf for 0."""
-    objective = path_norm(apply_fn, input_shape)
-    norm = _evaluate(objective, params)
-    if norm > 0 and math.isfinite(norm):
-        return math.log10(norm)
-    # 0 may be an underflow, and inf or NaN an overflow. Scaled evaluation can tell, but it takes
-    # longer to compile, so it comes second.
-    return scaling.log10(_jitted_scaled(objective, params))
+# The objective is a pytree that is passed as an argument, so that a bisection compiles only once.
+# The mask is applied inside: outside, each shape of a leaf would be a program.
+@bounded_jit
+def _norm(objective: Objective, params: Params, mask: Mask) -> jax.Array:
+    """Computes an objective of the masked parameters, in their dtype."""
+    return objective(trees.apply_mask(params, mask))
 
 
-# An objective is a pytree that is passed as an argument, so that a bisection compiles only once.
-_jitted = bounded_jit(lambda objective, params: objective(params))
-_jitted_scaled = bounded_jit(lambda objective, params: scaling.evaluate(objective, params))
-
-
-def _evaluate(objective: Objective, params: Params) -> float:
-    """Computes an objective in the dtype of the parameters."""
-    return float(_jitted(objective, params))
+@bounded_jit
+def _scaled_norm(objective: Objective, params: Params, mask: Mask) -> scaling.Scaled:
+    """Computes an objective of the masked parameters, with an exponent."""
+    return scaling.evaluate(objective, trees.apply_mask(params, mask))
 
 
 # -------------------------------------------------------------------------------------------- Paths
 
 
+@bounded_jit
 def _depends(
     apply_fn: ApplyFn,
-    input_shape: Sequence[int],
     params: Params,
     mask: Mask,
+    *,
+    input_shape: tuple[int, ...],
 ) -> jax.Array:
     """Returns whether the outputs of the masked network depend on its input, bool []."""
     masked = trees.apply_mask(params, mask)
@@ -307,11 +311,13 @@ def _depends(
     return reach > 0
 
 
+@bounded_jit
 def _on_paths(
     apply_fn: ApplyFn,
-    input_shape: Sequence[int],
     params: Params,
     mask: Mask,
+    *,
+    input_shape: tuple[int, ...],
 ) -> Mask:
     """Returns the weights on which the dependence of the outputs depends."""
     masked = trees.apply_mask(params, mask)

@@ -8,7 +8,6 @@ may both need the same weights. There the number is proven from both sides, or r
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from synflow_jax import trees
+from synflow_jax import arguments, trees
 from synflow_jax.analysis.dependence import BOUND, COST, Notes, Semiring, evaluate
-from synflow_jax.analysis.programs import compiled
-from synflow_jax.scores import ApplyFn
+from synflow_jax.jaxprs.compiled import bounded_jit
+from synflow_jax.scores import ApplyFn, as_partial, check_apply_fn
 from synflow_jax.trees import Mask, Params
 
 # How many single weights of a parameter are tried where a path passes it more than once.
@@ -66,6 +65,9 @@ def bounds(
         return Bounds(upper, upper)
 
     essential = [name for name in ones if _is_essential(cost_of, ones, name)]
+    # Each of them needs a weight. On a chain that settles it, without another program to compile.
+    if len(essential) == upper:
+        return Bounds(upper, upper, notes)
     lower = _lower_bound(cost_of, ones, essential, notes)
     if lower < upper:
         # The factors of a product may have any parameter in common.
@@ -169,30 +171,31 @@ def _cost_fn(
     input_shape: Sequence[int],
 ) -> CostFn:
     """Returns a function that evaluates the cheapest path for given costs of the weights."""
+    check_apply_fn(apply_fn)
+    options = {"input_shape": arguments.check_input_shape(input_shape)}
     structure = jax.tree.structure(mask)
 
     def cost_of(semiring: Semiring, costs: Costs) -> tuple[float, Notes]:
-        followed = jax.tree.unflatten(structure, list(costs.values()))
-        evaluate_costs = compiled(_EVALUATIONS[semiring], apply_fn, input_shape)
-        cost, notes = evaluate_costs(params, mask, jax.device_put(followed))
+        followed = jax.device_put(jax.tree.unflatten(structure, list(costs.values())))
+        cost, notes = _evaluated(
+            as_partial(apply_fn), params, mask, followed, semiring=semiring, **options
+        )
         return float(jax.device_get(cost)), notes
 
     return cost_of
 
 
+@bounded_jit
 def _evaluated(
-    semiring: Semiring,
     apply_fn: ApplyFn,
-    input_shape: Sequence[int],
     params: Params,
     mask: Mask,
     costs: Mask,
+    *,
+    semiring: Semiring,
+    input_shape: tuple[int, ...],
 ) -> tuple[jax.Array, Notes]:
     """Evaluates costs of weights. The weights themselves count as pruned unless a cost is paid."""
     pruned = trees.map_prunable(lambda _, leaf: jnp.zeros_like(leaf), mask, params)
     pruned = jax.lax.optimization_barrier(pruned)
     return evaluate(semiring, apply_fn, trees.merge(pruned, params), costs, input_shape)
-
-
-# One function per semiring, so that a compiled program is found again.
-_EVALUATIONS = {semiring: functools.partial(_evaluated, semiring) for semiring in (COST, BOUND)}

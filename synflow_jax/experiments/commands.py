@@ -58,8 +58,10 @@ def _prune_one(run: Run, workdir: Workdir, overwrite: bool, output: Console) -> 
 
     def make(run: Run) -> masks.Row:
         cli.use_compilation_cache()
-        network = initialization.build(run)
+        # Unbounded, so that the maximum is computed only once.
+        network = initialization.build(run, bounded=False)
         maximum = initialization.max_compression(network)
+        initialization.check_compression(run, network, maximum)
         report.network(output, run.config.model, network, maximum)
         with report.progress(output, report.num_iterations(run)) as on_progress:
             _, row = masks.prune(run, network, workdir, maximum=maximum, on_progress=on_progress)

@@ -235,10 +235,11 @@ def test_every_mask_of_a_tiny_network(name: str) -> None:
     masks = jnp.array(list(itertools.product([False, True], repeat=num_weights)))
 
     def depends_and_effective(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
-        arguments = (network.apply_fn, network.input_shape, params, network.tree(flat))
-        effective = paths._on_paths(*arguments)
+        arguments = (scores.as_partial(network.apply_fn), params, network.tree(flat))
+        effective = paths._on_paths(*arguments, input_shape=network.input_shape)
         leaves = [effective[key].ravel() for key in network.shapes]
-        return paths._depends(*arguments), jnp.concatenate(leaves)
+        depends = paths._depends(*arguments, input_shape=network.input_shape)
+        return depends, jnp.concatenate(leaves)
 
     tried, (depends, effective) = jax.device_get(
         jax.jit(
